@@ -1,0 +1,34 @@
+"""The training floor: base module, optimiser declaration, averaging, probes and guards."""
+
+from __future__ import annotations
+
+from zoo.training.base import BaseModule, seed_position
+from zoo.training.callbacks import NonFiniteGuard, Pictures, Timing, default_callbacks
+from zoo.training.ema import EMA, evaluation_weights
+from zoo.training.lars import LARS
+from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_optimizer, param_groups
+from zoo.training.probe import KNNProbe, LinearProbe, extract_features, fit_probe, gather_samples, probe_head
+
+__all__ = [
+    "EMA",
+    "LARS",
+    "BaseModule",
+    "KNNProbe",
+    "LinearProbe",
+    "NonFiniteGuard",
+    "Optim",
+    "Pictures",
+    "Timing",
+    "build",
+    "default_callbacks",
+    "evaluation_weights",
+    "extract_features",
+    "fit_probe",
+    "gather_samples",
+    "hold_global_batch",
+    "lr_at",
+    "make_optimizer",
+    "param_groups",
+    "probe_head",
+    "seed_position",
+]

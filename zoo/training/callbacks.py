@@ -1,0 +1,173 @@
+"""Callbacks of every run: times, the non-finite guard, pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from zoo.errors import ZooError
+from zoo.training.base import seed_position
+from zoo.training.ema import evaluation_weights
+
+
+class Timing(L.Callback):
+    """Logs `time/data` and `time/compute`: seconds per epoch that the loop waited for batches and spent on them.
+
+    As the host sees it: on a GPU the queue hides compute behind the next wait. Validation and the writing of
+    checkpoints count in neither.
+    """
+
+    def __init__(self) -> None:
+        self._data = self._compute = 0.0
+        self._begin = 0.0
+        self._idle: float | None = None
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._data = self._compute = 0.0
+        self._idle = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._begin = time.perf_counter()
+        if self._idle is not None:
+            self._data += self._begin - self._idle
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._idle = time.perf_counter()
+        self._compute += self._idle - self._begin
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._idle = time.perf_counter()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._idle = None  # the next wait would count the writing
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log_dict({"time/data": self._data, "time/compute": self._compute})
+
+
+class NonFiniteGuard(L.Callback):
+    """Stops the run with a clear message when the loss is not finite, before a checkpoint can hold broken weights.
+
+    A loss is noted on its device and looked at every `every_n_steps` micro-batches, at every checkpoint and at the end
+    of an epoch, so that the device is not waited for at each step. Under several processes all stop together.
+
+    Args:
+        every_n_steps: micro-batches between two looks; default 1 on CPU, 50 on an accelerator.
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ZooError(f"every_n_steps must be 1 or more, not {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._first_bad: Tensor | None = None  # optimiser step of the first non-finite loss, -1 for none
+        self._count = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._first_bad, self._count = torch.tensor(-1, device=pl_module.device), 0
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        assert self._first_bad is not None
+        fresh = (self._first_bad < 0) & ~torch.isfinite(loss.detach()).all()
+        self._first_bad = torch.where(fresh, trainer.global_step, self._first_bad)
+        self._count += 1
+        if self._count % (self.every_n_steps or (1 if loss.device.type == "cpu" else 50)) == 0:
+            self.check(trainer)
+
+    def check(self, trainer: L.Trainer) -> None:
+        """Raises ZooError where a loss was not finite; call on every process."""
+        if self._first_bad is None:
+            return
+        step = int(self._first_bad)
+        if trainer.strategy.reduce_boolean_decision(step < 0, all=True):
+            return
+        where = f"at step {step}" if step >= 0 else "in another process"
+        saved = trainer.checkpoint_callback
+        path = getattr(saved, "last_model_path", "") or getattr(saved, "best_model_path", "")
+        raise ZooError(
+            f"the loss is not finite {where} (epoch {trainer.current_epoch}); lower model.optim.base_lr, clip gradients"
+            f" (trainer.gradient_clip_val) or use a wider trainer.precision; last good checkpoint: {path or 'none yet'}"
+        )
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.check(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.check(trainer)
+
+
+class Pictures(L.Callback):
+    """Writes what the task draws of a few validation samples to <run>/pictures/*.png and prints the path.
+
+    The task gives `picture(batch) -> uint8 (3, H, W)`.
+
+    Args:
+        out: the folder; default <log folder of the run>/pictures.
+        count: samples shown.
+        every_n_epochs: also draw during training, after every so many epochs.
+    """
+
+    def __init__(self, out: str | None = None, count: int = 8, every_n_epochs: int | None = None) -> None:
+        if count < 1 or (every_n_epochs is not None and every_n_epochs < 1):
+            raise ZooError("pictures want count and every_n_epochs of 1 or more")
+        self.out, self.count, self.every_n_epochs = out, count, every_n_epochs
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self.draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.draw(trainer, pl_module)
+
+    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Path | None:
+        """Draws and writes one picture; its path, on the first process. Call on every process."""
+        # Imported here: torchvision and the probe's loader are wanted by runs with pictures only.
+        from torchvision.io import write_png
+
+        from zoo.training.probe import _loader
+
+        folder = self.out or str(Path(trainer.log_dir or ".") / "pictures")  # log_dir is a collective call
+        path = None
+        if trainer.is_global_zero:
+            if not callable(getattr(pl_module, "picture", None)):
+                raise ZooError(f"{type(pl_module).__name__} draws no pictures: it has no method picture(batch)")
+            batch = _first(next(iter(_loader(trainer, "val"))), self.count)
+            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), pl_module.device)
+            seed_position(0)
+            with (
+                evaluation_weights(trainer, pl_module),
+                torch.inference_mode(),
+                trainer.precision_plugin.forward_context(),
+            ):
+                picture = pl_module.picture(batch)  # type: ignore[operator]
+            path = Path(folder) / f"{type(pl_module).__name__}_step{trainer.global_step:07d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_png(picture.cpu(), str(path))
+            print(f"picture: {path}", flush=True)
+        trainer.strategy.barrier()
+        return path
+
+
+def _first(batch: Any, count: int) -> Any:
+    """The first `count` samples of a batch: of its tensors, and of its lists of anything but tensors."""
+    if isinstance(batch, Mapping):
+        return {key: _first(value, count) for key, value in batch.items()}
+    if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor):  # several views
+        return [_first(value, count) for value in batch]
+    if isinstance(batch, list | tuple) or (isinstance(batch, Tensor) and batch.ndim):
+        return batch[:count]
+    return batch
+
+
+def default_callbacks() -> list[L.Callback]:
+    """The callbacks of every run."""
+    return [Timing(), NonFiniteGuard()]

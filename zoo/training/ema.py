@@ -1,0 +1,157 @@
+"""Exponential moving average of the weights, a second named set beside the raw ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from zoo.errors import ZooError
+
+KEY = "ema_state_dict"
+
+
+class EMA(L.Callback):
+    """Keeps ema <- decay * ema + (1 - decay) * weights after every optimiser step.
+
+    Floating-point buffers (running statistics) are averaged with the parameters, other buffers are copied. A checkpoint
+    holds the raw weights in `state_dict` and the averaged ones in `ema_state_dict`; a resumed run takes both up. Under
+    the strategies that keep whole weights on every device (one device, ddp).
+
+    Args:
+        decay: in [0, 1).
+        every_n_steps: optimiser steps between two updates.
+        evaluate: validate, test and predict with the averaged weights; also those of a loaded checkpoint.
+    """
+
+    def __init__(self, decay: float = 0.9999, every_n_steps: int = 1, evaluate: bool = True) -> None:
+        if not 0 <= decay < 1 or every_n_steps < 1:
+            raise ZooError(f"EMA wants 0 <= decay < 1 and every_n_steps >= 1, not {decay} and {every_n_steps}")
+        self.decay, self.every_n_steps, self.evaluate = decay, every_n_steps, evaluate
+        self.weights: dict[str, Tensor] = {}
+        self._average = get_ema_multi_avg_fn(decay)
+        self._seen = 0
+        self._swapped = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._seen = trainer.global_step
+        if not self.weights:
+            self.weights = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+        self._to(pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._seen = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._seen:  # still accumulating
+            return
+        self._seen = step
+        if step % self.every_n_steps == 0:
+            self.update(pl_module)
+
+    @torch.no_grad()
+    def update(self, pl_module: L.LightningModule) -> None:
+        """Moves the average one step towards the module's weights."""
+        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for name, value in pl_module.state_dict().items():
+            average = self.weights[name]
+            if value.is_floating_point():
+                averages, values = by_dtype.setdefault(value.dtype, ([], []))
+                averages.append(average)
+                values.append(value.detach())
+            else:
+                average.copy_(value)
+        for averages, values in by_dtype.values():
+            self._average(averages, values, None)
+
+    @contextmanager
+    def applied(self, pl_module: L.LightningModule) -> Iterator[None]:
+        """The module holds the averaged weights inside."""
+        mine = self._swap_in(pl_module)
+        try:
+            yield
+        finally:
+            if mine:
+                self._swap_out(pl_module)
+
+    @torch.no_grad()
+    def _exchange(self, pl_module: L.LightningModule) -> None:
+        self._to(pl_module)
+        for name, value in pl_module.state_dict().items():
+            held = value.detach().clone()
+            value.copy_(self.weights[name])
+            self.weights[name].copy_(held)
+
+    def _swap_in(self, pl_module: L.LightningModule) -> bool:
+        if self._swapped or not self.weights:
+            return False
+        self._exchange(pl_module)
+        self._swapped = True
+        return True
+
+    def _swap_out(self, pl_module: L.LightningModule) -> None:
+        if self._swapped:
+            self._exchange(pl_module)
+            self._swapped = False
+
+    def _to(self, pl_module: L.LightningModule) -> None:
+        state = pl_module.state_dict()
+        if state.keys() != self.weights.keys():
+            odd = sorted(state.keys() ^ self.weights.keys())
+            raise ZooError(f"the averaged weights do not belong to this model: {odd[0]!r} is in one of them only")
+        self.weights = {name: self.weights[name].to(value.device) for name, value in state.items()}
+
+    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.evaluate:
+            self._swap_in(pl_module)
+
+    def _end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._swap_out(pl_module)
+
+    on_validation_start = on_test_start = on_predict_start = _start
+    on_validation_end = on_test_end = on_predict_end = _end
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._swap_out(pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self.weights:
+            return
+        if self._swapped:  # saved from within an evaluation
+            checkpoint[KEY], checkpoint["state_dict"] = checkpoint["state_dict"], dict(self.weights)
+        else:
+            checkpoint[KEY] = dict(self.weights)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if KEY in checkpoint:
+            self.weights = {name: value.clone() for name, value in checkpoint[KEY].items()}
+        else:
+            self.weights = {}
+            rank_zero_warn("the checkpoint holds no averaged weights (ema_state_dict); its raw weights are used")
+
+
+@contextmanager
+def evaluation_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
+    """The module as it is evaluated: with averaged weights where an :class:`EMA` callback says so, in eval mode."""
+    ema = next((c for c in trainer.callbacks if isinstance(c, EMA) and c.evaluate), None)  # type: ignore[attr-defined]
+    modes = {module: module.training for module in pl_module.modules()}
+    pl_module.eval()
+    try:
+        if ema is None:
+            yield
+        else:
+            with ema.applied(pl_module):
+                yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,332 @@
+"""One declaration of optimiser and schedule, built once from the trainer.
+
+The learning rate follows the linear rule on the effective batch (per-device batch x processes x accumulation) and is
+set before every optimiser step, at the fractional epoch of the first micro-batch of its accumulation window; under
+warm-up from 0 the very first update therefore has learning rate 0, as in MAE and MoCo v3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from zoo.errors import ZooError, unknown
+from zoo.training.lars import LARS
+
+Name = Literal["adamw", "sgd", "lars"]
+Schedule = Literal["cosine", "step", "constant"]
+Interval = Literal["step", "epoch"]
+NoDecay = Literal["1d", "none"]
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Optimiser and learning-rate schedule of a run.
+
+    Args:
+        name: the optimiser.
+        base_lr: learning rate for `reference_batch` samples; scaled linearly to the effective batch.
+        lr: the absolute learning rate; where given, `base_lr` is not used.
+        reference_batch: the batch that `base_lr` is stated for (256 in most papers).
+        weight_decay: decay of the parameters that `no_decay` and the model's `no_weight_decay()` leave.
+        betas: of AdamW.
+        momentum: of SGD and LARS.
+        nesterov: of SGD.
+        trust_coefficient: of LARS.
+        layer_decay: factor per layer from the top down; wants a model with `layer_id(name)` and `num_layer_ids`.
+        no_decay: "1d" spares biases and parameters of one dimension, "none" decays everything.
+        schedule: what follows the warm-up.
+        interval: whether the schedule moves with every step or with whole epochs.
+        warmup_epochs: linear warm-up from 0, in epochs.
+        warmup_steps: the same in optimiser steps; where given, `warmup_epochs` is not used.
+        min_lr: the floor of the cosine; layer decay scales it too.
+        milestones: epochs at which the step schedule multiplies the rate by `gamma`.
+        gamma: factor of the step schedule.
+        global_batch: the recipe's effective batch. It is held whatever the number of devices by accumulation, or the
+            run refuses to start.
+
+    Raises:
+        ZooError: an unknown name or a value out of range.
+    """
+
+    name: Name = "adamw"
+    base_lr: float = 1e-3
+    lr: float | None = None
+    reference_batch: int = 256
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = 0.9
+    nesterov: bool = False
+    trust_coefficient: float = 0.001
+    layer_decay: float | None = None
+    no_decay: NoDecay = "1d"
+    schedule: Schedule = "cosine"
+    interval: Interval = "step"
+    warmup_epochs: float = 0.0
+    warmup_steps: int | None = None
+    min_lr: float = 0.0
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    global_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        for kind, value, known in (
+            ("optimiser", self.name, Name),
+            ("schedule", self.schedule, Schedule),
+            ("interval", self.interval, Interval),
+            ("no_decay", self.no_decay, NoDecay),
+        ):
+            if value not in get_args(known):
+                raise unknown(kind, str(value), get_args(known))
+        for key in ("base_lr", "reference_batch"):
+            if not getattr(self, key) > 0:
+                raise ZooError(f"optim.{key} must be positive, not {getattr(self, key)}")
+        for key in ("lr", "layer_decay", "global_batch"):
+            if getattr(self, key) is not None and not getattr(self, key) > 0:
+                raise ZooError(f"optim.{key} must be positive or null, not {getattr(self, key)}")
+        for key in ("weight_decay", "warmup_epochs", "min_lr"):
+            if not getattr(self, key) >= 0:
+                raise ZooError(f"optim.{key} must not be negative, but is {getattr(self, key)}")
+
+    def peak_lr(self, batch: int) -> float:
+        """The learning rate at the end of warm-up for an effective batch of `batch` samples."""
+        return self.lr if self.lr is not None else self.base_lr * batch / self.reference_batch
+
+
+def lr_at(optim: Optim, epoch: float, total_epochs: float, lr: float, warmup_epochs: float | None = None) -> float:
+    """The learning rate at a fractional `epoch` of a run of `total_epochs` whose peak is `lr`.
+
+    `warmup_epochs` stands in for the declaration's own (where that is given in steps). After the warm-up of w epochs
+    the cosine is min_lr + (lr - min_lr) * (1 + cos(pi * (epoch - w) / (total - w))) / 2.
+    """
+    warmup = optim.warmup_epochs if warmup_epochs is None else warmup_epochs
+    if optim.interval == "epoch":
+        epoch = math.floor(epoch)
+    if epoch < warmup:
+        return lr * epoch / warmup
+    if optim.schedule == "constant":
+        return lr
+    if optim.schedule == "step":
+        return lr * optim.gamma ** sum(epoch >= milestone for milestone in optim.milestones)
+    progress = min(1.0, (epoch - warmup) / max(total_epochs - warmup, 1e-12))
+    return optim.min_lr + (lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+    """The trainable parameters of `model`, grouped by weight decay and learning-rate scale.
+
+    Undecayed are parameters of one dimension, biases, and the names in `no_weight_decay()` of the model or of any part
+    of it. Without layer decay the undecayed group comes first; with it, groups come in the order in which they first
+    occur in `named_parameters`, and a layer's scale is layer_decay ** (top - id), top being `model.num_layer_ids` - 1.
+
+    Returns:
+        Groups with keys `params`, `names`, `weight_decay`, `lr_scale`.
+
+    Raises:
+        ZooError: nothing to train, or layer decay for a model that does not number its layers.
+    """
+    spared = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in model.named_modules()
+        if callable(listing := getattr(part, "no_weight_decay", None))
+        for name in listing()
+    }
+    layer_id: Callable[[str], int] | None = getattr(model, "layer_id", None)
+    if optim.layer_decay is not None and layer_id is None:
+        raise ZooError(f"optim.layer_decay wants a model with layer_id(name); {type(model).__name__} has none")
+
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = parameter.ndim <= 1 or name.endswith(".bias")
+        decayed = optim.no_decay == "none" or not (plain or name in spared)
+        layer, scale = 0, 1.0
+        if optim.layer_decay is not None and layer_id is not None:
+            layer = layer_id(name)
+            top = int(model.num_layer_ids) - 1  # type: ignore[arg-type]
+            scale = optim.layer_decay ** (top - layer)
+        group = groups.setdefault(
+            (layer, decayed),
+            {"params": [], "names": [], "weight_decay": optim.weight_decay if decayed else 0.0, "lr_scale": scale},
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    if not groups:
+        raise ZooError(f"{type(model).__name__} has no parameter that requires a gradient; nothing to train")
+    if optim.layer_decay is None:
+        return [groups[key] for key in sorted(groups)]
+    return list(groups.values())
+
+
+def make_optimizer(groups: list[dict[str, Any]], optim: Optim, lr: float, fused: bool = False) -> Optimizer:
+    """The declared optimiser over `groups`, each at `lr` times its `lr_scale`."""
+    groups = [{**group, "lr": lr * group["lr_scale"]} for group in groups]
+    if optim.name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, fused=fused or None)
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov)
+    return LARS(groups, lr=lr, momentum=optim.momentum, trust_coefficient=optim.trust_coefficient)
+
+
+def build(model: nn.Module, optim: Optim, trainer: L.Trainer) -> Any:
+    """What `configure_optimizers` returns for the parameters of `model`: the optimiser and its per-step schedule.
+
+    Holds `optim.global_batch` first (see :func:`hold_global_batch`). The schedule spans `trainer.max_epochs`, or
+    `trainer.max_steps` where the number of epochs is not limited (max_epochs: -1).
+
+    Raises:
+        ZooError: the global batch cannot be held, the batch size is not known, or the run has no end to anneal to.
+    """
+    hold_global_batch(optim, trainer)
+    if optim.schedule == "cosine" and trainer.max_epochs == -1 and trainer.max_steps == -1:
+        raise ZooError("a cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+    peak = optim.peak_lr(1 if optim.lr is not None else effective_batch(optim, trainer))
+    groups = param_groups(model, optim)
+    # GradScaler cannot unscale and clip before a fused step.
+    fused = trainer.precision != "16-mixed" and all(
+        p.device.type in ("cpu", "cuda") and p.is_floating_point() for group in groups for p in group["params"]
+    )
+    optimizer = make_optimizer(groups, optim, peak, fused=fused)
+
+    def factor(step: int) -> float:
+        if step == 0:  # the number of batches is not known yet, and no schedule's start depends on it
+            warm = bool(optim.warmup_epochs if optim.warmup_steps is None else optim.warmup_steps)
+            return 0.0 if warm else lr_at(optim, 0.0, 1.0, peak, 0.0) / peak
+        epoch, total, warmup = _position(step, optim, trainer)
+        return lr_at(optim, epoch, total, peak, warmup) / peak
+
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def _position(step: int, optim: Optim, trainer: L.Trainer) -> tuple[float, float, float]:
+    """(epoch, total epochs, warm-up epochs) before the optimiser step number `step` (from 0)."""
+    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if math.isinf(batches):
+        # A stream without length has no epochs: the run counts as one.
+        if (optim.warmup_epochs and optim.warmup_steps is None) or optim.interval == "epoch":
+            raise ZooError(
+                "the training data has no length, so epochs are unknown; set optim.warmup_steps, interval: step"
+            )
+        total = trainer.max_steps if trainer.max_steps > 0 else 1
+        return step / total, 1.0, (optim.warmup_steps or 0) / total
+
+    def epoch_of(steps: int) -> float:
+        # Lightning closes the last window of an epoch early, so every epoch has a whole number of windows.
+        whole, windows = divmod(steps, math.ceil(batches / accumulate))
+        return whole + windows * accumulate / batches
+
+    limit = trainer.max_epochs
+    total_epochs = float(limit) if limit is not None and limit != -1 else epoch_of(max(trainer.max_steps, 1))
+    warmup = optim.warmup_epochs if optim.warmup_steps is None else epoch_of(optim.warmup_steps)
+    return epoch_of(step), total_epochs, warmup
+
+
+def effective_batch(optim: Optim, trainer: L.Trainer) -> int:
+    """Samples per optimiser step over all processes.
+
+    Raises:
+        ZooError: the loaders do not tell their batch size.
+    """
+    if optim.global_batch is not None:
+        return optim.global_batch
+    return _device_batch(trainer) * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def hold_global_batch(optim: Optim, trainer: L.Trainer) -> None:
+    """Derives `trainer.accumulate_grad_batches`: per-device batch x processes x accumulation == `optim.global_batch`.
+
+    Batches at the end of an epoch that do not fill a window are left out (as drop_last does), so that every update sees
+    the whole global batch. Does nothing where the declaration names no global batch.
+
+    Raises:
+        ZooError: no whole accumulation gives the global batch, or the trainer asks for another one.
+    """
+    wanted = optim.global_batch
+    if wanted is None:
+        return
+    batch, world = _device_batch(trainer), trainer.world_size
+    if wanted % world:
+        raise ZooError(
+            f"the global batch {wanted} cannot be split over {world} processes;"
+            " set trainer.devices and num_nodes to a divisor of it, or model.optim.global_batch"
+        )
+    share = wanted // world
+    if share % batch:
+        near = max(d for d in range(1, min(batch, share) + 1) if share % d == 0)
+        raise ZooError(
+            f"the global batch {wanted} is no multiple of {batch} samples x {world} process(es); set data.batch_size to"
+            f" a divisor of {share} (nearest below: {near}), or model.optim.global_batch"
+        )
+    accumulate = share // batch
+    if trainer.accumulate_grad_batches not in (1, accumulate):
+        raise ZooError(
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} does not give the global batch {wanted}"
+            f" with {batch} samples x {world} process(es): leave it out ({accumulate} is derived), or set"
+            " model.optim.global_batch"
+        )
+    if trainer.accumulate_grad_batches != accumulate:
+        if trainer.strategy.handles_gradient_accumulation:
+            raise ZooError(f"this strategy accumulates by itself: set trainer.accumulate_grad_batches={accumulate}")
+        trainer.accumulate_grad_batches = accumulate
+        rank_zero_info(
+            f"global batch {wanted} = {batch} samples x {world} process(es) x {accumulate} accumulated batches"
+        )
+    if accumulate > 1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        _drop_open_window(trainer, accumulate)
+
+
+def _drop_open_window(trainer: L.Trainer, accumulate: int) -> None:
+    """Ends every epoch with its last whole accumulation window."""
+    try:
+        length = len(_train_loader(trainer))
+    except TypeError:  # a stream
+        return
+    limit = trainer.limit_train_batches
+    length = min(limit, length) if isinstance(limit, int) else int(length * limit)
+    if length < accumulate:
+        raise ZooError(
+            f"an epoch has {length} batches a process, fewer than the {accumulate} that make the global batch; use more"
+            " data or a larger data.batch_size, or set model.optim.global_batch"
+        )
+    if length % accumulate:
+        trainer.limit_train_batches = length - length % accumulate
+
+
+def _train_loader(trainer: L.Trainer) -> Any:
+    # Not trainer.estimated_stepping_batches: it sets up the fit loop's data before a checkpoint's loops are restored,
+    # after which Lightning never gives the loader its position back.
+    if trainer.train_dataloader is not None:
+        return trainer.train_dataloader
+    if trainer.datamodule is not None:  # type: ignore[attr-defined]
+        return trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+    if "train_dataloader" in vars(type(trainer.lightning_module)):
+        return trainer.lightning_module.train_dataloader()
+    if trainer.ckpt_path is not None:
+        raise ZooError("to resume, hand the data over in a LightningDataModule, or set optim.lr and no global_batch")
+    trainer.fit_loop.setup_data()
+    return trainer.train_dataloader
+
+
+def _device_batch(trainer: L.Trainer) -> int:
+    """Samples a process loads per micro-batch."""
+    size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+    if size is None:
+        loader = _train_loader(trainer)
+        size = getattr(loader, "batch_size", None) or getattr(
+            getattr(loader, "batch_sampler", None), "batch_size", None
+        )
+    if not isinstance(size, int):
+        raise ZooError(
+            "the training data does not tell its batch size; set optim.lr, or give the data module batch_size"
+        )
+    return size

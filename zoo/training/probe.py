@@ -1,0 +1,254 @@
+"""What frozen features are worth: linear probe and nearest neighbours, as callbacks.
+
+The task gives `features(image) -> (B, D)`. Features are extracted once, in eval mode, on the (averaged) weights. These
+are monitors that see every image in one view; a paper's own linear-probe number wants its recipe, with fresh crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from zoo.errors import ZooError
+from zoo.metrics.knn import KNNAccuracy
+from zoo.training.base import batch_length
+from zoo.training.ema import evaluation_weights
+from zoo.training.optim import Name, Optim, lr_at, make_optimizer, param_groups
+
+
+def probe_head(dim: int, num_classes: int) -> nn.Sequential:
+    """MAE's linear-probe head: BatchNorm1d without affine (eps 1e-6), then Linear with trunc_normal(0.01) weights."""
+    linear = nn.Linear(dim, num_classes)
+    nn.init.trunc_normal_(linear.weight, std=0.01)
+    return nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), linear)
+
+
+def fit_probe(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    epochs: int = 90,
+    batch_size: int = 1024,
+    optim: Optim | None = None,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Trains a :func:`probe_head` on features (N, D) with labels (N,); the same result on every process.
+
+    Batches hold min(batch_size, N) samples, the last incomplete one of an epoch is left out; learning rate by the
+    linear rule on that batch. `optim` defaults to MAE's: LARS, base_lr 0.1, no decay, warm-up of 10 epochs, cosine.
+    """
+    optim = optim or Optim(name="lars", base_lr=0.1, weight_decay=0.0, warmup_epochs=min(10, epochs / 2))
+    batch_size = min(batch_size, len(features))
+    steps = len(features) // batch_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = probe_head(features.shape[1], num_classes).to(features.device, features.dtype)
+    order = torch.Generator().manual_seed(seed)
+    peak = optim.peak_lr(batch_size)
+    optimizer = make_optimizer(param_groups(head, optim), optim, peak)
+    for epoch in range(epochs):
+        shuffled = torch.randperm(len(features), generator=order).to(features.device)
+        for step in range(steps):
+            rate = lr_at(optim, epoch + step / steps, epochs, peak)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["lr_scale"]
+            pick = shuffled[step * batch_size : (step + 1) * batch_size]
+            optimizer.zero_grad()
+            cross_entropy(head(features[pick]), labels[pick]).backward()
+            optimizer.step()
+    return head.eval()
+
+
+@torch.no_grad()
+def topk_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """{"top1", "top5"} (fractions) of logits (N, K) against labels (N,); top-5 counts min(5, K) classes."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return {"top1": hits[:, 0].double().mean().item(), "top5": hits.any(dim=1).double().mean().item()}
+
+
+def extract_features(trainer: L.Trainer, module: L.LightningModule, loader: Iterable[Any]) -> dict[str, Tensor]:
+    """{"features" (N, D), "label" (N,), "index" (N,)} of this process's share of `loader`, on the module's device.
+
+    `module` is taken as it stands (see :func:`zoo.training.ema.evaluation_weights`). Samples without an index get their
+    place in the loader, counted over all processes.
+
+    Raises:
+        ZooError: the task has no `features`, or the data no labels.
+    """
+    if not callable(getattr(module, "features", None)):
+        raise ZooError(f"{type(module).__name__} cannot be probed: it has no method features(image)")
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    seen = 0
+    with torch.inference_mode():
+        for batch in loader:
+            if not isinstance(batch, Mapping) or "label" not in batch:
+                raise ZooError("a probe needs batches with an image and a label")
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = trainer.strategy.batch_to_device(batch, module.device)
+            with trainer.precision_plugin.forward_context():
+                features = module.features(batch["image"])  # type: ignore[operator]
+            size = batch_length(batch)
+            place = (torch.arange(seen, seen + size) * trainer.world_size + trainer.global_rank).to(module.device)
+            seen += size
+            dtype = torch.promote_types(features.dtype, torch.float32)
+            rows.append((features.to(dtype), batch["label"], batch.get("index", place)))
+    if not rows:
+        raise ZooError("a probe got no data: the loader is empty")
+    features, labels, indices = (torch.cat(column).clone() for column in zip(*rows, strict=True))
+    return {"features": features, "label": labels, "index": indices}
+
+
+def gather_samples(trainer: L.Trainer, samples: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The samples of all processes, each once and in the order of "index", on every process.
+
+    Shares may differ in length; none may be empty.
+    """
+    if trainer.world_size > 1:
+        device = samples["index"].device
+        sizes = [int(n) for n in trainer.strategy.all_gather(torch.tensor(len(samples["index"]), device=device))]
+        gathered = {}
+        for key, value in samples.items():
+            padded = value.new_zeros(max(sizes), *value.shape[1:])
+            padded[: len(value)] = value
+            shares = trainer.strategy.all_gather(padded)
+            gathered[key] = torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])
+        samples = gathered
+    # A loader that repeats or pads samples must not give them weight.
+    order = samples["index"].argsort(stable=True)
+    index = samples["index"][order]
+    fresh = torch.ones_like(index, dtype=torch.bool)
+    fresh[1:] = index[1:] != index[:-1]
+    return {key: value[order[fresh]] for key, value in samples.items()}
+
+
+def _loader(trainer: L.Trainer, split: str) -> Iterable[Any]:
+    """The loader of "train", "val" or "test": the data module's own, else the one the trainer holds."""
+    source = trainer.datamodule  # type: ignore[attr-defined]
+    if source is not None:
+        if split == "train" and trainer.state.fn != TrainerFn.FITTING:
+            source.setup("fit")
+        loader = getattr(source, f"{split}_dataloader")()
+    else:
+        loader = {
+            "train": trainer.train_dataloader,
+            "val": trainer.val_dataloaders,
+            "test": trainer.test_dataloaders,
+        }[split]
+    if isinstance(loader, list | tuple):
+        loader = loader[0] if loader else None
+    if loader is None:
+        raise ZooError(f"a probe needs {split} data, and this run has none; hand over a LightningDataModule")
+    return loader
+
+
+def _num_classes(trainer: L.Trainer, *labels: Tensor) -> int:
+    known = getattr(trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
+    return int(known) if known else 1 + max(int(label.max()) for label in labels)
+
+
+class LinearProbe(L.Callback):
+    """Scores the task's frozen features by a linear classifier: on the validation split when training ends and in
+    `validate`, on the test split in `test`. Logs `probe_top1` and `probe_top5` (fractions) and prints one line.
+
+    Args:
+        epochs: passes over the extracted training features.
+        base_lr: per 256 samples.
+        optimizer: "lars" as MAE, or "sgd" or "adamw".
+        batch_size: samples a step (fewer where the training set is smaller).
+        warmup_epochs: linear warm-up; the cosine takes the rest.
+        weight_decay: 0 in every published probe but VISSL's.
+        seed: of the head and the order of samples.
+    """
+
+    def __init__(
+        self,
+        epochs: int = 90,
+        base_lr: float = 0.1,
+        optimizer: Name = "lars",
+        batch_size: int = 1024,
+        warmup_epochs: float = 10,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        if epochs < 1 or batch_size < 2 or warmup_epochs >= epochs:
+            raise ZooError("a linear probe wants epochs >= 1, batch_size >= 2 and fewer warmup_epochs than epochs")
+        self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
+        self.optim = Optim(
+            name=optimizer, base_lr=base_lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, momentum=0.9
+        )
+
+    def run(self, trainer: L.Trainer, module: L.LightningModule, split: str) -> dict[str, float]:
+        """{"probe_top1", "probe_top5"} on `split` ("val" or "test"); call on every process."""
+        with evaluation_weights(trainer, module):
+            train, held = (
+                gather_samples(trainer, extract_features(trainer, module, _loader(trainer, name)))
+                for name in ("train", split)
+            )
+        classes = _num_classes(trainer, train["label"], held["label"])
+        with torch.inference_mode(False), torch.enable_grad():
+            features, labels = train["features"].clone(), train["label"].clone()
+            head = fit_probe(features, labels, classes, self.epochs, self.batch_size, self.optim, self.seed)
+        with torch.no_grad():
+            accuracy = topk_accuracy(head(held["features"]), held["label"])
+        if trainer.is_global_zero:
+            print(
+                f"linear probe on {split}: top-1 {accuracy['top1']:.2%}, top-5 {accuracy['top5']:.2%}"
+                f" ({classes} classes, {len(train['label'])} train and {len(held['label'])} {split} samples)",
+                flush=True,
+            )
+        return {f"probe_{name}": value for name, value in accuracy.items()}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        score = self.run(trainer, pl_module, "val")
+        # self.log is closed by now.
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in score.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(score, step=trainer.global_step)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            pl_module.log_dict(self.run(trainer, pl_module, "val"))
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log_dict(self.run(trainer, pl_module, "test"))
+
+
+class KNNProbe(L.Callback):
+    """Logs `knn_top1` and `knn_top5` of the task's features on the validation split, train features as the bank.
+
+    Args:
+        k: neighbours.
+        temperature: of the vote exp(cosine / T).
+        every_n_epochs: epochs between two measurements.
+    """
+
+    def __init__(self, k: int = 20, temperature: float = 0.07, every_n_epochs: int = 1) -> None:
+        if every_n_epochs < 1:
+            raise ZooError(f"every_n_epochs must be 1 or more, not {every_n_epochs}")
+        self.k, self.temperature, self.every_n_epochs = k, temperature, every_n_epochs
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or (
+            trainer.state.fn == TrainerFn.FITTING and (trainer.current_epoch + 1) % self.every_n_epochs
+        ):
+            return
+        with evaluation_weights(trainer, pl_module):
+            bank, query = (
+                gather_samples(trainer, extract_features(trainer, pl_module, _loader(trainer, split)))
+                for split in ("train", "val")
+            )
+        # Gathered already (without repeats), so every process computes the same.
+        metric = KNNAccuracy(
+            _num_classes(trainer, bank["label"], query["label"]), self.k, self.temperature, sync_on_compute=False
+        ).to(pl_module.device)
+        metric.update_bank(bank["features"], bank["label"])
+        metric.update(query["features"], query["label"])
+        pl_module.log_dict({f"knn_{name}": value.item() for name, value in metric.compute().items()})
