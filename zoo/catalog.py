@@ -1,0 +1,454 @@
+"""What the zoo holds: the cards of papers and data sets, and the names of recipes.
+
+A card is a YAML file of facts beside the code it describes: ``zoo/<field>/<paper>.yaml`` for a paper,
+``data/<name>.yaml`` for a data set. Reading them needs neither torch nor the papers' code.
+
+Papers of one's own join the catalog without touching the package: ``ZOO_PAPERS`` names folders (separated as in
+``PATH``) that hold ``<slug>.py`` with its card ``<slug>.yaml`` beside it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import fnmatch
+import os
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from zoo.errors import ZooError, unknown
+from zoo.paths import share
+
+FIELDS = ("recognition", "selfsup", "detection", "video", "multimodal", "generation", "beyond")
+_PACKAGE = Path(__file__).resolve().parent
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelEntry(_Facts):
+    """A published size: the name of the function that builds it, and its number of parameters at its defaults."""
+
+    name: str
+    params: int
+    summary: str = ""
+
+
+class Preprocess(_Facts):
+    """What weights expect: resize the short side to `size / crop_pct`, crop `size`, scale to [0, 1], normalise."""
+
+    size: int
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    mean: list[float] = [0.485, 0.456, 0.406]
+    std: list[float] = [0.229, 0.224, 0.225]
+    channels: Literal["rgb", "bgr"] = "rgb"
+
+
+class WeightMetric(_Facts):
+    """A published result of one set of weights."""
+
+    dataset: str
+    metric: str
+    value: float
+    where: str
+
+
+class Weight(_Facts):
+    """A published checkpoint.
+
+    `model` is the function it loads into (default: `name` up to the first dot), called with `overrides`. Keys must
+    match one for one, but for `fresh` (parameters of the model that the file need not have: a new head) and `spare`
+    (keys of the file that the model need not have), both patterns such as ``fc_norm.*``.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[^.\s]+\.[^\s]+$")]
+    model: str = ""
+    urls: Annotated[list[str], Field(min_length=1)]
+    sha256: Sha256 | None = None
+    md5_prefix: Annotated[str, Field(pattern=r"^[0-9a-f]{4,32}$")] | None = None
+    size: int | None = None
+    licence: str
+    kind: Literal["encoder", "full", "classifier"]
+    target: Literal["norm_pix", "plain"] | None = None
+    layout: str | None = None
+    overrides: dict[str, Any] = {}
+    fresh: list[str] = []
+    spare: list[str] = []
+    preprocess: Preprocess
+    metrics: list[WeightMetric] = []
+    notes: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_from_name(cls, facts: Any) -> Any:
+        if isinstance(facts, dict) and "model" not in facts and isinstance(facts.get("name"), str):
+            return {**facts, "model": facts["name"].partition(".")[0]}
+        return facts
+
+
+class Measured(_Facts):
+    """A value measured by this project: where, when, and by which command."""
+
+    value: float
+    hardware: str
+    date: datetime.date
+    command: str
+
+
+class Row(_Facts):
+    """A line of a leaderboard: a published value and its protocol, the recipe that is that line, and our own value."""
+
+    id: str
+    dataset: str
+    metric: str
+    unit: str = ""
+    model: str
+    value: float | None
+    where: str
+    protocol: dict[str, Any] = {}
+    recipe: str | None = None
+    cost: str | None = None
+    measured: Measured | None = None
+    status: Literal["verified", "partly", "not run"] = "not run"
+    higher_is_better: bool = True
+
+    @model_validator(mode="after")
+    def _status_is_backed(self) -> Row:
+        if (self.measured is None) != (self.status == "not run"):
+            raise ValueError(f"row {self.id!r}: status {self.status!r} and `measured` do not agree")
+        return self
+
+
+class LedgerEntry(_Facts):
+    """A place where paper, official code and zoo differ."""
+
+    topic: str
+    paper: str
+    code: str
+    zoo: str
+
+
+class Claim(_Facts):
+    """The paper's central claim in miniature; `result` is a file under ``benchmarks/claims/results``."""
+
+    statement: str
+    command: str
+    arms: list[str]
+    result: str
+
+
+class PaperCard(_Facts):
+    """All that is known about a paper; ``zoo/<field>/<slug>.yaml``."""
+
+    slug: str
+    field: str
+    title: str
+    authors: list[str]
+    year: int
+    arxiv: str | None = None
+    venue: str | None = None
+    code: str | None = None
+    licence: str | None = None
+    summary: str
+    models: list[ModelEntry] = []
+    weights: list[Weight] = []
+    leaderboard: list[Row] = []
+    ledger: list[LedgerEntry] = []
+    claim: Claim | None = None
+    _path: Path = PrivateAttr(default=Path())
+
+    @model_validator(mode="after")
+    def _names_are_real(self) -> PaperCard:
+        models = [entry.name for entry in self.models]
+        for kind, names in (
+            ("model", models),
+            ("weights", [entry.name for entry in self.weights]),
+            ("leaderboard id", [row.id for row in self.leaderboard]),
+        ):
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{kind} {twice[0]!r} stands here twice")
+        for entry in self.weights:
+            if entry.model not in models:
+                raise ValueError(f"weights {entry.name!r} name {entry.model!r}, which is none of the card's models")
+        return self
+
+    @property
+    def path(self) -> Path:
+        """The card's file."""
+        return self._path
+
+    @property
+    def module(self) -> str:
+        """The import name of the paper's module (a paper from ``ZOO_PAPERS`` is imported from its file)."""
+        return f"zoo.{self.field}.{self.slug}"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the card comes from a folder of ``ZOO_PAPERS``, not from the package."""
+        return _PACKAGE not in self._path.parents
+
+
+class Columns(_Facts):
+    """The columns of a Hugging Face data set."""
+
+    image: str = "image"
+    label: str = "label"
+
+
+class DataCard(_Facts):
+    """All that is known about a data set; ``data/<name>.yaml``. `splits` gives the number of samples where known."""
+
+    name: str
+    title: str
+    home: str | None = None
+    licence: str
+    task: str
+    splits: dict[str, int | None]
+    num_classes: int | None = None
+    class_names: list[str] | None = None
+    image_size: int | None = None
+    channels: int = 3
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    hub_id: str | None = None
+    urls: list[str] = []
+    layouts: list[str] = []
+    columns: Columns = Columns()
+    notes: str = ""
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> DataCard:
+        if self.class_names is not None and self.num_classes != len(self.class_names):
+            raise ValueError(f"num_classes is {self.num_classes}, but there are {len(self.class_names)} class_names")
+        for key in ("mean", "std"):
+            if getattr(self, key) is not None and len(getattr(self, key)) != self.channels:
+                raise ValueError(f"{key} needs {self.channels} numbers, one a channel")
+        return self
+
+
+# ---- lists ----------------------------------------------------------------------------------------------------------
+
+
+def list_papers(field: str | None = None, pattern: str = "*") -> list[str]:
+    """Slugs of the papers, of one `field` if given."""
+    cards = _papers()
+    fields = {card.field for card in cards.values()}.union(FIELDS)
+    if field is not None and field not in fields:
+        raise unknown("field", field, fields)
+    return _matching((slug for slug, card in cards.items() if field in (None, card.field)), pattern)
+
+
+def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
+    """Names of the models; with `pretrained`, of the published weights (``model.tag``) that can be loaded."""
+    if pretrained:
+        return list_weights(pattern)
+    return _matching((entry.name for card in _papers().values() for entry in card.models), pattern)
+
+
+def list_weights(pattern: str = "*", licence: str | None = None) -> list[str]:
+    """Names of the published weights, of a `licence` (a pattern too: ``CC-BY*``) if given."""
+    entries = [entry for card in _papers().values() for entry in card.weights]
+    if licence is not None:
+        wanted = set(_matching((entry.licence for entry in entries), licence))
+        entries = [entry for entry in entries if entry.licence in wanted]
+    return _matching((entry.name for entry in entries), pattern)
+
+
+def list_recipes(pattern: str = "*") -> list[str]:
+    """Names of the recipes: ``<paper>/<recipe>``."""
+    root = share("recipes")
+    return _matching((path.relative_to(root).with_suffix("").as_posix() for path in root.glob("*/*.yaml")), pattern)
+
+
+def list_datasets(pattern: str = "*") -> list[str]:
+    """Names of the data sets that have a card."""
+    return _matching((path.stem for path in share("data").glob("*.yaml")), pattern)
+
+
+# ---- single entries -------------------------------------------------------------------------------------------------
+
+
+def paper(slug: str) -> PaperCard:
+    """The card of a paper. Raises ZooError for an unknown one."""
+    cards = _papers()
+    if slug not in cards:
+        raise unknown("paper", slug, cards)
+    return cards[slug]
+
+
+def model(name: str) -> tuple[PaperCard, ModelEntry]:
+    """The paper and the entry of a model; `name` may carry a weights tag."""
+    if "." in name:
+        _, entry = weight(name)
+        name = entry.model
+    entries = {entry.name: (card, entry) for card in _papers().values() for entry in card.models}
+    if name not in entries:
+        raise unknown("model", name, entries)
+    return entries[name]
+
+
+def weight(name: str) -> tuple[PaperCard, Weight]:
+    """The paper and the entry of published weights, ``model.tag``."""
+    entries = {entry.name: (card, entry) for card in _papers().values() for entry in card.weights}
+    if name not in entries:
+        raise unknown("weights", name, entries)
+    return entries[name]
+
+
+def data_card(name: str) -> DataCard:
+    """The card of a data set."""
+    path = share("data") / f"{name}.yaml"
+    if name not in list_datasets():
+        raise unknown("dataset", name, list_datasets())
+    return _read(DataCard, path, path.stat().st_mtime_ns)
+
+
+def recipe_path(recipe: str | os.PathLike[str]) -> Path:
+    """The file of a recipe given by name (``mae/pocket``), by the beginning of one name, or by path."""
+    name = os.fspath(recipe)
+    names = list_recipes()
+    if name in names:
+        return share("recipes") / f"{name}.yaml"
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml"):
+        raise ZooError(f"no recipe file {name!r}")
+    begins = [known for known in names if known.startswith(name)]
+    if len(begins) > 1:
+        raise ZooError(f"recipe {name!r} may mean {', '.join(begins)}; give one of them")
+    if not begins or not name:
+        raise unknown("recipe", name, names)
+    return share("recipes") / f"{begins[0]}.yaml"
+
+
+def recipe_header(recipe: str | os.PathLike[str]) -> str:
+    """The comment a recipe opens with, without its marks: what it reproduces, its cost, its command."""
+    lines = []
+    for line in recipe_path(recipe).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" ").rstrip())
+    return "\n".join(lines).strip()
+
+
+def _matching(names: Iterable[str], pattern: str) -> list[str]:
+    """The `names` that match a shell `pattern`, or contain it where it has no wildcard; sorted, each once."""
+    if not any(mark in pattern for mark in "*?["):
+        pattern = f"*{pattern}*"
+    return sorted({name for name in names if fnmatch.fnmatchcase(name, pattern)})
+
+
+# ---- reading cards --------------------------------------------------------------------------------------------------
+
+
+def _card_files() -> Iterator[tuple[Path, bool]]:
+    """The cards' files, and whether each is one of the user's own."""
+    for field in FIELDS:
+        yield from ((path, False) for path in sorted((_PACKAGE / field).glob("*.yaml")))
+    for folder in filter(None, os.environ.get("ZOO_PAPERS", "").split(os.pathsep)):
+        if not Path(folder).is_dir():
+            raise ZooError(f"ZOO_PAPERS: no folder {folder!r}")
+        yield from ((path.resolve(), True) for path in sorted(Path(folder).glob("*.yaml")))
+
+
+def _papers() -> dict[str, PaperCard]:
+    """All cards by slug; read once, and again when a file changes."""
+    return _index(tuple((path, own, path.stat().st_mtime_ns) for path, own in _card_files()))
+
+
+@lru_cache(maxsize=4)
+def _index(files: tuple[tuple[Path, bool, int], ...]) -> dict[str, PaperCard]:
+    cards: dict[str, PaperCard] = {}
+    owners: dict[str, str] = {}
+    for path, own, stamp in files:
+        card = _read(PaperCard, path, stamp)
+        card._path = path
+        if card.slug != path.stem:
+            raise ZooError(f"{_short(path)}: slug is {card.slug!r}; it must be the file's name, {path.stem!r}")
+        if not own and card.field != path.parent.name:
+            raise ZooError(f"{_short(path)}: field is {card.field!r}; it must be the folder's name")
+        for name in (card.slug, *(entry.name for entry in (*card.models, *card.weights))):
+            if owners.setdefault(name, card.slug) != card.slug or card.slug in cards:
+                raise ZooError(f"{_short(path)}: the name {name!r} is taken by {_short(cards[owners[name]].path)}")
+        cards[card.slug] = card
+    return cards
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Safe YAML in which a key that stands twice is an error, not silently the last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Card = TypeVar("_Card", PaperCard, DataCard)
+
+
+@lru_cache(maxsize=512)
+def _read(kind: type[_Card], path: Path, stamp: int) -> _Card:
+    """A card from its file; `stamp` (its time of change) is the cache's key."""
+    try:
+        with path.open("rb") as file:
+            facts = yaml.load(file, _Loader)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ZooError(f"{_short(path)}: {' '.join(str(error).split())}") from error
+    if not isinstance(facts, dict):
+        raise ZooError(f"{_short(path)}: a card is a mapping of keys, not {type(facts).__name__}")
+    try:
+        card = kind.model_validate(facts)
+    except ValidationError as error:
+        raise ZooError(f"{_short(path)}: {_first_problem(error, kind)}") from error
+    if isinstance(card, DataCard) and card.name != path.stem:
+        raise ZooError(f"{_short(path)}: name is {card.name!r}; it must be the file's name, {path.stem!r}")
+    return card
+
+
+def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
+    """One line for the first thing wrong with a card: the key, and what is the matter with it."""
+    problem = error.errors(include_url=False)[0]
+    key = ""
+    for part in problem["loc"]:
+        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else part
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(problem["loc"][-1]), _keys_at(kind, problem["loc"][:-1]), n=1, cutoff=0.3)
+        message = "unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{key}: {message}{more}" if key else f"{message}{more}"
+
+
+def _keys_at(kind: type[BaseModel], where: Iterable[str | int]) -> list[str]:
+    """The keys a card may have at a place such as ``weights, 0, preprocess``."""
+    for part in where:
+        if isinstance(part, str):
+            kinds = _models_in(kind.model_fields[part].annotation)
+            kind = kinds[0] if kinds else kind
+    return list(kind.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in getattr(annotation, "__args__", ()) for found in _models_in(part)]
+
+
+def _short(path: Path) -> str:
+    """A path as the user best knows it: from the package's parent, or whole."""
+    return str(path.relative_to(_PACKAGE.parent)) if _PACKAGE.parent in path.parents else str(path)
