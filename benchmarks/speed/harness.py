@@ -1,0 +1,225 @@
+"""Time the same work done by several codebases, round after round, and say how far apart they are.
+
+All contenders live in one process and take turns: a round runs each of them once, the order rotates from round to
+round, and a ratio is taken within a round. A machine that slows down for a minute slows all of them, so that ratios
+stay sound where absolute times do not.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Dense tensor-core peaks in TFLOP/s from the makers' data sheets: (float32 as TF32, bfloat16).
+GPU_PEAKS: dict[str, tuple[float, float]] = {
+    "V100": (15.7, 125.0),
+    "A100": (156.0, 312.0),
+    "A10": (62.5, 125.0),
+    "L4": (60.0, 121.0),
+    "L40S": (183.0, 362.0),
+    "RTX 3090": (35.6, 71.0),
+    "RTX 4090": (82.6, 165.2),
+    "H100": (494.5, 989.4),
+    "H200": (494.5, 989.4),
+    "B200": (1125.0, 2250.0),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The conditions that every contender shares."""
+
+    model: str = ""
+    dtype: str = "float32"
+    threads: int = 1
+    batch: int = 8
+    repeats: int = 7
+    warmup: int = 2
+    device: str = "cpu"
+    compile: bool = False
+    official: Path | None = None
+    data: Path | None = None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+
+@dataclass
+class Trainer:
+    """A network under training: `loss` maps the images (B,C,H,W) to a scalar, `optimizer` is the one its own training
+    script builds. `about` says what is being timed in words."""
+
+    name: str
+    version: str
+    loss: Callable[[Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    about: str
+
+
+@dataclass
+class Loader:
+    """A data pipeline: an endless iterator over batches, each a tensor (B,C,H,W) ready for the network."""
+
+    name: str
+    version: str
+    batches: Iterator[Tensor]
+    about: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step does, for the rates: images, tokens that pass a transformer, floating-point operations."""
+
+    images: int
+    tokens: int = 0
+    flops: int = 0
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return {"median": float(middle), "q25": float(low), "q75": float(high)}
+
+
+def count_flops(loss: Callable[[], Tensor]) -> int:
+    """Floating-point operations of the matrix products of one forward and backward pass (2 a multiply-add).
+
+    Call it with a network and images on the meta device: nothing is computed.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    return int(counter.get_total_flops())
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def training_step(trainer: Trainer, images: Tensor, setting: Setting) -> dict[str, float]:
+    """One whole training step: forward, backward, update. Returns the seconds of each part and the loss."""
+    mixed = setting.torch_dtype is not torch.float32
+    device_type = setting.device.split(":")[0]
+    _synchronize(setting.device)
+    start = time.perf_counter()
+    with torch.autocast(device_type, setting.torch_dtype, enabled=mixed):
+        loss = trainer.loss(images)
+    _synchronize(setting.device)
+    forward = time.perf_counter()
+    loss.backward()
+    _synchronize(setting.device)
+    backward = time.perf_counter()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    _synchronize(setting.device)
+    end = time.perf_counter()
+    return {
+        "seconds": end - start,
+        "forward": forward - start,
+        "backward": backward - forward,
+        "update": end - backward,
+        "loss": float(loss.detach()),
+    }
+
+
+def _loading_step(loader: Loader) -> dict[str, float]:
+    start = time.perf_counter()
+    next(loader.batches)
+    return {"seconds": time.perf_counter() - start}
+
+
+def interleave(steps: dict[str, Callable[[], dict[str, float]]], repeats: int, warmup: int) -> dict[str, list[dict]]:
+    """Run every step `warmup + repeats` times in turns; the records of the last `repeats` rounds, by name."""
+    names = list(steps)
+    records: dict[str, list[dict]] = {name: [] for name in names}
+    enabled = gc.isenabled()
+    for turn in range(warmup + repeats):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            gc.collect()
+            gc.disable()
+            record = steps[name]()
+            if enabled:
+                gc.enable()
+            if turn >= warmup:
+                records[name].append(record)
+    return records
+
+
+def _share_of_peak(rate: float, setting: Setting) -> float | None:
+    """Achieved operations per second over the GPU's peak at this dtype; None on a CPU or an unknown card."""
+    if not setting.device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(setting.device)
+    for card in sorted(GPU_PEAKS, key=len, reverse=True):
+        if card in name:
+            return rate / (GPU_PEAKS[card][setting.dtype == "bfloat16"] * 1e12)
+    return None
+
+
+def _report(contenders: list[Any], records: dict[str, list[dict]], work: Work, setting: Setting) -> dict[str, Any]:
+    ours = [record["seconds"] for record in records[contenders[0].name]]
+    rows = []
+    for contender in contenders:
+        runs = records[contender.name]
+        seconds = [run["seconds"] for run in runs]
+        row: dict[str, Any] = {
+            "name": contender.name,
+            "version": contender.version,
+            "about": contender.about,
+            "seconds": {**spread(seconds), "all": [round(s, 5) for s in seconds]},
+            "images_per_second": work.images / spread(seconds)["median"],
+            # Above 1 the first contender, ours, is the faster one.
+            "times_ours": spread([theirs / mine for theirs, mine in zip(seconds, ours, strict=True)]),
+        }
+        if work.tokens:
+            row["tokens_per_second"] = work.tokens / spread(seconds)["median"]
+        if work.flops:
+            rate = work.flops / spread(seconds)["median"]
+            row["tflops"] = rate / 1e12
+            row["share_of_peak"] = _share_of_peak(rate, setting)
+        for part in ("forward", "backward", "update"):
+            if part in runs[0]:
+                row[part] = spread([run[part] for run in runs])["median"]
+        if "loss" in runs[0]:
+            row["last_loss"] = runs[-1]["loss"]
+        rows.append(row)
+    return {"work": asdict(work), "rounds": setting.repeats, "contenders": rows}
+
+
+def time_training(trainers: list[Trainer], images: Tensor, work: Work, setting: Setting) -> dict[str, Any]:
+    """Interleaved whole training steps; the first trainer is ours. Fails on a loss that is not finite."""
+    if setting.compile:
+        for trainer in trainers:
+            trainer.loss = torch.compile(trainer.loss)
+    steps = {t.name: (lambda t=t: training_step(t, images, setting)) for t in trainers}
+    records = interleave(steps, setting.repeats, setting.warmup)
+    for name, runs in records.items():
+        if not np.isfinite([run["loss"] for run in runs]).all():
+            raise RuntimeError(f"{name}: the loss is not finite; this comparison means nothing")
+    return _report(trainers, records, work, setting)
+
+
+def time_loading(loaders: list[Loader], work: Work, setting: Setting) -> dict[str, Any]:
+    """Interleaved batches of the data pipelines; the first is ours."""
+    records = interleave({x.name: (lambda x=x: _loading_step(x)) for x in loaders}, setting.repeats, setting.warmup)
+    return _report(loaders, records, work, setting)
+
+
+def forever(loader: Any, image: Callable[[Any], Tensor]) -> Iterator[Tensor]:
+    """The images of a loader's batches, epoch after epoch."""
+    while True:
+        for batch in loader:
+            yield image(batch)

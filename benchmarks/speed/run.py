@@ -1,0 +1,187 @@
+"""Speed of a paper's training step and data pipeline: ours beside others, in one interleaved measurement.
+
+    python benchmarks/speed/run.py mae --official PATH --dtype bfloat16 --threads 2 --batch 16 --repeats 9
+
+Writes benchmarks/speed/results/<name>.json and rewrites benchmarks/speed/RESULTS.md from all results there. A paper
+takes part with a module benchmarks/speed/<paper>.py: MODELS, DEFAULT_MODEL, PACKAGES, trainers, images, work, loaders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parents[1]))
+
+import torch  # noqa: E402
+
+from benchmarks.environment import command_line, environment  # noqa: E402
+from benchmarks.speed.harness import Setting, time_loading, time_training  # noqa: E402
+
+RESULTS = HERE / "results"
+
+
+def papers() -> list[str]:
+    """The papers that have a module here."""
+    return sorted(p.stem for p in HERE.glob("*.py") if p.stem not in ("run", "harness", "__init__"))
+
+
+def measure(paper: str, setting: Setting, sections: tuple[str, ...] = ("step", "data")) -> dict[str, Any]:
+    """Measure the sections of a paper under a setting; the record that goes into its result file."""
+    peers = importlib.import_module(f"benchmarks.speed.{paper}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(setting.threads)
+    torch.manual_seed(0)
+    record: dict[str, Any] = {
+        "benchmark": paper,
+        "command": command_line(),
+        "setting": {
+            "model": setting.model,
+            "dtype": setting.dtype,
+            "threads": setting.threads,
+            "batch": setting.batch,
+            "repeats": setting.repeats,
+            "device": setting.device,
+            "compile": setting.compile,
+        },
+        "environment": environment(*peers.PACKAGES),
+    }
+    try:
+        if "step" in sections:
+            record["step"] = time_training(peers.trainers(setting), peers.images(setting), peers.work(setting), setting)
+        if "data" in sections:
+            with peers.loaders(setting) as (loaders, work):
+                record["data"] = time_loading(loaders, work, setting)
+    finally:
+        torch.set_num_threads(threads)
+    return record
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """Write a record as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def _table(record: dict[str, Any], section: str) -> list[str]:
+    setting, found, machine = record["setting"], record[section], record["environment"]
+    device = machine["gpu"] if setting["device"].startswith("cuda") else machine["cpu"]["kind"]
+    work = found["work"]
+    if section == "step":
+        title = (
+            f"{record['benchmark']}: training step, {setting['model']}, {setting['dtype']}, batch {setting['batch']}"
+        )
+    else:
+        title = f"{record['benchmark']}: JPEG to batch, {work['detail']['data']}, crop {work['detail']['crop']}"
+    compiled = ", torch.compile" if setting["compile"] and section == "step" else ""
+    lines = [
+        f"## {title}",
+        f"{device}, {setting['threads']} thread(s){compiled}, {found['rounds']} rounds, load before "
+        f"{machine['load']} a core, torch {machine['versions']['torch']}, {machine['date']}.",
+        "",
+        f"    {record['command']}",
+        "",
+    ]
+    on_gpu = section == "step" and setting["device"].startswith("cuda")
+    head = ["", "seconds (quartiles)", "images/s"]
+    if section == "step":
+        head += ["tokens/s", "TFLOP/s", *(["share of peak"] if on_gpu else []), "forward", "backward", "update"]
+    head += ["time over ours (quartiles)"]
+    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in found["contenders"]:
+        time, ratio = row["seconds"], row["times_ours"]
+        cells = [
+            f"{row['name']} {row['version']}",
+            f"{time['median']:.3f} ({time['q25']:.3f} to {time['q75']:.3f})",
+            f"{row['images_per_second']:.1f}",
+        ]
+        if section == "step":
+            cells += [f"{row['tokens_per_second']:.0f}", f"{row['tflops']:.3f}"]
+            if on_gpu:
+                share = row["share_of_peak"]
+                cells += ["" if share is None else f"{100 * share:.1f} %"]
+            cells += [f"{row[part]:.3f}" for part in ("forward", "backward", "update")]
+        cells += [f"{ratio['median']:.3f} ({ratio['q25']:.3f} to {ratio['q75']:.3f})"]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {row['name']}: {row['about']}" for row in found["contenders"]), ""]
+    return lines
+
+
+def render(results: Path) -> str:
+    """The markdown page of all result files in a folder."""
+    lines = [
+        "# Speed, measured",
+        "",
+        "Written by `benchmarks/speed/run.py` from the files in `results/`. Contenders take turns in one process;",
+        "times are medians with quartiles, the last column is the ratio within each round: above 1, ours is faster.",
+        "",
+    ]
+    for path in sorted(results.glob("*.json")):
+        record = json.loads(path.read_text())
+        for section in ("step", "data"):
+            if section in record:
+                lines += _table(record, section)
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paper", choices=papers())
+    parser.add_argument("--model", help="one of the paper's sizes (default: its base model)")
+    parser.add_argument("--official", type=Path, help="a checkout of the official code")
+    parser.add_argument("--data", type=Path, help="a folder of class folders with JPEG files for the data pipelines")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 means autocast")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=7, help="rounds that count")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before that do not")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every contender's loss")
+    parser.add_argument("--only", choices=["step", "data"], help="one of the two sections")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: results/ beside this script)")
+    given = parser.parse_args(argv)
+    peers = importlib.import_module(f"benchmarks.speed.{given.paper}")
+    model = given.model or peers.DEFAULT_MODEL
+    if model not in peers.MODELS:
+        parser.error(f"unknown model {model!r}; known: {', '.join(peers.MODELS)}")
+    for folder in (given.official, given.data):
+        if folder is not None and not folder.is_dir():
+            parser.error(f"no folder {folder}")
+    setting = Setting(
+        model=model,
+        dtype=given.dtype,
+        threads=given.threads,
+        batch=given.batch,
+        repeats=given.repeats,
+        warmup=given.warmup,
+        device=given.device,
+        compile=given.compile,
+        official=given.official,
+        data=given.data,
+    )
+    record = measure(given.paper, setting, (given.only,) if given.only else ("step", "data"))
+    out = given.out or RESULTS
+    kind = f"{model}_{given.dtype}_b{given.batch}" if given.only != "data" else "data"
+    name = "_".join(
+        [given.paper, kind, given.device.split(":")[0], f"t{given.threads}", *(["compile"] * given.compile)]
+    )
+    write(record, out / f"{name}.json")
+    page = out.parent / "RESULTS.md" if given.out is None else out / "RESULTS.md"
+    page.write_text(render(out))
+    for section in ("step", "data"):
+        if section in record:
+            print("\n".join(_table(record, section)))
+    print(f"written: {name}.json and {page.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
