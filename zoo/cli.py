@@ -1,0 +1,432 @@
+"""The `zoo` command.
+
+This file imports no torch: `zoo list` and `zoo show` read cards only, and the other commands import what they use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from zoo.errors import ZooError, unknown
+
+RUN = ("fit", "validate", "test", "predict")
+KINDS = ("papers", "models", "weights", "recipes", "datasets")
+_VALUELESS = ("-h", "--help", "--print_config")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are a ZooError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ZooError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words, debug)
+    except ZooError as error:
+        if debug:
+            raise
+        print(f"zoo: {error}", file=sys.stderr)
+    except (ModuleNotFoundError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        if debug:
+            raise
+        print(f"zoo: {_of_the_machine(error)} (--debug shows where)", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    return 2
+
+
+def _of_the_machine(error: OSError | ImportError) -> str:
+    if isinstance(error, ImportError):
+        return f"the package {error.name!r} is not installed; pip install {(error.name or '').partition('.')[0]}"
+    return f"{error.strerror or type(error).__name__}: {error.filename}"
+
+
+def _dispatch(words: list[str], debug: bool) -> int:
+    before, command, rest = _split(words)
+    if command in RUN:
+        return _run(command, before + rest, debug)
+    if command == "__complete":
+        return _complete(rest)
+    parser, known = _parser()
+    if command is not None and command not in known:
+        raise unknown("command", command, [*known, *RUN])
+    arguments, extra = parser.parse_known_args([*before, *([command] if command else []), *rest])
+    if command is None:
+        parser.print_help()
+        return 0
+    if extra and command != "claim":
+        raise ZooError(f"zoo {command} has no option {extra[0]!r} (see zoo {command} --help)")
+    return arguments.do(arguments, extra) or 0
+
+
+def _split(words: list[str]) -> tuple[list[str], str | None, list[str]]:
+    """The options before the command, the command, and what follows it; `--config X` may stand on either side."""
+    position = 0
+    while position < len(words) and words[position].startswith("-"):
+        word = words[position]
+        position += 1
+        if word in ("--config", "-c"):
+            position += 1
+        elif not word.startswith("--config=") and word not in ("-h", "--help", "--version"):
+            raise ZooError(f"the option {word!r} stands before the command; write zoo COMMAND ... {word}")
+    return words[:position], (words[position] if position < len(words) else None), words[position + 1 :]
+
+
+def _parser() -> tuple[_Parser, list[str]]:
+    parser = _Parser(prog="zoo", description="A model zoo: recipes, published weights, leaderboards, parity.")
+    parser.add_argument("--version", action="version", version=f"zoo {_version()}")
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    for name, text in {
+        "fit": "train a recipe: zoo fit mae/pocket [--trainer.max_epochs 1 ...]",
+        "validate": "a recipe's validation: zoo validate RECIPE --ckpt_path last",
+        "test": "a recipe's test: zoo test RECIPE --ckpt_path last",
+        "predict": "a recipe's predictions, or: zoo predict MODEL IMAGE... -o OUT",
+    }.items():
+        commands.add_parser(name, help=text, add_help=False)
+
+    one = commands.add_parser("list", help="what there is", description="What there is, as a table.")
+    one.add_argument("kind", nargs="?", default="papers", metavar="|".join(KINDS))
+    one.add_argument("pattern", nargs="?", default="*", help="a part of the name, or a pattern with *")
+    one.add_argument("--licence", help="weights only: those of this licence")
+    one.add_argument("--json", action="store_true")
+    one.set_defaults(do=_list)
+
+    one = commands.add_parser("show", help="one paper, model, weight, recipe or dataset")
+    one.add_argument("name")
+    one.add_argument("--json", action="store_true")
+    one.set_defaults(do=_show)
+
+    one = commands.add_parser("leaderboard", help="published and measured numbers side by side")
+    one.add_argument("paper", nargs="?")
+    form = one.add_mutually_exclusive_group()
+    form.add_argument("--markdown", metavar="FILE")
+    form.add_argument("--html", metavar="FILE")
+    form.add_argument("--json", action="store_true")
+    one.set_defaults(do=_leaderboard)
+
+    one = commands.add_parser("claim", help="a paper's central claim in miniature; minutes on a CPU", add_help=False)
+    one.add_argument("paper")
+    one.set_defaults(do=_claim)
+
+    one = commands.add_parser("parity", help="replay cases of the official code on this machine")
+    one.add_argument("paper", nargs="?")
+    one.add_argument("--dtype", default="float64", choices=["float64", "float32", "bfloat16", "float16"])
+    one.add_argument("--device", default="cpu")
+    one.add_argument("--json", action="store_true")
+    one.set_defaults(do=_parity)
+
+    one = commands.add_parser("weights", help="published weights: get, verify, convert")
+    one.add_argument("what", choices=["get", "verify", "convert"])
+    one.add_argument("name")
+    one.add_argument("-o", "--out", metavar="FILE", help="convert: where the safetensors file goes")
+    one.set_defaults(do=_weights)
+
+    one = commands.add_parser("data", help="look a dataset over before a run")
+    one.add_argument("what", choices=["check"])
+    one.add_argument("dataset", help="a dataset's name or a folder")
+    one.add_argument("--data_dir", help="where the named dataset lies")
+    one.add_argument("--quick", action="store_true", help="count only; do not read every sample")
+    one.add_argument("--json", action="store_true")
+    one.set_defaults(do=_data)
+
+    one = commands.add_parser("explain", help="why two numbers differ: rows of a leaderboard, runs or result files")
+    one.add_argument("a", metavar="A")
+    one.add_argument("b", metavar="B")
+    one.add_argument("--json", action="store_true")
+    one.set_defaults(do=_explain)
+
+    one = commands.add_parser("completion", help='a completion script: eval "$(zoo completion bash)"')
+    one.add_argument("shell", choices=["bash", "zsh", "fish"])
+    one.set_defaults(do=_completion)
+    return parser, list(commands.choices)
+
+
+def _version() -> str:
+    from zoo import __version__
+
+    return __version__
+
+
+# --------------------------------------------------------------------------------------------------- recipes, images
+
+
+def _run(command: str, words: list[str], debug: bool) -> int:
+    positional, options = _positional(words)
+    if not positional:
+        if "-h" in options or "--help" in options:
+            print(f"usage: zoo {command} RECIPE [options]; zoo {command} RECIPE --help lists them; zoo list recipes")
+            return 0
+        config = _config_among(options)
+        if config is None:
+            raise ZooError(f"zoo {command} wants a recipe: zoo {command} mae/pocket (see zoo list recipes)")
+        positional, options = [config[0]], config[1]
+    if command == "predict" and _is_model(positional[0]):
+        return _picture(words)
+    if len(positional) > 1:
+        raise ZooError(f"unexpected {positional[1]!r}: zoo {command} takes one recipe, then options with --")
+    from zoo import catalog
+
+    catalog.recipe_path(positional[0])  # an unknown name must not wait for torch
+    from zoo import recipes
+
+    return recipes.run(command, positional[0], options, debug)
+
+
+def _positional(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that are neither an option nor its value, and the rest; every option but a few takes one value."""
+    positional, options, position = [], [], 0
+    while position < len(words):
+        word = words[position]
+        if not word.startswith("-"):
+            positional.append(word)
+        else:
+            options.append(word)
+            valued = "=" not in word and word not in _VALUELESS and position + 1 < len(words)
+            if valued and not words[position + 1].startswith("--"):
+                position += 1
+                options.append(words[position])
+        position += 1
+    return positional, options
+
+
+def _config_among(options: list[str]) -> tuple[str, list[str]] | None:
+    """The first config file among `options`, and the others: without a recipe's name it is the recipe."""
+    for position, word in enumerate(options):
+        if word in ("--config", "-c") and position + 1 < len(options):
+            return options[position + 1], options[:position] + options[position + 2 :]
+        if word.startswith("--config="):
+            return word.partition("=")[2], options[:position] + options[position + 1 :]
+    return None
+
+
+def _is_model(name: str) -> bool:
+    from zoo import catalog
+
+    if name.endswith((".yaml", ".yml")):
+        return False
+    models = {*catalog.list_models(), *catalog.list_weights()}
+    if name in models:
+        return True
+    try:
+        catalog.recipe_path(name)
+    except ZooError:
+        if "/" not in name and "." not in name:
+            raise unknown("model or recipe", name, [*models, *catalog.list_recipes("*")]) from None
+        return name.partition(".")[0] in models
+    return False
+
+
+def _picture(words: list[str]) -> int:
+    parser = _Parser(prog="zoo predict", description="What a model makes of pictures.")
+    parser.add_argument("model", help="a model with a weight tag: mae_vit_base_patch16.in1k_1600ep_visualize")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
+    parser.add_argument("-o", "--out", metavar="OUT", type=Path, help="a .png (one image) or a folder")
+    parser.add_argument("--weights", help="a file to load instead of the published weights")
+    parser.add_argument("--seed", type=int, default=0, help="of a random mask")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args(words)
+    from zoo import picture
+
+    results = picture.predict(
+        arguments.model, arguments.images, arguments.out, weights=arguments.weights, seed=arguments.seed
+    )
+    if arguments.json:
+        return _print_json(results)
+    for result in results:
+        if "picture" in result:
+            print(f"{result['image']}: {result['picture']}")
+        for row in result.get("top", []):
+            print(f"{result['image']}: {row['probability']:6.1%}  {row['label']}")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- cards
+
+
+def _print_json(value: Any) -> int:
+    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+    return 0
+
+
+def _list(arguments: argparse.Namespace, extra: list[str]) -> int:
+    if arguments.kind not in KINDS:
+        raise unknown("kind", arguments.kind, KINDS)
+    if arguments.licence and arguments.kind != "weights":
+        raise ZooError("--licence filters weights: zoo list weights --licence MIT")
+    from zoo import show
+
+    rows = show.listing(arguments.kind, arguments.pattern, arguments.licence)
+    if arguments.json:
+        return _print_json(rows)
+    show.print_listing(arguments.kind, rows, arguments.pattern)
+    return 0
+
+
+def _show(arguments: argparse.Namespace, extra: list[str]) -> int:
+    from zoo import show
+
+    if arguments.json:
+        return _print_json(show.describe(arguments.name))
+    show.print_description(arguments.name)
+    return 0
+
+
+def _leaderboard(arguments: argparse.Namespace, extra: list[str]) -> int:
+    from zoo import show
+
+    rows = show.leaderboard(arguments.paper)
+    if arguments.json:
+        return _print_json(rows)
+    for path, render in ((arguments.markdown, show.markdown), (arguments.html, show.html)):
+        if path:
+            Path(path).write_text(render(rows), encoding="utf-8")
+            print(f"{path}: {len(rows)} rows")
+            return 0
+    show.print_leaderboard(rows)
+    return 0
+
+
+def _explain(arguments: argparse.Namespace, extra: list[str]) -> int:
+    from zoo import show
+
+    found = show.explain(arguments.a, arguments.b)
+    if arguments.json:
+        return _print_json(found)
+    show.print_explanation(found)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- things that compute
+
+
+def _claim(arguments: argparse.Namespace, extra: list[str]) -> int:
+    import runpy
+
+    from zoo import catalog
+    from zoo.paths import share
+
+    path = share("benchmarks") / "claims" / f"{arguments.paper}.py"
+    if not path.is_file():
+        catalog.paper(arguments.paper)
+        raise ZooError(f"the paper {arguments.paper!r} has no claim to run")
+    before = sys.argv
+    sys.argv = [str(path), *extra]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _parity(arguments: argparse.Namespace, extra: list[str]) -> int:
+    from zoo import catalog
+
+    if arguments.paper:
+        catalog.paper(arguments.paper)
+    from zoo import parity, show
+
+    verdicts = parity.run_cases(arguments.paper, dtype=arguments.dtype, device=arguments.device)
+    rows = show.verdicts(verdicts)
+    if arguments.json:
+        _print_json(rows)
+    else:
+        show.print_verdicts(rows)
+    return int(not rows or any(not row["ok"] for row in rows))
+
+
+def _weights(arguments: argparse.Namespace, extra: list[str]) -> int:
+    if arguments.out and arguments.what != "convert":
+        raise ZooError("-o goes with zoo weights convert")
+    from zoo import pretrained
+
+    if arguments.what == "get":
+        print(pretrained.fetch_weights(arguments.name))
+    elif arguments.what == "verify":
+        print(f"{arguments.name}: {pretrained.verify_weights(arguments.name)}")
+    else:
+        out = Path(arguments.out or f"{arguments.name}.safetensors")
+        print(pretrained.convert_weights(arguments.name, out) or out)
+    return 0
+
+
+def _data(arguments: argparse.Namespace, extra: list[str]) -> int:
+    from zoo import datacheck
+
+    report = datacheck.check(arguments.dataset, arguments.data_dir, read=not arguments.quick)
+    if arguments.json:
+        _print_json(report)
+    else:
+        datacheck.print_report(report)
+    return int(bool(report["problems"]))
+
+
+# -------------------------------------------------------------------------------------------------------- completion
+
+_SCRIPTS = {
+    "bash": """_zoo() {
+    local IFS=$'\\n'
+    COMPREPLY=($(zoo __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+}
+complete -o default -F _zoo zoo""",
+    "zsh": """#compdef zoo
+_zoo() {
+    local -a found
+    found=(${(f)"$(zoo __complete "${(@)words[2,CURRENT]}" 2>/dev/null)"})
+    (( ${#found} )) && compadd -Q -a found || _files
+}
+compdef _zoo zoo""",
+    "fish": "complete -c zoo -a '(zoo __complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'",
+}
+
+
+def _completion(arguments: argparse.Namespace, extra: list[str]) -> int:
+    print(_SCRIPTS[arguments.shell])
+    return 0
+
+
+def _complete(words: list[str]) -> int:
+    """Prints what may stand for the last of `words`, one a line; nothing where files should be completed."""
+    from zoo import catalog
+
+    *done, prefix = words or [""]
+    candidates: list[str] = []
+    if not done:
+        candidates = _parser()[1]
+    elif done[0] in ("predict", *RUN) and len(done) == 1:
+        candidates = catalog.list_recipes("*") + (catalog.list_weights() if done[0] == "predict" else [])
+    elif done[0] == "list":
+        candidates = list(KINDS) if len(done) == 1 else []
+    elif done[0] == "show":
+        candidates = [*catalog.list_papers(), *catalog.list_models(), *catalog.list_weights()]
+        candidates += [*catalog.list_recipes("*"), *catalog.list_datasets("*")]
+    elif done[0] in ("leaderboard", "claim", "parity"):
+        candidates = catalog.list_papers()
+    elif done[0] == "weights":
+        candidates = ["get", "verify", "convert"] if len(done) == 1 else catalog.list_weights()
+    elif done[0] == "data":
+        candidates = ["check"] if len(done) == 1 else catalog.list_datasets("*")
+    elif done[0] == "completion":
+        candidates = list(_SCRIPTS)
+    print("\n".join(name for name in candidates if name.startswith(prefix)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,436 @@
+"""The catalog, leaderboards and verdicts as rich tables, Markdown, HTML and plain data for JSON."""
+
+from __future__ import annotations
+
+import html as _html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from zoo import catalog
+from zoo.errors import ZooError, unknown
+from zoo.paths import share
+
+_STATUS = {"verified": "green", "partly": "yellow", "not run": "dim"}
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    # A pipe has no width: rows must not be folded at 80 there.
+    return console if console.is_terminal else Console(highlight=False, width=200, soft_wrap=True)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[str] = ()) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(_cell(cell)) for cell in row))
+    _console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"
+
+
+def _size(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.0f} MB"
+
+
+# ----------------------------------------------------------------------------------------------------------- listings
+
+
+def listing(kind: str, pattern: str = "*", licence: str | None = None) -> list[dict[str, Any]]:
+    """What `zoo list KIND PATTERN` shows: a dict of facts for each name."""
+    if kind == "papers":
+        return [_paper_line(catalog.paper(slug)) for slug in catalog.list_papers(pattern=pattern)]
+    if kind == "models":
+        found = [catalog.model(name) for name in catalog.list_models(pattern)]
+        return [{"name": m.name, "parameters": m.params, "paper": card.slug, "summary": m.summary} for card, m in found]
+    if kind == "weights":
+        weights = [catalog.weight(name) for name in catalog.list_weights(pattern, licence)]
+        return [
+            {"name": w.name, "model": w.model, "kind": w.kind, "licence": w.licence, "size": w.size, "paper": card.slug}
+            for card, w in weights
+        ]
+    if kind == "recipes":
+        names = catalog.list_recipes(pattern)
+        return [{"name": name, "summary": catalog.recipe_header(name).partition("\n")[0]} for name in names]
+    if kind == "datasets":
+        cards = [catalog.data_card(name) for name in catalog.list_datasets(pattern)]
+        return [
+            {"name": c.name, "title": c.title, "task": c.task, "classes": c.num_classes, "licence": c.licence}
+            | {"samples": sum(n or 0 for n in c.splits.values()) or None}
+            for c in cards
+        ]
+    raise ZooError(f"unknown kind {kind!r}")
+
+
+def _paper_line(card: catalog.PaperCard) -> dict[str, Any]:
+    return {
+        "name": card.slug,
+        "title": card.title,
+        "year": card.year,
+        "field": card.field,
+        "models": len(card.models),
+        "weights": len(card.weights),
+        "rows": len(card.leaderboard),
+        "verified": sum(row.status == "verified" for row in card.leaderboard),
+    }
+
+
+def print_listing(kind: str, rows: list[dict[str, Any]], pattern: str = "*") -> None:
+    if not rows:
+        known = [row["name"] for row in listing(kind)]
+        if known and pattern != "*":
+            raise unknown(kind.removesuffix("s"), pattern, known)
+        print(f"no {kind}")
+        return
+    columns = [key for key in rows[0] if any(row[key] not in (None, "") for row in rows)]
+    show = {"parameters": _millions, "size": _size, "samples": lambda n: "" if n is None else f"{n:,}"}
+    body = [[show[key](row[key]) if key in show else row[key] for key in columns] for row in rows]
+    _table(columns, body, numbers=("parameters", "size", "samples", "classes", "models", "weights", "rows", "verified"))
+
+
+# ---------------------------------------------------------------------------------------------------------- one thing
+
+
+def _resolve(name: str) -> tuple[str, str]:
+    """(kind, name) of what `name` names; a path to a YAML file is a recipe."""
+    kinds = {
+        "paper": catalog.list_papers(),
+        "model": catalog.list_models(),
+        "weight": catalog.list_weights(),
+        "dataset": catalog.list_datasets(),
+        "recipe": catalog.list_recipes(),
+    }
+    for kind, names in kinds.items():
+        if name in names:
+            return kind, name
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        catalog.recipe_path(name)
+        return "recipe", name
+    raise unknown(
+        "paper, model, weights, dataset or recipe", name, [known for names in kinds.values() for known in names]
+    )
+
+
+def describe(name: str) -> dict[str, Any]:
+    """All that the cards know about a paper, model, set of weights, data set or recipe, as plain data."""
+    kind, name = _resolve(name)
+    if kind == "paper":
+        return {"kind": kind, **catalog.paper(name).model_dump(mode="json")}
+    if kind == "model":
+        card, entry = catalog.model(name)
+        weights = [w.model_dump(mode="json") for w in card.weights if w.model == name]
+        return {"kind": kind, "paper": card.slug, **entry.model_dump(mode="json"), "weights": weights}
+    if kind == "weight":
+        card, weight = catalog.weight(name)
+        return {"kind": kind, "paper": card.slug, **weight.model_dump(mode="json")}
+    if kind == "dataset":
+        return {"kind": kind, **catalog.data_card(name).model_dump(mode="json")}
+    import yaml
+
+    path = catalog.recipe_path(name)
+    header, config = catalog.recipe_header(path), yaml.safe_load(path.read_text(encoding="utf-8"))
+    rows = [{"paper": slug, **row} for slug, row in _rows_of_recipe(name)]
+    return {"kind": kind, "name": name, "path": str(path), "header": header, "config": config, "leaderboard": rows}
+
+
+def _rows_of_recipe(name: str) -> list[tuple[str, dict[str, Any]]]:
+    cards = [catalog.paper(slug) for slug in catalog.list_papers()]
+    return [(c.slug, row.model_dump(mode="json")) for c in cards for row in c.leaderboard if row.recipe == name]
+
+
+def print_description(name: str) -> None:
+    facts = describe(name)
+    printer = {"paper": _print_paper, "recipe": _print_recipe}.get(facts["kind"], _print_facts)
+    printer(facts)
+
+
+def _print_facts(facts: Mapping[str, Any]) -> None:
+    console = _console()
+    for key, value in facts.items():
+        if value in (None, "", [], {}):
+            continue
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            console.print(Text(f"{key}:", style="bold"))
+            for entry in value:
+                console.print(
+                    Text("  " + ", ".join(f"{k} {_short(v)}" for k, v in entry.items() if v not in (None, "")))
+                )
+        else:
+            console.print(Text.assemble((f"{key}: ", "bold"), _short(value)))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_short(entry)}" for key, entry in value.items())
+    if isinstance(value, list):
+        shown = ", ".join(_short(entry) for entry in value[:20])
+        return shown + (f", … ({len(value)})" if len(value) > 20 else "")
+    return _cell(value)
+
+
+def _print_paper(facts: Mapping[str, Any]) -> None:
+    card = catalog.paper(facts["slug"])
+    console = _console()
+    console.print(Text(card.title, style="bold"))
+    where = [card.venue or str(card.year), f"arXiv {card.arxiv}" if card.arxiv else "", card.code or ""]
+    console.print(Text(", ".join(card.authors)))
+    console.print(Text(" · ".join(part for part in where if part)))
+    console.print(Text("\n" + card.summary.strip()))
+    if card.models:
+        _heading("Models")
+        _table(
+            ["model", "parameters", ""], [[m.name, _millions(m.params), m.summary] for m in card.models], ["parameters"]
+        )
+    if card.weights:
+        _heading("Weights (zoo weights get NAME)")
+        _table(
+            ["weights", "kind", "target", "size", "licence"],
+            [[w.name, w.kind, w.target, _size(w.size), w.licence] for w in card.weights],
+            ["size"],
+        )
+    recipes = catalog.list_recipes(f"{card.slug}/*")
+    if recipes:
+        _heading("Recipes (zoo fit NAME)")
+        _table(["recipe", ""], [[name, catalog.recipe_header(name).partition("\n")[0]] for name in recipes])
+    if card.leaderboard:
+        _heading(f"Leaderboard (zoo leaderboard {card.slug})")
+        print_leaderboard(leaderboard(card.slug), paper=False)
+    if card.ledger:
+        _heading("Where paper, official code and zoo differ")
+        _table(["topic", "paper", "code", "zoo"], [[e.topic, e.paper, e.code, e.zoo] for e in card.ledger])
+    if card.claim:
+        _heading(f"Claim in miniature (zoo claim {card.slug})")
+        console.print(Text(card.claim.statement))
+        console.print(Text("arms: " + ", ".join(card.claim.arms)))
+        for line in _claim_result(card.claim.result):
+            console.print(Text(line))
+
+
+def _claim_result(name: str) -> list[str]:
+    path = share("benchmarks") / "claims" / "results" / Path(name).name
+    if not path.is_file():
+        return ["not run yet"]
+    result = json.loads(path.read_text(encoding="utf-8"))
+    simple = {key: value for key, value in result.items() if isinstance(value, str | int | float | bool)}
+    return [f"result: {key} {_cell(value)}" for key, value in simple.items()]
+
+
+def _print_recipe(facts: Mapping[str, Any]) -> None:
+    console = _console()
+    console.print(Text(facts["name"], style="bold"), Text(facts["path"], style="dim"))
+    console.print(Text(facts["header"]))
+    for row in facts["leaderboard"]:
+        console.print(Text(f"row {row['paper']}:{row['id']}: {row['dataset']} {row['metric']} {_cell(row['value'])}"))
+    console.print()
+    text = Path(facts["path"]).read_text(encoding="utf-8")
+    console.print(Text("\n".join(line for line in text.splitlines() if not line.startswith("#")).strip()))
+
+
+def _heading(text: str) -> None:
+    _console().print(Text(f"\n{text}", style="bold underline"))
+
+
+# -------------------------------------------------------------------------------------------------------- leaderboards
+
+
+def leaderboard(paper: str | None = None) -> list[dict[str, Any]]:
+    """The rows of one paper or of all, grouped by dataset and metric, the best published value first."""
+    cards = [catalog.paper(slug) for slug in ([paper] if paper else catalog.list_papers())]
+    rows = [{"paper": card.slug, **row.model_dump(mode="json")} for card in cards for row in card.leaderboard]
+
+    def order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        best = float("inf") if row["value"] is None else row["value"] * (-1 if row["higher_is_better"] else 1)
+        return (row["paper"], row["dataset"], row["metric"], _protocol(row), best)
+
+    return sorted(rows, key=order)
+
+
+def _protocol(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_short(value)}" for key, value in row["protocol"].items())
+
+
+_COLUMNS = ("id", "dataset", "metric", "model", "published", "where", "measured", "on", "status", "recipe", "protocol")
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    measured = row["measured"] or {}
+    unit = row["unit"] or ""
+    number = lambda value: "" if value is None else f"{value:g}{' ' if unit and unit != '%' else ''}{unit}"  # noqa: E731
+    return [
+        f"{row['paper']}:{row['id']}",
+        row["dataset"],
+        row["metric"],
+        row["model"],
+        number(row["value"]),
+        row["where"],
+        number(measured.get("value")),
+        ", ".join(filter(None, [measured.get("hardware", ""), measured.get("date", "")])),
+        row["status"],
+        row["recipe"] or "",
+        _protocol(row),
+    ]
+
+
+def print_leaderboard(rows: list[dict[str, Any]], paper: bool = True) -> None:
+    """Rows as a table; rows of unlike protocols stand apart and are told by the last column."""
+    if not rows:
+        print("no leaderboard rows")
+        return
+    hidden = {"protocol", "recipe", "on"} if not paper else {"on"}
+    kept = [i for i, name in enumerate(_COLUMNS) if name not in hidden]
+    body = []
+    for row in rows:
+        cells: list[Any] = _cells(row)
+        cells[8] = Text(cells[8], style=_STATUS[row["status"]])
+        body.append([cells[i] for i in kept])
+    _table([_COLUMNS[i] for i in kept], body, numbers=("published", "measured"))
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+    for row in rows:
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in _cells(row)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def html(rows: list[dict[str, Any]]) -> str:
+    """The rows as one HTML page without scripts."""
+    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{_html.escape(cell)}</td>" for cell in _cells(row)) + "</tr>" for row in rows
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>zoo leaderboard</title>
+<style>body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2em }} table {{ border-collapse: collapse }}
+th, td {{ padding: .3em .7em; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd }}
+td:nth-child(5), td:nth-child(7) {{ text-align: right; white-space: nowrap }}</style></head>
+<body><h1>zoo leaderboard</h1>
+<table><thead><tr>{head}</tr></thead>
+<tbody>
+{body}
+</tbody></table></body></html>
+"""
+
+
+# --------------------------------------------------------------------------------------------------------- explain A B
+
+# Causes in the order of how much they are known to move a number; the first prefix that fits a key ranks it.
+_CAUSES = (
+    ("data", ("dataset", "data_hash", "data.data_dir", "data.options", "split", "classes", "num_classes")),
+    ("amount of data", ("data.train_samples", "trainer.limit_", "samples", "fold")),
+    ("weights", ("ckpt_path", "model.init_from", "weights", "pretrain", "task", "model.model", "ema")),
+    (
+        "evaluation",
+        ("resize", "crop", "image_size", "model.img_size", "data.eval_transform", "data.image_size", "views"),
+    ),
+    ("length of training", ("trainer.max_", "epochs", "steps", "model.optim.warmup")),
+    ("optimiser", ("model.optim", "optim", "lr", "batch", "data.batch_size", "trainer.accumulate", "trainer.gradient")),
+    ("augmentation", ("data.train_transform", "augment", "mixup", "cutmix", "drop_path", "data.repeats")),
+    ("model", ("model.",)),
+    ("normalisation", ("mean", "std", "data.mean", "data.std")),
+    ("precision", ("precision", "trainer.precision", "dtype")),
+    ("seed", ("seed",)),
+)
+_MINOR = "machine and versions"
+
+
+def _side(name: str) -> dict[str, Any]:
+    """{name, values, protocol, minor} of a leaderboard row (``mae:id`` or a unique id), a run folder or result file."""
+    path = Path(name)
+    if path.is_dir():
+        path = path / "result.json"
+    if path.suffix == ".json" or path.exists():
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ZooError(f"no result file {str(path)!r}") from None
+        except ValueError as error:
+            raise ZooError(f"{path}: not JSON: {error}") from error
+        if not isinstance(result, dict) or not isinstance(result.get("protocol"), dict):
+            raise ZooError(f"{path}: states no protocol; only results that zoo wrote can be compared")
+        minor = {"hardware": result.get("hardware"), "date": result.get("date"), **(result.get("versions") or {})}
+        values = result.get("metrics") or {}
+        return {"name": name, "values": values, "protocol": result["protocol"], "minor": minor}
+    rows = leaderboard()
+    found = [row for row in rows if name in (f"{row['paper']}:{row['id']}", row["id"])]
+    if len(found) != 1:
+        names = [f"{row['paper']}:{row['id']}" for row in rows]
+        if found:
+            raise ZooError(f"row {name!r} stands in several papers; write PAPER:{name}")
+        raise unknown("leaderboard row, run folder or result file", name, names)
+    row = found[0]
+    protocol = {"dataset": row["dataset"], "metric": row["metric"], "model": row["model"], **row["protocol"]}
+    return {"name": name, "values": {row["metric"]: row["value"]}, "protocol": protocol, "minor": {}}
+
+
+def explain(a: str, b: str) -> dict[str, Any]:
+    """What differs between two results' protocols, the likeliest causes of a different number first.
+
+    Returns {"a", "b", "values": {metric: [a, b]}, "differences": [{cause, key, a, b}], "unknown": [{key, side}]}: a key
+    that only one side states is no difference, but it is no agreement either.
+    """
+    left, right = _side(a), _side(b)
+    differences, silent = [], []
+    for part in ("protocol", "minor"):
+        one, two = left[part], right[part]
+        for key in sorted(one.keys() | two.keys()):
+            if key in one and key in two:
+                if one[key] != two[key]:
+                    cause = _MINOR if part == "minor" else _cause(key)
+                    differences.append({"cause": cause, "key": key, "a": one[key], "b": two[key]})
+            elif part == "protocol":
+                stated = one if key in one else two
+                if stated[key] is not None:
+                    silent.append({"key": key, "stated by": a if key in one else b, "value": stated[key]})
+    ranks = [name for name, _ in _CAUSES] + ["other", _MINOR]
+    differences.sort(key=lambda entry: ranks.index(entry["cause"]))
+    values = {k: [left["values"].get(k), right["values"].get(k)] for k in {**left["values"], **right["values"]}}
+    return {"a": a, "b": b, "values": values, "differences": differences, "unknown": silent}
+
+
+def _cause(key: str) -> str:
+    for name, prefixes in _CAUSES:
+        if key.startswith(prefixes):
+            return name
+    return "other"
+
+
+def print_explanation(found: Mapping[str, Any]) -> None:
+    _table(["metric", found["a"], found["b"]], [[key, *pair] for key, pair in found["values"].items()])
+    if found["differences"]:
+        _heading("Stated differences, the likeliest cause first")
+        body = [[d["cause"], d["key"], _short(d["a"]), _short(d["b"])] for d in found["differences"]]
+        _table(["cause", "key", found["a"], found["b"]], body)
+    else:
+        print("the stated protocols agree")
+    if found["unknown"]:
+        _heading("Stated by one side only")
+        _table(["key", "by", "value"], [[u["key"], u["stated by"], _short(u["value"])] for u in found["unknown"]])
+
+
+# ------------------------------------------------------------------------------------------------------------- parity
+
+
+def verdicts(found: Iterable[Any]) -> list[dict[str, Any]]:
+    """Verdicts of :func:`zoo.parity.run_cases` (dataclasses) as plain data."""
+    import dataclasses
+
+    return [dataclasses.asdict(verdict) for verdict in found]
