@@ -1,0 +1,334 @@
+"""Files from elsewhere: http(s) with resume and mirrors, Hugging Face hub ids, and paths, each checked before use.
+
+A file appears under its name only when it is whole and right: it grows as ``<name>.part`` and is renamed at the end.
+Its checksum is compared with the published one, or else with the one recorded in ``<name>.json`` at first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import http.client
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from zoo.errors import ZooError
+
+CHUNK = 1 << 20
+ATTEMPTS = 5  # tries in a row that bring no byte, for each address
+TIMEOUT = 30.0  # seconds without an answer
+BACKOFF = 0.5  # seconds before the second try, doubled for each further one
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of a file beforehand; None where nothing was published."""
+
+    sha256: str | None = None
+    md5_prefix: str | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file that is there and was checked: where, and its checksum."""
+
+    path: Path
+    sha256: str
+
+
+def offline() -> bool:
+    """Whether ``ZOO_OFFLINE`` forbids every use of the network (``HF_HUB_OFFLINE`` forbids the hub's alone)."""
+    return _is_set("ZOO_OFFLINE")
+
+
+def fetch(sources: Sequence[str], target: Path, published: Published = Published()) -> Fetched:
+    """The file that the first working one of `sources` gives; nothing is loaded when `target` is there and right.
+
+    Args:
+        sources: http(s) addresses, hub ids ``hf://org/repo/file`` (``hf://org/repo@revision/file``), or paths.
+            Files of the hub stay in the hub's own cache, and paths where they are; only http(s) writes `target`
+            and records the checksum of the first use.
+        target: where the file is to lie.
+        published: what the file must agree with.
+
+    Raises:
+        ZooError: when no source gives a file that agrees, naming each source and what was wrong with it.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with lock(target):
+            return _fetch(sources, target, published)
+    except OSError as error:
+        raise ZooError(f"cannot write {target}: {_one_line(error)}") from error
+
+
+def _fetch(sources: Sequence[str], target: Path, published: Published) -> Fetched:
+    recorded = None if published.sha256 else _read_record(target).get("sha256")
+    wanted = Published(published.sha256 or recorded, published.md5_prefix, published.size)
+    if target.is_file():
+        sha256, problem = check(target, wanted)
+        if problem is None:
+            return Fetched(target, sha256)
+        say(f"{target} was changed since it was stored ({problem}); fetching it anew")
+        target.unlink()
+    problems = []
+    for source in sources:
+        try:
+            if urlsplit(source).scheme in ("http", "https"):
+                return _from_web(source, target, wanted)
+            path = _from_hub(source) if urlsplit(source).scheme == "hf" else _from_disk(source)
+            sha256, problem = check(path, published)
+            if problem is None:
+                return Fetched(path, sha256)
+            problems.append(f"{source}: {problem}")
+        except _Failed as error:
+            problems.append(f"{source}: {error}")
+    note = f" (recorded at first use in {_record(target)})" if recorded and "sha256" in "".join(problems) else ""
+    raise ZooError(f"cannot fetch {target.name}: {'; '.join(problems)}{note}")
+
+
+def check(path: Path, published: Published) -> tuple[str, str | None]:
+    """The file's sha256, and what is wrong with it (None if nothing is)."""
+    size = path.stat().st_size
+    if published.size is not None and size != published.size:
+        return "", f"{size:,} bytes where {published.size:,} are due"
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            sha256.update(chunk)
+            if published.md5_prefix:
+                md5.update(chunk)
+    if published.sha256 and sha256.hexdigest() != published.sha256:
+        return sha256.hexdigest(), f"sha256 is {sha256.hexdigest()}, not {published.sha256}"
+    if published.md5_prefix and not md5.hexdigest().startswith(published.md5_prefix):
+        return sha256.hexdigest(), f"md5 is {md5.hexdigest()}, which does not begin with {published.md5_prefix}"
+    return sha256.hexdigest(), None
+
+
+def forget(target: Path) -> None:
+    """Removes a fetched file and what was recorded of it, so that the next use fetches it anew."""
+    for path in (target, _record(target), _part(target), _validator(target)):
+        path.unlink(missing_ok=True)
+
+
+def say(message: str) -> None:
+    """A line for the user, from the first process of a run; on standard error, so that programs can read the output."""
+    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def lock(target: Path) -> Iterator[None]:
+    """Holds `target` against other processes of this machine (the ranks of a run all ask for the same file)."""
+    from filelock import FileLock
+
+    with FileLock(f"{target}.lock"):
+        yield
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A path to write to; it takes `target`'s place when the block ends well, and vanishes when it does not."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- the kinds of source --------------------------------------------------------------------------------------------
+
+
+class _Failed(Exception):
+    """This source gives no file; the next one may."""
+
+
+def _from_web(url: str, target: Path, wanted: Published) -> Fetched:
+    """`target`, loaded from `url`; a resumed file that comes out wrong is loaded once more from its first byte."""
+    if offline():
+        raise _Failed("not in the cache, and ZOO_OFFLINE is set")
+    part = _part(target)
+    resumed = part.exists()
+    _download(url, target, wanted)
+    sha256, problem = check(part, wanted)
+    if problem and resumed:
+        part.unlink()
+        _download(url, target, wanted)
+        sha256, problem = check(part, wanted)
+    if problem:
+        part.unlink()
+        raise _Failed(problem)
+    with replacing(_record(target)) as file:
+        file.write_text(json.dumps({"source": url, "sha256": sha256, "size": part.stat().st_size}, indent=1))
+    os.replace(part, target)
+    _validator(target).unlink(missing_ok=True)
+    return Fetched(target, sha256)
+
+
+def _from_disk(source: str) -> Path:
+    parts = urlsplit(source)
+    path = Path(unquote(parts.path) if parts.scheme == "file" else source).expanduser()
+    if not path.is_file():
+        raise _Failed("no such file")
+    return path
+
+
+def _from_hub(source: str) -> Path:
+    address = source.removeprefix("hf://")
+    org, _, rest = address.partition("/")
+    repository, _, file = rest.partition("/")
+    if not file:
+        raise _Failed("a hub id is hf://organisation/repository/file")
+    repository, _, revision = repository.partition("@")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise _Failed("needs the package huggingface_hub: pip install huggingface_hub") from error
+    try:
+        path = hf_hub_download(
+            f"{org}/{repository}",
+            file,
+            revision=revision or None,
+            endpoint=os.environ.get("HF_ENDPOINT"),
+            local_files_only=offline() or _is_set("HF_HUB_OFFLINE"),
+        )
+    except Exception as error:  # the hub's errors have many roots (its own, the HTTP client's, ValueError)
+        raise _Failed(_one_line(error)) from error
+    return Path(path)
+
+
+def _download(url: str, target: Path, wanted: Published) -> None:
+    """Loads `url` into ``<target>.part``, beginning where an earlier try of it stopped."""
+    part = _part(target)
+    tries = 0
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            with _progress(target.name) as advance:
+                _load(url, part, _validator(target), wanted, advance)
+            return
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # the part is as long as the file, or longer: begin anew
+                part.unlink(missing_ok=True)
+            elif error.code < 500 and error.code not in (408, 425, 429):
+                raise _Failed(f"HTTP {error.code} {error.reason}") from error
+            problem: Exception = error
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise ZooError(f"cannot write {part}: {error.strerror}") from error
+            problem = error
+        except ValueError as error:  # an address that is none
+            raise _Failed(_one_line(error)) from error
+        after = part.stat().st_size if part.exists() else 0
+        tries = 1 if after > before else tries + 1
+        if tries >= ATTEMPTS:
+            raise _Failed(_one_line(problem)) from problem
+        time.sleep(BACKOFF * 2 ** (tries - 1))
+
+
+def _load(url: str, part: Path, validator: Path, wanted: Published, advance: Callable[[int, int | None], None]) -> None:
+    start = part.stat().st_size if part.exists() else 0
+    known = json.loads(validator.read_text()) if start and validator.exists() else {}
+    mark = known.get("mark") if known.get("url") == url else None
+    if start and not mark and not wanted.sha256:  # nothing tells whether the rest would belong to this beginning
+        start = 0
+    headers = {"User-Agent": "zoo", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+        if mark:
+            headers["If-Range"] = mark
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:
+        if answer.status != 206:
+            start = 0
+        elif _first_byte(answer.headers.get("Content-Range")) != start:
+            raise http.client.HTTPException(f"asked for bytes from {start}, got {answer.headers.get('Content-Range')}")
+        length = answer.headers.get("Content-Length")
+        total = start + int(length) if length is not None else None
+        mark = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+        if mark and not mark.startswith("W/"):
+            validator.write_text(json.dumps({"url": url, "mark": mark}))
+        else:
+            validator.unlink(missing_ok=True)
+        done = start
+        advance(done, total)
+        with part.open("ab" if start else "wb") as file:
+            while chunk := answer.read(CHUNK):
+                file.write(chunk)
+                done += len(chunk)
+                advance(done, total)
+    if total is not None and done < total:
+        raise http.client.HTTPException(f"the connection ended after {done:,} of {total:,} bytes")
+
+
+def _first_byte(content_range: str | None) -> int | None:
+    """The first position that a ``Content-Range: bytes 10-99/100`` names."""
+    first = (content_range or "").removeprefix("bytes").strip().partition("-")[0]
+    return int(first) if first.isdigit() else None
+
+
+@contextlib.contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A rich progress bar on a terminal; elsewhere one line at the start."""
+    if not sys.stderr.isatty():
+        told = False
+
+        def tell(done: int, total: int | None) -> None:
+            nonlocal told
+            if not told:
+                size = f" ({total / 1e6:,.1f} MB)" if total else ""
+                say(f"fetching {name}{size}{f' from byte {done:,}' if done else ''}")
+            told = True
+
+        yield tell
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# ---- records --------------------------------------------------------------------------------------------------------
+
+
+def _read_record(target: Path) -> dict[str, str]:
+    try:
+        record = json.loads(_record(target).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _record(target: Path) -> Path:
+    return target.with_name(f"{target.name}.json")
+
+
+def _part(target: Path) -> Path:
+    return target.with_name(f"{target.name}.part")
+
+
+def _validator(target: Path) -> Path:
+    """Where the server's mark of the version that ``.part`` belongs to is kept."""
+    return target.with_name(f"{target.name}.part.json")
+
+
+def _one_line(error: BaseException) -> str:
+    reason = getattr(error, "reason", None)
+    return " ".join(str(reason if isinstance(reason, Exception) else error).split()) or type(error).__name__
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off")
