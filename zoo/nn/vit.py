@@ -1,0 +1,211 @@
+"""The plain Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929): blocks, patch embedding, classifier.
+
+Parameter names are those of timm and of the official MAE, MoCo v3 and DeiT releases. LayerNorm eps 1e-6, qkv with
+bias, exact GELU. Attention is `scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from zoo.errors import ZooError
+
+NORM_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ZooError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
+        """Tokens (B, N, D) to (B, N, D); with `last`, only the outputs (B, last, D) of the last tokens."""
+        batch, length, dim = x.shape
+        heads = (self.num_heads, dim // self.num_heads)
+        if last is None:
+            q, k, v = self.qkv(x).reshape(batch, length, 3, *heads).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            weights, biases = self.qkv.weight.split([dim, 2 * dim]), self.qkv.bias.split([dim, 2 * dim])
+            q = linear(x[:, -last:], weights[0], biases[0]).reshape(batch, last, *heads).transpose(1, 2)
+            k, v = linear(x, weights[1], biases[1]).reshape(batch, length, 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), each with stochastic depth."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
+        """Tokens (B, N, D) to (B, N, D), or to (B, last, D) where only the `last` tokens are wanted."""
+        kept = x if last is None else x[:, -last:]
+        x = kept + self.drop_path(self.attn(self.norm1(x), last))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, grad_checkpointing: bool = False, last: int | None = None) -> Tensor:
+    """Tokens through `blocks`; `last` holds for the final block. With checkpointing, activations are recomputed."""
+    for index, block in enumerate(blocks):
+        wanted = last if index == len(blocks) - 1 else None
+        if grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, wanted, use_reentrant=False)
+        else:
+            x = block(x, wanted)
+    return x
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of non-overlapping patches: a convolution whose stride is its kernel."""
+
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        if img_size % patch_size:
+            raise ZooError(f"img_size {img_size} is no multiple of patch_size {patch_size}")
+        self.img_size, self.patch_size = img_size, patch_size
+        self.grid = (img_size // patch_size, img_size // patch_size)
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+
+    def check(self, images: Tensor) -> None:
+        """Raises ZooError unless images are (B, in_chans, img_size, img_size)."""
+        wanted = (self.proj.in_channels, self.img_size, self.img_size)
+        if tuple(images.shape[1:]) != wanted:
+            raise ZooError(
+                f"the model takes images of shape {wanted} (channels, height, width), not {tuple(images.shape[1:])};"
+                " set img_size and in_chans, or resize"
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to tokens (B, L, D)."""
+        self.check(images)
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+    def embed_patches(self, patches: Tensor) -> Tensor:
+        """Patches (B, K, p*p*C) as :func:`zoo.ops.patches.patchify` cuts them, to tokens (B, K, D).
+
+        The same numbers as the convolution, for only those patches that are wanted.
+        """
+        return linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+
+
+class VisionTransformer(nn.Module):
+    """A ViT classifier with timm's protocol.
+
+    Args:
+        img_size: side of the square images, in pixels.
+        num_classes: 0 for no head (logits are the pooled features).
+        global_pool: "avg" takes the mean of the patch tokens through `fc_norm` (MAE's fine-tuning), "token" the class
+            token after `norm`.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
+        grad_checkpointing: recompute activations in the backward pass.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        global_pool: Literal["avg", "token"] = "avg",
+        drop_path_rate: float = 0.0,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if global_pool not in ("avg", "token"):
+            raise ZooError(f"global_pool must be 'avg' or 'token', not {global_pool!r}")
+        self.embed_dim = self.num_features = embed_dim
+        self.global_pool, self.grad_checkpointing = global_pool, grad_checkpointing
+        # Registered in the order of the official models, by which optimisers group parameters.
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, (img_size // patch_size) ** 2 + 1, embed_dim))
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
+        if global_pool == "token":
+            self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.reset_classifier(num_classes)
+        if global_pool == "avg":
+            self.fc_norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.apply(_init_linear)
+        for token in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(token, std=0.02)
+
+    @property
+    def num_layer_ids(self) -> int:
+        """Layers for layer-wise learning rates: embedding, blocks, head."""
+        return len(self.blocks) + 2
+
+    def layer_id(self, name: str) -> int:
+        """The layer of parameter `name`: 0 for tokens, positions and patches, block i is i + 1, the rest the top."""
+        if name.startswith(("cls_token", "pos_embed", "patch_embed.")):
+            return 0
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
+        return self.num_layer_ids - 1
+
+    def no_weight_decay(self) -> set[str]:
+        return {"cls_token", "pos_embed"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a fresh one for `num_classes` classes (0: none)."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head.apply(_init_linear)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to tokens (B, 1 + L, D), class token first; normalised where "token" is pooled."""
+        x = self.patch_embed(images)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        x = run_blocks(self.blocks, x, self.grad_checkpointing)
+        return self.norm(x) if self.global_pool == "token" else x
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, 1 + L, D) to logits (B, num_classes), or to the pooled features (B, D) with `pre_logits`."""
+        pooled = tokens[:, 0] if self.global_pool == "token" else self.fc_norm(tokens[:, 1:].mean(dim=1))
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(images))
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def init_as_linear(conv: nn.Conv2d) -> None:
+    """Xavier-uniform weights for a patch embedding, counted as the linear layer that it is."""
+    fan_in, fan_out = conv.weight[0].numel(), conv.weight.shape[0]
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    nn.init.uniform_(conv.weight, -bound, bound)

@@ -1,0 +1,56 @@
+"""Position tables of Vision Transformers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from zoo.errors import ZooError
+
+
+def sincos_1d(embed_dim: int, positions: Tensor) -> Tensor:
+    """Sine and cosine features (M, embed_dim) of positions (M,), in float64: [sin(x w_i) | cos(x w_i)].
+
+    w_i = 10000^(-i / (embed_dim / 2)) for i in 0 .. embed_dim/2 - 1.
+    """
+    half = embed_dim // 2
+    rates = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=positions.device) / half)
+    angles = positions.double()[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_2d(embed_dim: int, grid: tuple[int, int], num_prefix: int = 0) -> Tensor:
+    """A fixed table (1, num_prefix + rows*columns, embed_dim), float32; prefix rows are zero.
+
+    The first half of the channels encodes the column, the second the row (MAE's order; MoCo v3 has them swapped).
+
+    Raises:
+        ZooError: `embed_dim` is no multiple of 4.
+    """
+    if embed_dim % 4:
+        raise ZooError(f"a 2-D sine-cosine table wants a width divisible by 4, not {embed_dim}")
+    rows, columns = grid
+    column = sincos_1d(embed_dim // 2, torch.arange(columns)).expand(rows, columns, -1)
+    row = sincos_1d(embed_dim // 2, torch.arange(rows))[:, None].expand(rows, columns, -1)
+    table = torch.cat([column, row], dim=-1).reshape(1, rows * columns, embed_dim)
+    return torch.cat([table.new_zeros(1, num_prefix, embed_dim), table], dim=1).float()
+
+
+def resize_pos_embed(pos_embed: Tensor, new_grid: tuple[int, int], num_prefix: int = 1) -> Tensor:
+    """A table (1, num_prefix + h*w, D) of a square grid, resized to `new_grid` (rows, columns); prefix rows are kept.
+
+    Bicubic, align_corners False, no antialias, as the official MAE code does (timm's loader uses antialias).
+
+    Raises:
+        ZooError: the old grid is not square.
+    """
+    prefix, patches = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
+    side = round(patches.shape[1] ** 0.5)
+    if side * side != patches.shape[1]:
+        raise ZooError(f"a position table of {patches.shape[1]} patches is no square grid and cannot be resized")
+    if (side, side) == tuple(new_grid):
+        return pos_embed
+    image = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    image = interpolate(image, size=tuple(new_grid), mode="bicubic", align_corners=False)
+    return torch.cat([prefix, image.flatten(2).transpose(1, 2)], dim=1)
