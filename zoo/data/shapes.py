@@ -1,16 +1,17 @@
 """The embedded world: small drawn scenes with exact ground truth, made from numbers alone, no download.
 
-A scene is a textured background under a slanting light, one large object and up to five smaller ones around it, each with
-a shape, a colour, a texture, a place, a size, a turn and a depth; nearer objects hide farther ones. The usual task is to
-name the *shape of the large object*: its colour, place, turn and light say nothing about it, so neither the mean colour
-nor a template solves it, and a small network learns it in minutes.
+A scene is a textured background under a slanting light, one large object and up to five smaller ones around it, each
+with a shape, a colour, a texture, a place, a size, a turn and a depth; nearer objects hide farther ones. The usual task
+is to name the *shape of the large object*: its colour, place, turn and light say nothing about it, so neither the mean
+colour nor a template solves it, and a small network learns it in minutes.
 
-Sample `index` of a split is a pure function of (seed, split, index): parameters come from a counter-based hash (splitmix64),
-trigonometry from one table, and everything else is exact IEEE arithmetic one pixel at a time, so that the batch a sample is
-drawn in, its size and the number of threads change no bit of it. Splits hash to different streams.
+Sample `index` of a split is a pure function of (seed, split, index): parameters come from a counter-based hash
+(splitmix64), trigonometry from one table, and everything else is exact IEEE arithmetic one pixel at a time, so that the
+batch a sample is drawn in, its size and the number of threads change no bit of it. Splits hash to different streams.
 
-Conventions: images are (3, H, W) uint8 RGB, y points down, boxes are (x0, y0, x1, y1) in pixels with exclusive ends, depth
-runs from 0 (near) to 1 (the back of the scene). Object 0 is the large one; slots beyond the scene's count are empty.
+Conventions: images are (3, H, W) uint8 RGB, y points down, boxes are (x0, y0, x1, y1) in pixels with exclusive ends,
+depth runs from 0 (near) to 1 (the back of the scene). Object 0 is the large one; slots beyond the scene's count are
+empty.
 
 Speed on one core: ``python -m zoo.data.shapes`` (``--sheet FILE.png`` also draws a sheet of samples).
 """
@@ -40,8 +41,8 @@ SCENES = ("plain", "striped", "checked", "cloudy", "grainy")
 KEYPOINTS = ("centre", "top", "right", "bottom", "left")
 SPLITS = ("train", "val", "test")
 FIELDS = (
-    "image", "label", "count", "shape", "color", "texture", "scene", "boxes", "visible", "masks", "panoptic", "keypoints",
-    "depth", "caption",
+    "image", "label", "count", "shape", "color", "texture", "scene", "boxes", "visible", "masks", "panoptic",
+    "keypoints", "depth", "caption",
 )  # fmt: skip
 PANOPTIC_BASE = 256
 
@@ -129,7 +130,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def hash64(*words: int | np.ndarray) -> np.ndarray:
-    """One 64-bit hash of several integers (or broadcast integer arrays), order mattering; shape of the broadcast, at least (1,)."""
+    """One 64-bit hash of several integers or integer arrays, order mattering; uint64 of the broadcast shape."""
     state = np.zeros(1, np.uint64)
     for word in words:
         word = np.asarray(word)
@@ -146,7 +147,7 @@ def _uniforms(seed: int, split: str, indices: np.ndarray, count: int) -> np.ndar
     return (splitmix64(key + counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-# ----------------------------------------------------------------------------------------------------- tables, made once
+# ---------------------------------------------------------------------------------------------------- tables, made once
 
 
 def _polygon(x: np.ndarray, y: np.ndarray, corners: Sequence[tuple[float, float]]) -> np.ndarray:
@@ -184,9 +185,7 @@ def _signed_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     )
     arrow = [(0, -1.15), (0.85, -0.2), (0.34, -0.2), (0.34, 1.0), (-0.34, 1.0), (-0.34, -0.2), (-0.85, -0.2)]
     bar, long = 0.33, 1.0
-    cross = np.minimum(
-        np.maximum(np.abs(x) - bar, np.abs(y) - long), np.maximum(np.abs(x) - long, np.abs(y) - bar)
-    )
+    cross = np.minimum(np.maximum(np.abs(x) - bar, np.abs(y) - long), np.maximum(np.abs(x) - long, np.abs(y) - bar))
     return np.stack([
         radius - 0.85,
         np.maximum(np.abs(x), np.abs(y)) - 0.76,
@@ -262,7 +261,7 @@ def _sine_table() -> np.ndarray:
 
 @functools.lru_cache(1)
 def _keypoint_table() -> np.ndarray:
-    """(shapes, keypoints, 2) x, y in object radii: the centre and the shape's outermost points up, right, down, left."""
+    """(shapes, keypoints, 2) x, y in object radii: the centre, and the outermost points up, right, down and left."""
     reach = np.linspace(_REACH, 0, 261)
     points = np.zeros((len(SHAPES), len(KEYPOINTS), 2))
     for k, (dx, dy) in enumerate([(0, -1), (1, 0), (0, 1), (-1, 0)], start=1):
@@ -314,8 +313,8 @@ def _scenes(seed: int, split: str, indices: np.ndarray, knobs: Knobs) -> _Scenes
     color = (o[..., 1] * len(COLORS)).astype(np.int64)
     rgb = (_RGB[color] + (o[..., 8:11] - 0.5) * 0.2).clip(0.02, 1)
     radius = np.where(np.arange(m) == 0, 0.20 + 0.11 * o[..., 3], 0.07 + 0.07 * o[..., 3])
-    # The small objects stand on a ring around the large one, a sixth of a turn from each other and jittered, at a distance
-    # at which they may overlap it or each other but never vanish behind it.
+    # The small objects stand on a ring around the large one, a sixth of a turn from each other and jittered, at a
+    # distance at which they may overlap it or each other but never vanish behind it.
     around = ((s[:, 12:13] + (np.arange(m) + 0.5 * o[..., 4]) / (m - 1)) * _TURNS).astype(np.int64) % _TURNS
     far = (radius[:, :1] + radius) * (0.75 + 0.45 * o[..., 5])
     place = 0.36 + 0.28 * s[:, None, 13:15] + far[..., None] * np.stack([cosine[around], sine[around]], -1)
@@ -356,9 +355,9 @@ def _draw(
     owner: Tensor | None = None,
     depth: Tensor | None = None,
 ) -> None:
-    """Fill `out` (n, 3, size, size) uint8; and `owner` (n, size*size) uint8 with 1 + object, `depth` likewise, if given.
+    """Fill `out` (n, 3, size, size) uint8, and, if given, `owner` (n, size*size) uint8 with 1 + object and `depth`.
 
-    `scratch` is room for at least as many floats as `out` has bytes: fresh memory for each chunk would cost a fifth of the time.
+    `scratch` is room for as many floats as `out` has bytes: fresh memory for each chunk would cost a fifth of the time.
     """
     n, size = len(scenes.count), out.shape[-1]
     pixels = size * size
@@ -381,7 +380,7 @@ def _draw(
     canvas = torch.mul(value, end - start, out=scratch[: n * 3 * pixels].view(n, 3, pixels)).add_(start)
     flat = canvas.view(-1)
 
-    # Objects, farthest first: one layer of all scenes at a time, each in a window as large as the layer's largest needs.
+    # Objects, farthest first: one layer of all scenes at a time, in windows as large as the layer's largest object.
     present = np.arange(scenes.depth.shape[1]) < scenes.count[:, None]
     order = np.argsort(np.where(present, -scenes.depth, np.inf), axis=1, kind="stable")
     for layer in range(int(scenes.count.max(initial=0))):
@@ -474,13 +473,16 @@ def render(
         **knobs: see :class:`Knobs`.
 
     Returns:
-        A dict with, for m = `max_objects` slots (object 0 the large one, -1 or zeros in empty slots):
-        image (n, 3, size, size) uint8; label (n,); count (n,) objects; scene (n,) kind of background;
-        shape, color, texture (n, m); boxes (n, m, 4) float32 tight around the visible part; visible (n, m) share of the
-        object's drawn pixels not hidden by another, 0 where empty or hidden; masks (n, m, size, size) bool, visible part;
-        panoptic (n, size, size): category * 256 + instance, categories 0..9 the shapes (instance 1..m), 10.. the kinds of
-        background (instance 0); keypoints (n, m, 5, 3) float32 x, y, v in the order of KEYPOINTS, v = 2 visible, 1 hidden,
-        0 outside the picture; depth (n, 1, size, size) float32; caption, a list of n sentences.
+        A dict with, for m = `max_objects` slots (object 0 the large one; -1 or zeros in empty slots):
+
+        - image (n, 3, size, size) uint8; label (n,) int64; caption, a list of n sentences;
+        - count (n,) of objects, scene (n,) kind of background; shape, color, texture (n, m) int64;
+        - boxes (n, m, 4) float32, tight around the visible part; masks (n, m, size, size) bool, the visible part;
+        - visible (n, m) float32, the share of an object's pixels in the picture that no other hides;
+        - panoptic (n, size, size) int64, category * 256 + instance: categories 0..9 are the shapes (instance 1..m),
+          10.. the kinds of background (instance 0);
+        - keypoints (n, m, 5, 3) float32 x, y, v in the order of KEYPOINTS: v is 2 visible, 1 hidden, 0 off the picture;
+        - depth (n, 1, size, size) float32.
 
     Raises:
         ZooError: for an unknown split, field or knob, or a size below 16.
@@ -506,7 +508,7 @@ def render(
     joined: dict[str, Any] = {"image": image} if "image" in fields else {}
     for key in parts[0]:
         values = [part[key] for part in parts]
-        joined[key] = sum(values, []) if key == "caption" else torch.cat(values)
+        joined[key] = [text for texts in values for text in texts] if key == "caption" else torch.cat(values)
     return {key: joined[key] for key in FIELDS if key in joined}
 
 
@@ -568,12 +570,10 @@ def _whole(scenes: _Scenes, m: int, image: Tensor, scratch: Tensor) -> Tensor:
     n, size = len(scenes.count), image.shape[-1]
     unused = torch.empty_like(image)
     total = torch.zeros(n, m)
+    of_objects = ("shape", "color", "texture", "rgb", "radius", "place", "turn", "depth")
     for k in range(m):
-        alone = _Scenes(**{
-            name: value[:, k : k + 1] if name in ("shape", "color", "texture", "rgb", "radius", "place", "turn", "depth")
-            else value
-            for name, value in vars(scenes).items()
-        })  # fmt: skip
+        facts = {name: value[:, k : k + 1] if name in of_objects else value for name, value in vars(scenes).items()}
+        alone = _Scenes(**facts)
         alone.count = (scenes.count > k).astype(np.int64)
         owner = torch.zeros(n, size * size, dtype=torch.uint8)
         _draw(alone, 0.0, unused, scratch, owner)
@@ -597,7 +597,7 @@ def _keypoints(scenes: _Scenes, m: int, owner: Tensor) -> Tensor:
     return torch.from_numpy(points)
 
 
-# ----------------------------------------------------------------------------------------------------------- the dataset
+# ---------------------------------------------------------------------------------------------------------- the dataset
 
 
 class ShapesDataset:

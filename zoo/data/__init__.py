@@ -1,0 +1,1 @@
+"""Data modules, sources, transforms, and the embedded world."""

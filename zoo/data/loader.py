@@ -1,0 +1,123 @@
+"""Samplers and the training loader: which sample comes when, the same on any run, after any interruption.
+
+The order of an epoch is a function of (seed, epoch); what is done to a sample, of (seed, epoch, index, repeat), which
+the sampler hands to the data set as its key. So nothing needs replaying: the training loader's state is two counts.
+
+Both samplers are :class:`~torch.utils.data.DistributedSampler` subclasses and know their rank: a trainer leaves them
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from zoo.data.shapes import hash64
+from zoo.errors import ZooError
+
+Key = tuple[int, int, int]
+"""(index in the split, epoch, which repetition of the sample)."""
+
+
+class EpochSampler(DistributedSampler):
+    """A seeded permutation for each epoch, dealt to the ranks in turn; the tail that does not go round is dropped.
+
+    Args:
+        length: samples in the split.
+        seed: of the run.
+        repeats: repeated augmentation (Hoffer et al. 2020, as DeiT uses it): each sample stands `repeats` times in a
+            row, so that neighbouring ranks augment the same one; the epoch keeps its length, and sees fewer different
+            samples.
+        rank, world: this process and how many there are.
+    """
+
+    def __init__(self, length: int, seed: int = 0, repeats: int = 1, rank: int = 0, world: int = 1) -> None:
+        everything: Any = range(length)
+        super().__init__(everything, num_replicas=world, rank=rank, seed=seed, drop_last=True)
+        if repeats < 1:
+            raise ZooError(f"repeats must be at least 1, got {repeats}")
+        self.length, self.repeats = length, repeats
+        self.num_samples = length // world
+        self.first = 0  # how many of this rank's samples the next iteration leaves out
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[Key]:
+        epoch = self.epoch
+        generator = torch.Generator().manual_seed(int(hash64(self.seed, epoch)[0]))
+        order = torch.randperm(self.length, generator=generator)
+        place = torch.arange(self.rank, self.num_samples * self.num_replicas, self.num_replicas)[self.first :]
+        for at in place.tolist():
+            yield int(order[at // self.repeats]), epoch, at % self.repeats
+
+
+class ExactSampler(DistributedSampler):
+    """Every sample once, in order, dealt to the ranks in turn without padding; ranks may differ by one sample."""
+
+    def __init__(self, length: int, rank: int = 0, world: int = 1) -> None:
+        everything: Any = range(length)
+        super().__init__(everything, num_replicas=world, rank=rank, shuffle=False)
+        self.length = length
+        self.num_samples = len(range(rank, length, world))
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.length, self.num_replicas))
+
+
+class TrainLoader(DataLoader):
+    """A :class:`~torch.utils.data.DataLoader` that knows how far it came; Lightning keeps that in the checkpoint.
+
+    It begins to load when the first batch is asked for, by which time the trainer has set the epoch. After
+    :meth:`load_state_dict` the iteration of the epoch named there goes on behind the batches already handed out.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._position = (0, 0)  # epoch, batches handed out
+        self._resume: tuple[int, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        epoch = getattr(self.sampler, "epoch", 0)
+        done = self._resume[1] if self._resume is not None and self._resume[0] == epoch else 0
+        self._resume, self._position = None, (epoch, done)
+        if isinstance(self.sampler, EpochSampler):
+            self.sampler.first = done * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._position = (epoch, self._position[1] + 1)
+            yield batch
+
+    def _layout(self) -> dict[str, int]:
+        sampler = self.sampler
+        layout = {"batch_size": self.batch_size or 1}
+        if isinstance(sampler, EpochSampler):
+            layout |= {"samples": sampler.length, "processes": sampler.num_replicas, "repeats": sampler.repeats}
+            layout["seed"] = sampler.seed
+        return layout
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"epoch", "batches" handed out in it, "of" how many, and what the counts mean: batch size, samples,
+        processes…}."""
+        epoch, batches = self._resume or self._position
+        return {"epoch": epoch, "batches": batches, "of": len(self), **self._layout()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            ZooError: the state lies inside an epoch and its counts mean something else here.
+        """
+        epoch, batches = int(state["epoch"]), int(state["batches"])
+        changed = [f"{k} was {state.get(k)} and is {v}" for k, v in self._layout().items() if state.get(k) != v]
+        if changed and 0 < batches < int(state["of"]):
+            raise ZooError(
+                f"the checkpoint stopped inside epoch {epoch} and cannot go on there: {', '.join(changed)};"
+                " resume with the same settings or from a checkpoint at the end of an epoch"
+            )
+        self._resume = None if changed else (epoch, batches)

@@ -1,0 +1,334 @@
+"""Image transforms: modules from one uint8 (C, H, W) picture to another, named by class path in a recipe.
+
+They draw from torch's default generator (RandAugment and erasing also from Python's and NumPy's), which the data module
+seeds for each sample; the crops themselves are pure functions of their draws. ``size=None`` is the data module's
+`image_size`; a transform used alone then takes 224. The data module normalises after the transform; what must come
+after that (random erasing) a transform offers as ``after_normalize``. Any torchvision v2 transform on uint8 tensors
+serves too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad
+
+from zoo.errors import ZooError, unknown
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
+_CROP_MODES = ("center", "squash", "border")
+
+
+# ------------------------------------------------------------------------------------------------------- pure functions
+
+
+def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
+    """Resize a uint8 (C, H, W) picture to (height, width), antialiased as Pillow does; (C, *size) uint8."""
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    antialias = interpolation != "nearest"
+    return interpolate(image[None], size=size, mode=interpolation, antialias=antialias)[0]
+
+
+def crop_resize(image: Tensor, box: Sequence[int], size: int, interpolation: str = "bicubic") -> Tensor:
+    """Cut (top, left, height, width) out of a (C, H, W) picture and resize it to a square; (C, size, size)."""
+    i, j, h, w = box
+    return resize(image[..., i : i + h, j : j + w], (size, size), interpolation)
+
+
+def random_resized_crop_params(
+    height: int, width: int, scale: Sequence[float], ratio: Sequence[float], draws: Sequence[Sequence[float]]
+) -> tuple[int, int, int, int]:
+    """The usual (Inception) random crop: try each row of draws in turn, take the first box that fits, else a centre
+    crop.
+
+    Args:
+        height, width: the picture's, in pixels.
+        scale: bounds of the crop's share of the area.
+        ratio: bounds of its width / height, drawn uniformly in the logarithm.
+        draws: rows of four numbers in [0, 1): area, log-ratio, top, left; ten rows in the field's practice.
+
+    Returns:
+        (top, left, height, width) in pixels.
+    """
+    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+    for area, shape, top, left in draws:
+        target = height * width * (scale[0] + area * (scale[1] - scale[0]))
+        aspect = math.exp(log_ratio[0] + shape * (log_ratio[1] - log_ratio[0]))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
+    h, w = height, width
+    if width / height < ratio[0]:
+        h = min(height, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = min(width, round(height * ratio[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def one_draw_crop_params(
+    height: int, width: int, scale: Sequence[float], ratio: Sequence[float], draws: Sequence[float]
+) -> tuple[int, int, int, int]:
+    """MAE's crop for linear probing: one draw, no rejection, clamped to the picture.
+
+    Args:
+        height, width: the picture's, in pixels.
+        scale: bounds of the crop's share of the area.
+        ratio: bounds of its width / height, drawn uniformly in the logarithm.
+        draws: four numbers in [0, 1): area, log-ratio, top, left.
+
+    Returns:
+        (top, left, height, width) in pixels.
+    """
+    area, shape, top, left = draws
+    target = height * width * (scale[0] + area * (scale[1] - scale[0]))
+    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+    aspect = math.exp(log_ratio[0] + shape * (log_ratio[1] - log_ratio[0]))
+    w = min(max(round(math.sqrt(target * aspect)), 1), width)
+    h = min(max(round(math.sqrt(target / aspect)), 1), height)
+    return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
+
+
+# -------------------------------------------------------------------------------------------------------------- modules
+
+
+class ImageTransform(nn.Module):
+    """Base of the transforms here: a square output of `size` pixels, or of what :meth:`bind` sets where it is None.
+
+    Attributes:
+        random: False when the output is a function of the picture alone.
+        foreign_random: True when it also draws from Python's or NumPy's generators.
+    """
+
+    random = True
+    foreign_random = False
+
+    def __init__(self, size: int | None = None, interpolation: str = "bicubic") -> None:
+        super().__init__()
+        if interpolation not in _INTERPOLATIONS:
+            raise unknown("interpolation", interpolation, _INTERPOLATIONS)
+        if size is not None and size < 1:
+            raise ZooError(f"size of a transform must be positive, got {size}")
+        self.size = size
+        self.interpolation = interpolation
+        self.mean: Sequence[float] = IMAGENET_MEAN
+
+    def bind(self, size: int, mean: Sequence[float]) -> None:
+        """Take over the data set's size, where none was given, and its mean colour."""
+        self.size = size if self.size is None else self.size
+        self.mean = tuple(mean)
+
+    @property
+    def side(self) -> int:
+        """The output's side in pixels."""
+        return 224 if self.size is None else self.size
+
+    @property
+    def after_normalize(self) -> Callable[[Tensor], Tensor] | None:
+        """What to do to the normalised float picture, if anything."""
+        return None
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, interpolation={self.interpolation!r}"
+
+
+class MAEPretrain(ImageTransform):
+    """Random resized crop and flip: all the augmentation MAE's pre-training has (paper, Appendix A.1)."""
+
+    def __init__(
+        self, size: int | None = None, scale: tuple[float, float] = (0.2, 1.0), interpolation: str = "bicubic"
+    ) -> None:
+        super().__init__(size, interpolation)
+        self.scale = scale
+
+    def forward(self, image: Tensor) -> Tensor:
+        draws = torch.rand(41).tolist()
+        rows = [draws[k : k + 4] for k in range(0, 40, 4)]
+        box = random_resized_crop_params(image.shape[-2], image.shape[-1], self.scale, (3 / 4, 4 / 3), rows)
+        image = crop_resize(image, box, self.side, self.interpolation)
+        return image.flip(-1) if draws[40] < 0.5 else image
+
+
+class LinearProbeTrain(ImageTransform):
+    """One-draw random crop and flip, as MAE's linear probing does (paper, Appendix A.1)."""
+
+    def __init__(
+        self, size: int | None = None, scale: tuple[float, float] = (0.08, 1.0), interpolation: str = "bicubic"
+    ) -> None:
+        super().__init__(size, interpolation)
+        self.scale = scale
+
+    def forward(self, image: Tensor) -> Tensor:
+        draws = torch.rand(5).tolist()
+        box = one_draw_crop_params(image.shape[-2], image.shape[-1], self.scale, (3 / 4, 4 / 3), draws[:4])
+        image = crop_resize(image, box, self.side, self.interpolation)
+        return image.flip(-1) if draws[4] < 0.5 else image
+
+
+class FineTuneTrain(ImageTransform):
+    """The field's fine-tuning augmentation: random resized crop, flip, timm's RandAugment, random erasing.
+
+    Args:
+        size: side of the output in pixels.
+        auto_augment: timm's name of the policy ("rand-m9-mstd0.5-inc1"), None for none.
+        random_erase: chance to overwrite a random box with normal noise, after normalisation.
+        interpolation: of the crop and of RandAugment's warps.
+        scale: bounds of the crop's share of the area.
+    """
+
+    foreign_random = True
+
+    def __init__(
+        self,
+        size: int | None = None,
+        auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+        random_erase: float = 0.25,
+        interpolation: str = "bicubic",
+        scale: tuple[float, float] = (0.08, 1.0),
+    ) -> None:
+        super().__init__(size, interpolation)
+        if auto_augment is not None and not auto_augment.startswith("rand"):
+            raise ZooError(
+                f"auto_augment must be a RandAugment policy of timm ('rand-m9-mstd0.5-inc1'), got {auto_augment!r}"
+            )
+        self.crop = MAEPretrain(size, scale, interpolation)
+        self.auto_augment = auto_augment
+        self.random_erase = random_erase
+        self._augment: Callable[[Any], Any] | None = None
+        self._erase: Callable[[Tensor], Tensor] | None = None
+
+    def bind(self, size: int, mean: Sequence[float]) -> None:
+        super().bind(size, mean)
+        self.crop.bind(self.side, mean)
+        self._augment = None
+
+    def _policy(self) -> Callable[[Any], Any]:
+        if self._augment is None:
+            import PIL.Image
+            from timm.data.auto_augment import rand_augment_transform
+
+            parameters = {
+                "translate_const": int(self.side * 0.45),
+                "img_mean": tuple(min(255, round(255 * m)) for m in self.mean),
+                "interpolation": getattr(PIL.Image.Resampling, self.interpolation.upper()),
+            }
+            self._augment = rand_augment_transform(self.auto_augment, parameters)
+        return self._augment
+
+    def forward(self, image: Tensor) -> Tensor:
+        image = self.crop(image)
+        if self.auto_augment is None:
+            return image
+        from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+        return pil_to_tensor(self._policy()(to_pil_image(image)))
+
+    @property
+    def after_normalize(self) -> Callable[[Tensor], Tensor] | None:
+        if not self.random_erase:
+            return None
+        if self._erase is None:
+            from timm.data.random_erasing import RandomErasing
+
+            self._erase = RandomErasing(self.random_erase, mode="pixel", max_count=1, device="cpu")
+        return self._erase
+
+
+class EvalResizeCrop(ImageTransform):
+    """Resize, then cut out the middle: the field's evaluation.
+
+    Args:
+        size: side of the output in pixels.
+        crop_pct: share of the resized picture's side that is kept; 224/256 by habit, 1.0 at larger sizes.
+        interpolation: of the resize.
+        crop_mode: "center": the short side becomes size / crop_pct; "squash": both sides do, whatever the shape;
+            "border": the long side does, and the rest is filled with the mean colour. As timm names them.
+    """
+
+    random = False
+
+    def __init__(
+        self,
+        size: int | None = None,
+        crop_pct: float = 224 / 256,
+        interpolation: str = "bicubic",
+        crop_mode: str = "center",
+    ) -> None:
+        super().__init__(size, interpolation)
+        if crop_mode not in _CROP_MODES:
+            raise unknown("crop_mode", crop_mode, _CROP_MODES)
+        if not 0 < crop_pct <= 1:
+            raise ZooError(f"crop_pct must lie in (0, 1], got {crop_pct}")
+        self.crop_pct, self.crop_mode = crop_pct, crop_mode
+
+    def forward(self, image: Tensor) -> Tensor:
+        side, (height, width) = self.side, image.shape[-2:]
+        target = int(side / self.crop_pct)
+        if self.crop_mode == "squash":
+            new = (target, target)
+        elif (self.crop_mode == "center") == (height <= width):  # the height becomes the target
+            new = (target, max(1, int(target * width / height)))
+        else:
+            new = (max(1, int(target * height / width)), target)
+        image = resize(image, new, self.interpolation)
+        short = (max(0, side - new[0]), max(0, side - new[1]))
+        if any(short):
+            top, left = short[0] // 2, short[1] // 2
+            edges = (left, short[1] - left, top, short[0] - top)
+            image = torch.stack([
+                pad(plane, edges, value=min(255, round(255 * m))) for plane, m in zip(image, self.mean, strict=True)
+            ])  # fmt: skip
+        top, left = round((image.shape[-2] - side) / 2), round((image.shape[-1] - side) / 2)
+        return image[..., top : top + side, left : left + side]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, crop_pct={self.crop_pct:g}, crop_mode={self.crop_mode!r}"
+
+
+class Mixing:
+    """Mixup and CutMix on a batch, by timm; draws from NumPy's generator, which the task seeds for each step.
+
+    Args:
+        mixup: Beta parameter of mixup, 0 for none.
+        cutmix: Beta parameter of CutMix, 0 for none.
+        prob: chance that a batch is mixed at all.
+        switch_prob: chance of CutMix when both are on.
+        label_smoothing: spread evenly over the classes.
+        num_classes: K.
+    """
+
+    def __init__(
+        self,
+        mixup: float = 0.8,
+        cutmix: float = 1.0,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        label_smoothing: float = 0.1,
+        num_classes: int = 1000,
+    ) -> None:
+        from timm.data.mixup import Mixup
+
+        if num_classes < 1:
+            raise ZooError(f"Mixing needs at least one class, got {num_classes}")
+        self._mix = Mixup(
+            mixup_alpha=mixup,
+            cutmix_alpha=cutmix,
+            prob=prob if mixup or cutmix else 0.0,
+            switch_prob=switch_prob,
+            label_smoothing=label_smoothing,
+            num_classes=num_classes,
+        )
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch with mixed `image` (B, C, H, W) and soft `label` (B, K) float32; the one given stays as it is."""
+        image, label = batch["image"], batch["label"]
+        if len(image) % 2:
+            raise ZooError(f"mixup and cutmix pair the samples of a batch: its size must be even, got {len(image)}")
+        mixed, soft = self._mix(image.clone(), label)
+        return {**batch, "image": mixed, "label": soft}
