@@ -38,6 +38,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import zoo
 from zoo import catalog
+from zoo.datacheck import checked_hash
 from zoo.errors import ZooError
 from zoo.paths import share
 
@@ -102,7 +103,7 @@ class PlainProgress(ProgressBar):
 
     def _say(self, what: str, batch: int, total: float, metrics: Mapping[str, Any], always: bool = False) -> None:
         now = time.monotonic()
-        if not self._enabled or now - self._last < (1.0 if always else self.seconds):
+        if not self._enabled or now - self._last < (min(1.0, self.seconds) if always else self.seconds):
             return
         self._last = now
         of = f"/{int(total)}" if total != float("inf") else ""
@@ -486,7 +487,8 @@ def _result(cli: RecipeCLI, metrics: dict[str, float], command: list[str], secon
     module = cli.datamodule
     protocol = {
         "dataset": data.get("dataset"),
-        "data_hash": getattr(module, "manifest", None),
+        "data_hash": checked_hash(str(data.get("dataset")), data.get("data_dir")),
+        **_counts(cli.trainer),
         "image_size": getattr(module, "image_size", None),
         "num_classes": getattr(module, "num_classes", None),
         "mean": _plain(getattr(module, "mean", None)),
@@ -517,6 +519,19 @@ _PROTOCOL_OF_TRAINER = (
     *("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
     *("limit_train_batches", "limit_val_batches", "limit_test_batches", "deterministic", "sync_batchnorm"),
 )
+
+
+def _counts(trainer: Trainer) -> dict[str, int]:
+    """How many samples each loader of this run drew from."""
+    found = {}
+    for name, loader in (
+        ("train", trainer.train_dataloader),
+        ("val", trainer.val_dataloaders),
+        ("test", trainer.test_dataloaders),
+    ):
+        with contextlib.suppress(AttributeError, TypeError):
+            found[f"samples.{name}"] = len(loader.dataset)  # type: ignore[union-attr]
+    return found
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -25,7 +25,8 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=200, soft_wrap=True)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[str] = ()) -> None:
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[str] = ()) -> None:
+    """A table on stdout: words left, the columns in `numbers` right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
@@ -102,7 +103,9 @@ def print_listing(kind: str, rows: list[dict[str, Any]], pattern: str = "*") -> 
     columns = [key for key in rows[0] if any(row[key] not in (None, "") for row in rows)]
     show = {"parameters": _millions, "size": _size, "samples": lambda n: "" if n is None else f"{n:,}"}
     body = [[show[key](row[key]) if key in show else row[key] for key in columns] for row in rows]
-    _table(columns, body, numbers=("parameters", "size", "samples", "classes", "models", "weights", "rows", "verified"))
+    print_table(
+        columns, body, numbers=("parameters", "size", "samples", "classes", "models", "weights", "rows", "verified")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- one thing
@@ -195,12 +198,12 @@ def _print_paper(facts: Mapping[str, Any]) -> None:
     console.print(Text("\n" + card.summary.strip()))
     if card.models:
         _heading("Models")
-        _table(
+        print_table(
             ["model", "parameters", ""], [[m.name, _millions(m.params), m.summary] for m in card.models], ["parameters"]
         )
     if card.weights:
         _heading("Weights (zoo weights get NAME)")
-        _table(
+        print_table(
             ["weights", "kind", "target", "size", "licence"],
             [[w.name, w.kind, w.target, _size(w.size), w.licence] for w in card.weights],
             ["size"],
@@ -208,13 +211,13 @@ def _print_paper(facts: Mapping[str, Any]) -> None:
     recipes = catalog.list_recipes(f"{card.slug}/*")
     if recipes:
         _heading("Recipes (zoo fit NAME)")
-        _table(["recipe", ""], [[name, catalog.recipe_header(name).partition("\n")[0]] for name in recipes])
+        print_table(["recipe", ""], [[name, catalog.recipe_header(name).partition("\n")[0]] for name in recipes])
     if card.leaderboard:
         _heading(f"Leaderboard (zoo leaderboard {card.slug})")
         print_leaderboard(leaderboard(card.slug), paper=False)
     if card.ledger:
         _heading("Where paper, official code and zoo differ")
-        _table(["topic", "paper", "code", "zoo"], [[e.topic, e.paper, e.code, e.zoo] for e in card.ledger])
+        print_table(["topic", "paper", "code", "zoo"], [[e.topic, e.paper, e.code, e.zoo] for e in card.ledger])
     if card.claim:
         _heading(f"Claim in miniature (zoo claim {card.slug})")
         console.print(Text(card.claim.statement))
@@ -300,7 +303,7 @@ def print_leaderboard(rows: list[dict[str, Any]], paper: bool = True) -> None:
         cells: list[Any] = _cells(row)
         cells[8] = Text(cells[8], style=_STATUS[row["status"]])
         body.append([cells[i] for i in kept])
-    _table([_COLUMNS[i] for i in kept], body, numbers=("published", "measured"))
+    print_table([_COLUMNS[i] for i in kept], body, numbers=("published", "measured"))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -414,16 +417,16 @@ def _cause(key: str) -> str:
 
 
 def print_explanation(found: Mapping[str, Any]) -> None:
-    _table(["metric", found["a"], found["b"]], [[key, *pair] for key, pair in found["values"].items()])
+    print_table(["metric", found["a"], found["b"]], [[key, *pair] for key, pair in found["values"].items()])
     if found["differences"]:
         _heading("Stated differences, the likeliest cause first")
         body = [[d["cause"], d["key"], _short(d["a"]), _short(d["b"])] for d in found["differences"]]
-        _table(["cause", "key", found["a"], found["b"]], body)
+        print_table(["cause", "key", found["a"], found["b"]], body)
     else:
         print("the stated protocols agree")
     if found["unknown"]:
         _heading("Stated by one side only")
-        _table(["key", "by", "value"], [[u["key"], u["stated by"], _short(u["value"])] for u in found["unknown"]])
+        print_table(["key", "by", "value"], [[u["key"], u["stated by"], _short(u["value"])] for u in found["unknown"]])
 
 
 # ------------------------------------------------------------------------------------------------------------- parity

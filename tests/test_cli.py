@@ -1,0 +1,477 @@
+"""The `zoo` command as a user drives it: tables, recipes, resume, interrupts, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+
+import zoo
+from tests.conftest import ROOT
+from zoo import catalog
+from zoo.cli import main
+from zoo.errors import ZooError
+
+
+@dataclass
+class Optim:
+    name: Literal["adamw", "sgd"] = "sgd"
+    base_lr: float = 0.1
+
+
+class Task(pl.LightningModule):
+    """A linear regression that remembers what it was built with."""
+
+    monitor = ("val/loss", "min")
+
+    def __init__(self, optim: Optim, num_classes: int = 10, img_size: int = 224, sleep: float = 0.0) -> None:
+        super().__init__()
+        self.optim, self.num_classes, self.img_size, self.sleep = optim, num_classes, img_size, sleep
+        if num_classes < 1:
+            raise ValueError("num_classes must be positive")
+        self.layer = torch.nn.Linear(2, num_classes)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        time.sleep(self.sleep)
+        loss = self.layer(batch).square().mean()
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("val/loss", self.layer(batch).square().mean())
+
+    def test_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("test/loss", self.layer(batch).square().mean())
+
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.layer(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), self.optim.base_lr)
+
+
+class Other(pl.LightningModule):
+    """A task without any of the linked arguments."""
+
+    def __init__(self, depth: int = 1) -> None:
+        super().__init__()
+        self.depth = depth
+
+
+class Data(pl.LightningDataModule):
+    num_classes, image_size = 7, 64
+
+    def __init__(self, dataset: str = "toy", length: int = 16) -> None:
+        super().__init__()
+        self.dataset, self.length = dataset, length
+
+    def _loader(self) -> torch.utils.data.DataLoader:
+        data = torch.randn(self.length, 2, generator=torch.Generator().manual_seed(0))
+        return torch.utils.data.DataLoader(data, batch_size=4)
+
+    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = _loader
+
+
+CONFIG = {
+    "seed_everything": 3,
+    "model": {"class_path": "tests.test_cli.Task", "init_args": {"optim": {"base_lr": 0.01}}},
+    "data": {"class_path": "tests.test_cli.Data"},
+    "trainer": {"max_epochs": 2, "accelerator": "cpu", "log_every_n_steps": 1},
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with toy.yaml, a recipe of the classes above."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy.yaml").write_text("# A toy.\n" + yaml.safe_dump(CONFIG))
+    return tmp_path
+
+
+def _runs(here: Path) -> list[Path]:
+    return sorted((here / "runs" / "toy").iterdir(), key=lambda path: path.stat().st_ctime)
+
+
+def _one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    err = capsys.readouterr().err
+    assert err.startswith("zoo: "), err
+    assert err.count("\n") == 1, err
+    return err
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def test_listing_imports_neither_torch_nor_lightning() -> None:
+    program = (
+        "import sys; from zoo.cli import main\n"
+        "for words in (['list'], ['list', 'models'], ['list', 'weights'], ['list', 'recipes'], ['list', 'datasets'],"
+        " ['leaderboard'], ['__complete', 'show', '']):\n"
+        "    assert main(words) == 0, words\n"
+        "heavy = {'torch', 'lightning', 'torchvision', 'numpy', 'timm'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["papers", "models", "weights", "recipes", "datasets"])
+def test_list_shows_every_name(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    known = getattr(catalog, f"list_{kind}")()
+    assert main(["list", kind, "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == known
+    assert main(["list", kind]) == 0
+    table = capsys.readouterr().out
+    assert known
+    assert all(name in table for name in known)
+
+
+def test_list_takes_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "recipes", "mae/poc*", "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["mae/pocket"]
+    licences = {catalog.weight(name)[1].licence for name in catalog.list_weights()}
+    assert main(["list", "weights", "--licence", licences.pop(), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["mae", "mae_vit_base_patch16", "mae/pocket", "shapes"])
+def test_show(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", name]) == 0
+    text = capsys.readouterr().out
+    assert main(["show", name, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    expected = {"paper": "Masked Autoencoders", "model": "params", "recipe": "class_path", "dataset": "licence"}
+    assert expected[facts["kind"]] in text
+
+
+def test_leaderboard_in_every_form(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"mae:{row.id}" for row in catalog.paper("mae").leaderboard]
+    assert rows
+    assert main(["leaderboard", "mae", "--json"]) == 0
+    assert sorted(f"{row['paper']}:{row['id']}" for row in json.loads(capsys.readouterr().out)) == sorted(rows)
+    assert main(["leaderboard", "mae", "--markdown", "board.md"]) == 0
+    assert main(["leaderboard", "--html", "board.html"]) == 0
+    markdown, html = (here / "board.md").read_text(), (here / "board.html").read_text()
+    assert all(f"| {row} |" in markdown and f"<td>{row}</td>" in html for row in rows)
+    assert len({line.count(" | ") for line in markdown.splitlines()[2:]}) == 1
+
+
+# --------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (["lits"], "list"),
+        (["list", "paper"], "papers"),
+        (["list", "models", "maee_vit"], "mae_vit"),
+        (["show", "maee"], "mae"),
+        (["leaderboard", "mea"], "mae"),
+        (["claim", "mea"], "mae"),
+        (["parity", "mea"], "mae"),
+        (["fit", "mae/poket"], "mae/pocket"),
+        (["fit", "nowhere.yaml"], "nowhere.yaml"),
+        (["fit"], "recipe"),
+        (["fit", "mae/pocket", "more"], "more"),
+        (["fit", "mae/pocket", "--ckpt_path", "none.ckpt"], "none.ckpt"),
+        (["fit", "mae/pocket", "--ckpt_path", "last"], "zoo fit mae/pocket"),
+        (["predict", "mae_vit_bas", "cat.png"], "mae_vit_base"),
+        (["predict", "mae_vit_base_patch16", "no.png"], "no.png"),
+        (["weights", "get", "mae_vit_base_patch16.in1k"], "mae_vit_base_patch16.in1k_1600ep"),
+        (["data", "check", "shape"], "shapes"),
+        (["data", "check", "./nowhere"], "nowhere"),
+        (["explain", "mae:x", "mae:y"], "mae:"),
+        (["explain", "a.json", "b.json"], "a.json"),
+        (["list", "--colour"], "--colour"),
+        (["show"], "name"),
+        (["completion", "csh"], "csh"),
+        (["--colour", "list"], "--colour"),
+        (["list", "papers", "--licence", "MIT"], "weights"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(
+    words: list[str], nearest: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert nearest in _one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--trainer.max_epoch=3", "unknown key 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"),
+        ("--max_epochs=3", "unknown key 'max_epochs'; did you mean 'trainer.max_epochs'?"),
+        ("--trainer.max_epochs=many", "trainer.max_epochs: expected int, got 'many'"),
+        ("--trainer.precision=17", "trainer.precision: expected one of 64, 32, 16"),
+        ("--trainer.accelerator=gpux", "gpux"),
+        ("--model.optm.base_lr=1", "unknown key 'model.optm.base_lr' of Task; did you mean 'model.optim'?"),
+        (
+            "--model.optim.base_lrr=1",
+            "unknown key 'model.optim.base_lrr' of Optim; did you mean 'model.optim.base_lr'?",
+        ),
+        ("--model.optim.base_lr=big", "model.optim.base_lr: expected float, got 'big'"),
+        ("--model.optim.name=adam", "model.optim.name: expected one of 'adamw', 'sgd', got 'adam'"),
+        ("--model.num_classes=-1", "num_classes must be positive"),
+        ("--model=tests.test_cli.Tusk", "tests.test_cli has no 'Tusk'; did you mean 'Task'?"),
+        ("--model=nowhere.Task", "No module named 'nowhere'"),
+        ("--model=tests.test_cli.Data", "model: expected LightningModule, got 'tests.test_cli.Data'"),
+        ("--data.lenght=3", "unknown key 'data.lenght' of Data; did you mean 'data.length'?"),
+        ("--data.init_args.lenght=3", "unknown key 'data.lenght' of Data; did you mean 'data.length'?"),
+        ("--data.length=x", "data.length: expected int, got 'x'"),
+        ("--dta.length=3", "did you mean 'data'?"),
+        ("--seed_everything=x", "seed_everything: expected bool or int, got 'x'"),
+        ("--config=none.yaml", "no file 'none.yaml'"),
+        ("--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.Timmer}]", "did you mean 'Timer'?"),
+    ],
+)
+def test_a_wrong_option_is_one_line(option: str, line: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "toy.yaml", option]) == 2
+    assert line in _one_line(capsys)
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "line"),
+    [
+        ("max_epochs", "max_epoch", "unknown key 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"),
+        ("max_epochs: 2", "max_epochs: two", "trainer.max_epochs: expected int, got 'two'"),
+        ("base_lr:", "lr_base:", "unknown key 'model.optim.lr_base' of Optim; did you mean 'model.optim.base_lr'?"),
+        ("base_lr: 0.01", "base_lr: [1]", "model.optim.base_lr: expected float, got '[1]'"),
+        ("optim:", "optin:", "unknown key 'model.optin.base_lr' of Task; did you mean 'model.optim'?"),
+        ("data:", "date:", "did you mean 'data'?"),
+        ("model:", "modell:", "it has no `model`"),
+        ("max_epochs: 2", "max_epochs: [", "not YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line(
+    before: str, after: str, line: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (here / "toy.yaml").read_text()
+    assert before in text
+    (here / "toy.yaml").write_text(text.replace(before, after))
+    assert main(["fit", "toy.yaml"]) == 2
+    assert line in _one_line(capsys)
+
+
+def test_debug_shows_the_traceback(here: Path) -> None:
+    with pytest.raises(ZooError, match=r"trainer\.max_epochs") as info:
+        main(["fit", "toy.yaml", "--trainer.max_epoch", "1", "--debug"])
+    assert info.value.__cause__ is not None
+
+
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "zoo.show", None)
+    monkeypatch.delattr(zoo, "show", raising=False)
+    assert main(["list"]) == 2
+    assert "zoo.show" in _one_line(capsys)
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_fit_writes_a_run_and_prints_its_score(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "toy.yaml"]) == 0
+    out = capsys.readouterr().out
+    (run,) = _runs(here)
+    assert re.fullmatch(r"\d{8}-\d{6}", run.name)
+    for name in ("config.yaml", "metrics.csv", "result.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt"):
+        assert (run / name).is_file(), name
+    assert list(run.glob("events.out.tfevents*"))
+    score = next(line for line in out.splitlines() if line.startswith("score: "))
+    assert "val/loss" in score
+    assert f"checkpoint: {Path('runs/toy') / run.name / 'checkpoints/last.ckpt'}" in out
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 8
+
+    result = json.loads((run / "result.json").read_text())
+    assert result["recipe"] == "toy"
+    assert result["protocol"]["dataset"] == "toy"
+    assert result["protocol"]["seed"] == 3
+    assert result["metrics"]["val/loss"] == pytest.approx(float(re.search(r"val/loss (\S+)", score)[1]), rel=1e-3)
+
+
+def test_the_saved_config_is_the_same_recipe_again(here: Path) -> None:
+    assert main(["fit", "toy.yaml", "--model.optim.base_lr", "0.05"]) == 0
+    (first,) = _runs(here)
+    assert main(["fit", str(first / "config.yaml")]) == 0
+    _, second = _runs(here)
+    one, two = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (first, second))
+    assert all(one["state_dict"][key].equal(two["state_dict"][key]) for key in one["state_dict"])
+    assert zoo.load_recipe(second / "config.yaml")[0].optim == Optim(base_lr=0.05)
+
+
+def test_last_resumes_the_newest_run_and_best_names_its_best(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "toy.yaml", "--trainer.max_epochs", "1"]) == 0
+    (first,) = _runs(here)
+    assert main(["fit", "toy.yaml", "--ckpt_path", "last"]) == 0
+    second = _runs(here)[-1]
+    assert f"from runs/toy/{first.name}/checkpoints/last.ckpt" in capsys.readouterr().out
+    assert main(["fit", "toy.yaml"]) == 0
+    third = _runs(here)[-1]
+    resumed, whole = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (second, third))
+    assert resumed["global_step"] == whole["global_step"] == 8
+    assert all(resumed["state_dict"][key].equal(whole["state_dict"][key]) for key in whole["state_dict"])
+    capsys.readouterr()
+    assert main(["test", "toy.yaml", "--ckpt_path=best"]) == 0
+    assert f"from runs/toy/{third.name}/checkpoints/best.ckpt" in capsys.readouterr().out
+
+
+def test_validate_test_and_predict(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "toy.yaml"]) == 0
+    captured = capsys.readouterr()
+    assert "score: val/loss" in captured.out
+    assert "no --ckpt_path" in captured.err
+    assert main(["test", "toy.yaml"]) == 0
+    assert "score: test/loss" in capsys.readouterr().out
+    assert main(["predict", "toy.yaml"]) == 0
+    path = re.search(r"predictions: (\S+)", capsys.readouterr().out)[1]
+    assert torch.cat(torch.load(path, weights_only=True)).shape == (16, 7)
+
+
+def test_config_on_either_side_of_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "more.yaml").write_text("trainer: {max_epochs: 5}\n")
+    printed = []
+    for words in (
+        ["--config", "more.yaml", "fit", "toy.yaml"],
+        ["fit", "--config", "more.yaml", "toy.yaml"],
+        ["fit", "toy.yaml", "--config=more.yaml"],
+    ):
+        with pytest.raises(SystemExit) as end:
+            main([*words, "--print_config"])
+        assert end.value.code == 0
+        printed.append(yaml.safe_load(capsys.readouterr().out))
+    assert printed[0] == printed[1] == printed[2]
+    assert printed[0]["trainer"]["max_epochs"] == 5
+    assert printed[0]["trainer"]["use_distributed_sampler"] is False
+    assert printed[0]["model"]["init_args"]["optim"]["base_lr"] == 0.01
+    assert main(["fit", "--config", "toy.yaml", "--trainer.fast_dev_run", "true"]) == 0  # the config is the recipe
+
+
+def test_model_takes_classes_and_size_from_the_data_unless_told(here: Path) -> None:
+    module, data, trainer = zoo.load_recipe("toy.yaml", {"trainer.max_epochs": 1, "data.length": 8})
+    assert (module.num_classes, module.img_size) == (7, 64)
+    assert (data.length, trainer.max_epochs) == (8, 1)
+    module, _, _ = zoo.load_recipe("toy.yaml", {"model.num_classes": 3})
+    assert (module.num_classes, module.img_size) == (3, 64)
+    module, _, _ = zoo.load_recipe("toy.yaml", {"model": "tests.test_cli.Other", "model.depth": 2})
+    assert module.depth == 2
+    assert not (here / "runs").exists()
+
+
+def test_output_folder_and_loggers_are_the_users(here: Path) -> None:
+    words = ["--trainer.default_root_dir", "elsewhere", "--trainer.logger", "false", "--trainer.max_epochs", "1"]
+    assert main(["fit", "toy.yaml", *words]) == 0
+    (run,) = (here / "elsewhere" / "toy").iterdir()
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert not (run / "metrics.csv").exists()
+    assert not (here / "runs").exists()
+    assert main(["fit", "toy.yaml", *words, "--ckpt_path", "last"]) == 0
+
+
+def test_plain_lines_off_a_terminal(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from zoo.recipes import PlainProgress
+
+    _, data, trainer = zoo.load_recipe("toy.yaml")
+    (bar,) = [callback for callback in trainer.callbacks if isinstance(callback, PlainProgress)]
+    bar.seconds = 0.0
+    module, _, _ = zoo.load_recipe("toy.yaml")
+    capsys.readouterr()
+    trainer.fit(module, data)
+    out = capsys.readouterr().out
+    assert "epoch 1/2 batch 4/4 train/loss" in out
+    assert "validation batch 4/4" in out
+    assert "\x1b" not in out
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(here: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "zoo.cli", "fit", "toy.yaml", "--model.sleep", "0.05"]
+    process = subprocess.Popen(
+        [*command, "--trainer.max_epochs", "2000"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 120
+    while not list(here.glob("runs/toy/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    path = re.search(r"resume with: zoo fit toy\.yaml .*--ckpt_path (\S+)", err)[1]
+    step = torch.load(here / path, weights_only=True)["global_step"]
+    assert step > 0
+    assert (
+        main(["fit", "toy.yaml", "--trainer.max_epochs=-1", "--trainer.max_steps", str(step + 2), "--ckpt_path", path])
+        == 0
+    )
+    assert torch.load(_runs(here)[-1] / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step + 2
+
+
+# ------------------------------------------------------------------------------------------------- other commands
+
+
+def test_explain_ranks_the_causes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for extra in ([], ["--seed_everything", "4", "--data.dataset", "other"]):
+        assert main(["fit", "toy.yaml", *extra]) == 0
+    first, second = _runs(here)
+    capsys.readouterr()
+    assert main(["explain", str(first), str(second / "result.json"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["key"] for entry in found["differences"]] == ["dataset", "seed"]
+    assert found["differences"][0]["cause"] == "data"
+    assert len(found["values"]["val/loss"]) == 2
+    assert main(["explain", str(first), str(first)]) == 0
+    assert "the stated protocols agree" in capsys.readouterr().out
+
+
+def test_explain_two_rows_of_a_leaderboard(capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (f"mae:{row.id}" for row in catalog.paper("mae").leaderboard[:2])
+    assert main(["explain", one, two]) == 0
+    text = capsys.readouterr().out
+    assert one in text
+    assert two in text
+
+
+def test_claim_runs_the_papers_script_with_its_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / "mae.py").write_text("import sys\nprint(__name__, sys.argv[1:])\nsys.exit(3)\n")
+    monkeypatch.setattr("zoo.paths.share", lambda kind: tmp_path)
+    assert main(["claim", "mae", "--seeds", "1", "--help"]) == 3
+    assert "__main__ ['--seeds', '1', '--help']" in capsys.readouterr().out
+
+
+def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
+    def complete(*words: str) -> list[str]:
+        assert main(["__complete", *words]) == 0
+        return capsys.readouterr().out.split()
+
+    assert complete("lea") == ["leaderboard"]
+    assert {"fit", "list", "explain"} <= set(complete(""))
+    assert complete("fit", "mae/poc") == ["mae/pocket"]
+    assert complete("list", "w") == ["weights"]
+    assert "shapes" in complete("data", "check", "")
+    for shell in ("bash", "zsh", "fish"):
+        assert main(["completion", shell]) == 0
+        assert "__complete" in capsys.readouterr().out
+    script = 'zoo() { echo "$@"; }; eval "$1"; COMP_WORDS=(zoo fit ma); COMP_CWORD=2; _zoo; echo "${COMPREPLY[@]}"'
+    assert main(["completion", "bash"]) == 0
+    done = subprocess.run(["bash", "-c", script, "x", capsys.readouterr().out], capture_output=True, text=True)
+    assert done.stdout.strip() == "__complete fit ma", done.stderr
