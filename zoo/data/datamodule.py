@@ -22,6 +22,7 @@ from zoo.data.transforms import EvalResizeCrop, ImageTransform
 from zoo.errors import ZooError
 
 _SALT = {"train": 0, "val": 1, "test": 2, "predict": 3}
+_BLOCK = 1 << 18  # bytes of pictures normalised together
 Batch = dict[str, Tensor]
 
 
@@ -61,10 +62,10 @@ class SampleSet(Dataset):
         salt: int = 0,
     ) -> None:
         self.source, self.transform, self.seed, self.salt = source, transform, seed, salt
-        self.mean, self.std = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
+        self._mean255, self._std255 = (255 * torch.tensor(x)[:, None, None] for x in (mean, std))
         ours = isinstance(transform, ImageTransform)
-        self._random = not ours or transform.random
-        self._foreign = not ours or transform.foreign_random
+        self._random = bool(transform.random) if ours else True
+        self._foreign = bool(transform.foreign_random) if ours else True
 
     def __len__(self) -> int:
         return len(self.source)
@@ -107,7 +108,12 @@ class SampleSet(Dataset):
     def _normalize(self, image: Tensor) -> Tensor:
         if image.dtype != torch.uint8:
             return image
-        return image.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        out = torch.empty(image.shape, dtype=torch.float32)
+        # A few pictures at a time, all steps while they lie in the cache.
+        some = max(1, _BLOCK // max(1, image[0].numel())) if image.ndim == 4 else 3
+        for to, block in zip(out.split(some), image.split(some), strict=True):
+            to.copy_(block).sub_(self._mean255).div_(self._std255)
+        return out
 
 
 def _same(batch: Batch) -> Batch:

@@ -218,7 +218,7 @@ class FineTuneTrain(ImageTransform):
                 "img_mean": tuple(min(255, round(255 * m)) for m in self.mean),
                 "interpolation": getattr(PIL.Image.Resampling, self.interpolation.upper()),
             }
-            self._augment = rand_augment_transform(self.auto_augment, parameters)
+            self._augment = rand_augment_transform(str(self.auto_augment), parameters)
         return self._augment
 
     def forward(self, image: Tensor) -> Tensor:
