@@ -64,12 +64,11 @@ def fetch(sources: Sequence[str], target: Path, published: Published = Published
     Raises:
         ZooError: when no source gives a file that agrees, naming each source and what was wrong with it.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with lock(target):
+    with lock(target):
+        try:
             return _fetch(sources, target, published)
-    except OSError as error:
-        raise ZooError(f"cannot write {target}: {_one_line(error)}") from error
+        except OSError as error:
+            raise ZooError(f"cannot write {target}: {_one_line(error)}") from error
 
 
 def _fetch(sources: Sequence[str], target: Path, published: Published) -> Fetched:
@@ -132,8 +131,16 @@ def lock(target: Path) -> Iterator[None]:
     """Holds `target` against other processes of this machine (the ranks of a run all ask for the same file)."""
     from filelock import FileLock
 
-    with FileLock(f"{target}.lock"):
+    held = FileLock(f"{target}.lock")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except OSError as error:
+        raise ZooError(f"cannot write {target}: {_one_line(error)}") from error
+    try:
         yield
+    finally:
+        held.release()
 
 
 @contextlib.contextmanager
@@ -143,6 +150,8 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, target)
+    except OSError as error:
+        raise ZooError(f"cannot write {target}: {_one_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -163,16 +172,16 @@ def _from_web(url: str, target: Path, wanted: Published) -> Fetched:
     _download(url, target, wanted)
     sha256, problem = check(part, wanted)
     if problem and resumed:
-        part.unlink()
+        _drop_part(target)
         _download(url, target, wanted)
         sha256, problem = check(part, wanted)
     if problem:
-        part.unlink()
+        _drop_part(target)
         raise _Failed(problem)
     with replacing(_record(target)) as file:
         file.write_text(json.dumps({"source": url, "sha256": sha256, "size": part.stat().st_size}, indent=1))
     os.replace(part, target)
-    _validator(target).unlink(missing_ok=True)
+    _drop_part(target)
     return Fetched(target, sha256)
 
 
@@ -220,7 +229,7 @@ def _download(url: str, target: Path, wanted: Published) -> None:
             return
         except urllib.error.HTTPError as error:
             if error.code == 416:  # the part is as long as the file, or longer: begin anew
-                part.unlink(missing_ok=True)
+                _drop_part(target)
             elif error.code < 500 and error.code not in (408, 425, 429):
                 raise _Failed(f"HTTP {error.code} {error.reason}") from error
             problem: Exception = error
@@ -323,6 +332,11 @@ def _part(target: Path) -> Path:
 def _validator(target: Path) -> Path:
     """Where the server's mark of the version that ``.part`` belongs to is kept."""
     return target.with_name(f"{target.name}.part.json")
+
+
+def _drop_part(target: Path) -> None:
+    _part(target).unlink(missing_ok=True)
+    _validator(target).unlink(missing_ok=True)
 
 
 def _one_line(error: BaseException) -> str:

@@ -136,14 +136,14 @@ def fetch_weights(name: str) -> Path:
     card, entry = catalog.weight(name)
     _tell_licence(name, entry.licence, card.title)
     folder = _folder(card, entry)
-    converted, record_path = folder / "converted.safetensors", folder / "converted.json"
-    folder.mkdir(parents=True, exist_ok=True)
+    converted = folder / "converted.safetensors"
+    if _is_right(converted, card, entry):  # before the lock: a cache may be shared read-only
+        return converted
     with download.lock(converted):
-        record = _read_record(record_path)
-        if converted.is_file() and record.get("converter") == _converter(card) and _is_published(record, entry):
-            if _sha256(converted) == record.get("sha256"):
-                return converted
-            download.say(f"{converted} was changed since it was stored; converting anew")
+        if _is_right(converted, card, entry):  # another process was first
+            return converted
+        if converted.exists():
+            download.say(f"{converted} is older than the code, or was changed since it was stored; converting anew")
         original = download.fetch(entry.urls, folder / _file_name(entry), _published(entry))
         try:
             state = _convert(card, read_state_dict(original.path), name)
@@ -152,10 +152,21 @@ def fetch_weights(name: str) -> Path:
                 download.forget(folder / _file_name(entry))
             raise
         _write_safetensors(state, converted)
-        with download.replacing(record_path) as file:
+        with download.replacing(folder / "converted.json") as file:
             facts = {"source_sha256": original.sha256, "converter": _converter(card), "sha256": _sha256(converted)}
             file.write_text(json.dumps(facts, indent=1))
     return converted
+
+
+def _is_right(converted: Path, card: PaperCard, entry: Weight) -> bool:
+    """Whether the converted copy is there, unchanged, from the published file, and by the present code."""
+    record = _read_record(converted.with_suffix(".json"))
+    return (
+        converted.is_file()
+        and record.get("converter") == _converter(card)
+        and _is_published(record, entry)
+        and _sha256(converted) == record.get("sha256")
+    )
 
 
 def verify_weights(name: str) -> str:
@@ -235,7 +246,7 @@ def _read_record(path: Path) -> dict[str, str]:
 
 def _converter(card: PaperCard) -> str:
     """Changes with the code that converts, so that copies made by older code are not used."""
-    source = inspect.getsource(paper_module(card)).encode()
+    source = card.path.with_suffix(".py").read_bytes()
     return f"{__version__}-{hashlib.sha256(source).hexdigest()[:16]}"
 
 
