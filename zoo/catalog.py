@@ -323,10 +323,10 @@ def recipe_path(recipe: str | os.PathLike[str]) -> Path:
         return path
     if path.suffix in (".yaml", ".yml"):
         raise ZooError(f"no recipe file {name!r}")
-    begins = [known for known in names if known.startswith(name)]
+    begins = [known for known in names if name and known.startswith(name)]
     if len(begins) > 1:
         raise ZooError(f"recipe {name!r} may mean {', '.join(begins)}; give one of them")
-    if not begins or not name:
+    if not begins:
         raise unknown("recipe", name, names)
     return share("recipes") / f"{begins[0]}.yaml"
 
