@@ -440,6 +440,100 @@ def test_explain_ranks_the_causes(here: Path, capsys: pytest.CaptureFixture[str]
     assert "the stated protocols agree" in capsys.readouterr().out
 
 
+def test_data_check_finds_what_is_wrong(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from torchvision.io import write_png
+
+    for split in ("train", "val"):
+        for number, name in enumerate(("cat", "dog")):
+            (here / "pets" / split / name).mkdir(parents=True)
+            image = torch.full((3, 8, 8), 100 * number, dtype=torch.uint8)
+            write_png(image, str(here / "pets" / split / name / "a.png"))
+    assert main(["data", "check", "pets", "--json"]) == 2  # a bare word is a name
+    assert main(["data", "check", "./pets", "--json"]) == 0
+    good = json.loads(capsys.readouterr().out)
+    assert good["classes"] == ["cat", "dog"]
+    assert good["splits"]["train"]["per_class"] == {"0": 1, "1": 1}
+    assert good["problems"] == []
+
+    write_png(torch.ones(3, 8, 8, dtype=torch.uint8), str(here / "pets" / "val" / "dog" / "a.png"))
+    (here / "pets" / "train" / "cat" / "b.png").write_bytes(b"no picture")
+    assert main(["data", "check", "./pets", "--json"]) == 1
+    bad = json.loads(capsys.readouterr().out)
+    assert "b.png" in bad["problems"][0]
+    assert bad["splits"]["train"]["unreadable"] == 1
+    assert bad["sha256"] != good["sha256"]
+    assert bad["splits"]["train"]["sha256"] == good["splits"]["train"]["sha256"]  # what can be read is the same
+    assert main(["data", "check", "./pets"]) == 1
+    assert "problem: train: 1 unreadable samples" in capsys.readouterr().out
+    assert main(["data", "check", "shapes", "--quick"]) == 0
+
+
+def test_a_run_states_the_hash_of_the_data_it_was_checked_for(here: Path) -> None:
+    from zoo.data import sources
+    from zoo.datacheck import check, checked_hash
+
+    class Small:
+        class_names = sources.describe("shapes").class_names
+
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, index: int) -> dict:
+            return {"image": torch.full((3, 4, 4), index, dtype=torch.uint8), "label": index % 10}
+
+    assert checked_hash("shapes") is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "open_source", lambda *args, **kwargs: Small())
+        report = check("shapes")
+    assert checked_hash("shapes") == report["sha256"]
+    assert main(["fit", "toy.yaml", "--data.dataset", "shapes"]) == 0
+    assert json.loads((_runs(here)[0] / "result.json").read_text())["protocol"]["data_hash"] == report["sha256"]
+
+
+@pytest.mark.parametrize("kind", ["draws", "classifies"])
+def test_predict_a_picture(
+    kind: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+    from torchvision.io import read_image, write_png
+
+    # The published sizes are too big for a test: the card's function gives a small network of the same kind.
+    name, sizes = {
+        "draws": ("mae_vit_base_patch16", {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}),
+        "classifies": ("vit_base_patch16", {"num_classes": 1000}),
+    }[kind]
+    from zoo.selfsup import mae
+
+    small = {"embed_dim": 16, "depth": 1, "num_heads": 2, **sizes}
+    cls = {"draws": mae.MaskedAutoencoder, "classifies": mae.VisionTransformer}[kind]
+    monkeypatch.setattr(mae, name, lambda **overrides: cls(**{**small, **overrides}))
+    save_file(cls(**small).state_dict(), here / "small.safetensors")
+    for stem in ("one", "two"):
+        write_png(torch.randint(0, 255, (3, 40, 60), dtype=torch.uint8), str(here / f"{stem}.png"))
+    tagged = next(w for w in catalog.list_weights(f"{name}.*"))
+    words = ["predict", tagged, "one.png", "two.png", "--weights", "small.safetensors"]
+    if kind == "draws":
+        assert main([*words, "-o", "out"]) == 0
+        assert sorted(path.stem for path in (here / "out").iterdir()) == [f"one_{tagged}", f"two_{tagged}"]
+        assert main([*words, "-o", "sheet.png"]) == 0
+        assert "one.png: sheet.png" in capsys.readouterr().out
+        sheet = read_image("sheet.png")
+        assert sheet.shape[1] > 2 * 224
+        assert sheet.shape[2] > 4 * 224
+        assert main([*words, "-o", "again.png"]) == 0
+        assert read_image("again.png").equal(sheet)  # the masks are seeded
+        assert main([*words, "-o", "other.png", "--seed", "1"]) == 0
+        assert not read_image("other.png").equal(sheet)
+    else:
+        assert main([*words, "-o", "out.json", "--json"]) == 0
+        rows = json.loads((here / "out.json").read_text())
+        assert rows == json.loads(capsys.readouterr().out)
+        assert [len(row["top"]) for row in rows] == [5, 5]
+        assert main(words) == 0
+        assert capsys.readouterr().out.count("%") == 10
+        assert main([*words, "-o", "out.png"]) == 2
+
+
 def test_explain_two_rows_of_a_leaderboard(capsys: pytest.CaptureFixture[str]) -> None:
     one, two = (f"mae:{row.id}" for row in catalog.paper("mae").leaderboard[:2])
     assert main(["explain", one, two]) == 0
