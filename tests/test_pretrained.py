@@ -283,8 +283,10 @@ def test_an_address_may_be_given_directly(papers: Card, server: Server) -> None:
 
 def test_a_lightning_checkpoint_loses_its_prefix(papers: Card, tmp_path: Path) -> None:
     _, state = checkpoint("tiny_vit")
-    torch.save({"state_dict": {f"model.{k}": v for k, v in state.items()}, "epoch": 1}, tmp_path / "last.ckpt")
-    assert_holds(create_model("tiny_vit", weights=tmp_path / "last.ckpt"), state)
+    for prefix, beside in (("model.", {}), ("network.", {"top1.total": torch.ones(())})):
+        whole = {**{f"{prefix}{key}": value for key, value in state.items()}, **beside}
+        torch.save({"state_dict": whole, "epoch": 1, "pytorch-lightning_version": "2.6"}, tmp_path / "last.ckpt")
+        assert_holds(create_model("tiny_vit", weights=tmp_path / "last.ckpt"), state)
 
 
 # ---- overrides ------------------------------------------------------------------------------------------------------

@@ -346,7 +346,8 @@ def shapes(net: nn.Module) -> dict[str, torch.Size]:
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, by name: safetensors or PyTorch, out of wrappers such as ``{"model": ...}``.
 
-    A prefix that every key carries (``module.``, ``model.``) is taken off. Nothing in the file is executed.
+    A prefix that every key carries (``module.``, ``model.``) is taken off; of a checkpoint of ours, the network is
+    taken (``network.``), not the metrics beside it. Nothing in the file is executed.
 
     Raises:
         ZooError: not a file, not a whole checkpoint, no tensors in it, or a pickle that wants to run code.
@@ -356,7 +357,12 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ZooError(f"no weights file {str(path)!r}")
     if _is_safetensors(path):
         return _without_prefix(_read_safetensors(path))
-    return _without_prefix(_unwrap(_unpickle(path), path))
+    content = _unpickle(path)
+    state = _unwrap(content, path)
+    if "pytorch-lightning_version" in content:
+        network = {key: value for key, value in state.items() if key.startswith("network.")}
+        state = network or state
+    return _without_prefix(state)
 
 
 def _is_safetensors(path: Path) -> bool:
