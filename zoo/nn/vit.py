@@ -178,7 +178,7 @@ class VisionTransformer(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one for `num_classes` classes (0: none)."""
         self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head: nn.Module = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
         self.head.apply(_init_linear)
 
     def forward_features(self, images: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from zoo.errors import ZooError, unknown
@@ -310,6 +310,7 @@ class MAEPretraining(BaseModule):
         embed_dim: int | None = None,
         depth: int | None = None,
         num_heads: int | None = None,
+        mlp_ratio: float | None = None,
         decoder_embed_dim: int | None = None,
         decoder_depth: int | None = None,
         decoder_num_heads: int | None = None,
@@ -333,6 +334,7 @@ class MAEPretraining(BaseModule):
                 "embed_dim": embed_dim,
                 "depth": depth,
                 "num_heads": num_heads,
+                "mlp_ratio": mlp_ratio,
                 "decoder_embed_dim": decoder_embed_dim,
                 "decoder_depth": decoder_depth,
                 "decoder_num_heads": decoder_num_heads,
@@ -421,7 +423,7 @@ class _Classification(BaseModule):
 
 
 def _metrics(num_classes: int, prefix: str) -> nn.ModuleDict:
-    top = {
+    top: dict[str, Metric | MetricCollection] = {
         f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro", validate_args=False)
         for k in (1, 5)
     }
@@ -454,6 +456,7 @@ class MAEFineTuning(_Classification):
         embed_dim: int | None = None,
         depth: int | None = None,
         num_heads: int | None = None,
+        mlp_ratio: float | None = None,
         num_classes: int = 1000,
         global_pool: Literal["avg", "token"] = "avg",
         drop_path_rate: float = 0.1,
@@ -477,6 +480,7 @@ class MAEFineTuning(_Classification):
                 "embed_dim": embed_dim,
                 "depth": depth,
                 "num_heads": num_heads,
+                "mlp_ratio": mlp_ratio,
                 "num_classes": num_classes,
                 "global_pool": global_pool,
                 "drop_path_rate": drop_path_rate,
@@ -485,7 +489,7 @@ class MAEFineTuning(_Classification):
         )
         if init_from is not None:
             load_encoder(self.network, init_from)
-            nn.init.trunc_normal_(self.network.head.weight, std=2e-5)
+            nn.init.trunc_normal_(self.network.get_parameter("head.weight"), std=2e-5)
         self.label_smoothing = label_smoothing
         self.mixing: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         if mixup or cutmix:
@@ -516,6 +520,7 @@ class MAELinearProbe(_Classification):
         embed_dim: int | None = None,
         depth: int | None = None,
         num_heads: int | None = None,
+        mlp_ratio: float | None = None,
         num_classes: int = 1000,
         global_pool: Literal["avg", "token"] = "token",
         init_from: str | None = None,
@@ -534,6 +539,7 @@ class MAELinearProbe(_Classification):
                 "embed_dim": embed_dim,
                 "depth": depth,
                 "num_heads": num_heads,
+                "mlp_ratio": mlp_ratio,
                 "num_classes": num_classes,
                 "global_pool": global_pool,
             },
@@ -683,14 +689,14 @@ def load_encoder(network: VisionTransformer, source: str | Path) -> None:
     Raises:
         ZooError: the file is missing, or its encoder is not of this network's shape.
     """
-    from zoo.pretrained import fetch_weights, safe_load
+    from zoo.pretrained import fetch_weights, read_state_dict
 
     path = Path(source)
     if not path.is_file():
         if path.suffix in (".ckpt", ".pth", ".pt", ".safetensors") or len(path.parts) > 1:
             raise ZooError(f"init_from: no file {str(source)!r}")
         path = Path(fetch_weights(str(source)))
-    state = safe_load(path)
+    state = read_state_dict(path)
     prefix = "network."
     if any(key.startswith(prefix) for key in state):  # a checkpoint of ours also holds its metrics
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
