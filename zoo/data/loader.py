@@ -50,8 +50,7 @@ class EpochSampler(DistributedSampler):
         epoch = self.epoch
         generator = torch.Generator().manual_seed(int(hash64(self.seed, epoch)[0]))
         order = torch.randperm(self.length, generator=generator)
-        place = torch.arange(self.rank, self.num_samples * self.num_replicas, self.num_replicas)[self.first :]
-        for at in place.tolist():
+        for at in range(self.rank, self.num_samples * self.num_replicas, self.num_replicas)[self.first :]:
             yield int(order[at // self.repeats]), epoch, at % self.repeats
 
 

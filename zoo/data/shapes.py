@@ -435,7 +435,7 @@ def _draw(
     canvas.mul_(light.view(n, 1, pixels))
     if noise:
         table = _noise_table(3 * pixels, noise)
-        for picture, start_at in zip(canvas.view(n, -1), scenes.noise.tolist(), strict=True):
+        for picture, start_at in zip(canvas.view(n, 3 * pixels), scenes.noise.tolist(), strict=True):
             picture.add_(table[start_at : start_at + 3 * pixels])
     canvas.mul_(255).add_(0.5).clamp_(0, 255)
     out.copy_(canvas.view(n, 3, size, size))
@@ -542,7 +542,9 @@ def _render(
         out |= {"masks": masks, "boxes": _boxes(masks)}
         category = torch.cat([torch.from_numpy(scenes.scene)[:, None] + len(SHAPES), out["shape"]], 1)
         instance = owner.long()
-        out["panoptic"] = category.gather(1, instance.view(n, -1)).view(n, size, size) * PANOPTIC_BASE + instance
+        out["panoptic"] = (
+            category.gather(1, instance.view(n, size * size)).view(n, size, size) * PANOPTIC_BASE + instance
+        )
         if "visible" in fields:
             out["visible"] = masks.flatten(2).sum(2) / _whole(scenes, m, image, scratch).clamp(min=1)
         if "keypoints" in fields:
