@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.environment import ROOT, package_version
 from benchmarks.speed.harness import Loader, Setting, Trainer, Work, count_flops, forever
+from zoo.errors import ZooError
 
 MASK_RATIO = 0.75
 LR, BETAS, WEIGHT_DECAY = 1.5e-4, (0.9, 0.95), 0.05
@@ -85,9 +86,9 @@ def ours(size: Size, setting: Setting) -> Trainer:
     return Trainer(
         "zoo",
         zoo.__version__,
-        lambda images: network(images, MASK_RATIO)[0],
+        lambda images: network.loss(images, MASK_RATIO),
         optimizer,
-        "zoo.selfsup.mae, its optimiser",
+        "zoo.selfsup.mae: the loss and the fused AdamW of its task",
     )
 
 
@@ -120,7 +121,7 @@ def _official_module(checkout: Path) -> ModuleType:
     """Import `models_mae` of a checkout of facebookresearch/mae, leaving sys.path and sys.modules as they were."""
     source = checkout / "models_mae.py"
     if not source.is_file():
-        raise FileNotFoundError(f"{checkout} is no checkout of facebookresearch/mae: it has no models_mae.py")
+        raise ZooError(f"{checkout} is no checkout of facebookresearch/mae: it has no models_mae.py")
     spec = importlib.util.spec_from_file_location("official_models_mae", source)
     assert spec is not None
     assert spec.loader is not None

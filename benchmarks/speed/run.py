@@ -23,6 +23,7 @@ import torch  # noqa: E402
 
 from benchmarks.environment import command_line, environment  # noqa: E402
 from benchmarks.speed.harness import Setting, time_loading, time_training  # noqa: E402
+from zoo.errors import ZooError  # noqa: E402
 
 RESULTS = HERE / "results"
 
@@ -94,7 +95,8 @@ def _table(record: dict[str, Any], section: str) -> list[str]:
     head = ["", "seconds (quartiles)", "images/s"]
     if section == "step":
         head += ["tokens/s", "TFLOP/s", *(["share of peak"] if on_gpu else []), "forward", "backward", "update"]
-    head += ["time over ours (quartiles)"]
+    on_cpu = not setting["device"].startswith("cuda")
+    head += ["time over ours (quartiles)", *(["processor time over ours"] if on_cpu else [])]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in found["contenders"]:
         time, ratio = row["seconds"], row["times_ours"]
@@ -110,6 +112,9 @@ def _table(record: dict[str, Any], section: str) -> list[str]:
                 cells += ["" if share is None else f"{100 * share:.1f} %"]
             cells += [f"{row[part]:.3f}" for part in ("forward", "backward", "update")]
         cells += [f"{ratio['median']:.3f} ({ratio['q25']:.3f} to {ratio['q75']:.3f})"]
+        if on_cpu:
+            ratio = row["processor_times_ours"]
+            cells += [f"{ratio['median']:.3f} ({ratio['q25']:.3f} to {ratio['q75']:.3f})"]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- {row['name']}: {row['about']}" for row in found["contenders"]), ""]
     return lines
@@ -167,7 +172,11 @@ def main(argv: list[str] | None = None) -> int:
         official=given.official,
         data=given.data,
     )
-    record = measure(given.paper, setting, (given.only,) if given.only else ("step", "data"))
+    try:
+        record = measure(given.paper, setting, (given.only,) if given.only else ("step", "data"))
+    except ZooError as error:
+        print(error, file=sys.stderr)
+        return 2
     out = given.out or RESULTS
     kind = f"{model}_{given.dtype}_b{given.batch}" if given.only != "data" else "data"
     name = "_".join(
