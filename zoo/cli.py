@@ -125,7 +125,7 @@ def _parser() -> tuple[_Parser, list[str]]:
 
     one = commands.add_parser("parity", help="replay cases of the official code on this machine")
     one.add_argument("paper", nargs="?")
-    one.add_argument("--dtype", default="float64", choices=["float64", "float32", "bfloat16", "float16"])
+    one.add_argument("--dtype", choices=["float64", "float32", "bfloat16", "float16"], help="default: the case's own")
     one.add_argument("--device", default="cpu")
     one.add_argument("--json", action="store_true")
     one.set_defaults(do=_parity)
@@ -336,10 +336,6 @@ def _claim(arguments: argparse.Namespace, extra: list[str]) -> int:
 
 
 def _parity(arguments: argparse.Namespace, extra: list[str]) -> int:
-    from zoo import catalog
-
-    if arguments.paper:
-        catalog.paper(arguments.paper)
     from zoo import parity, show
 
     verdicts = parity.run_cases(arguments.paper, dtype=arguments.dtype, device=arguments.device)

@@ -138,13 +138,16 @@ class PlainProgress(ProgressBar):
 
 
 class Interrupt(Callback):
-    """Ctrl-C ends a training batch, saves `last.ckpt` and stops; a second one stops at once."""
+    """Ctrl-C ends a training batch, saves `last.ckpt` and stops; a second one stops at once.
+
+    In the loops an exception from a signal may come anywhere, in a finaliser that swallows it or while a file is
+    written; there the request is noted and honoured between batches.
+    """
 
     def __init__(self, checkpoint: ModelCheckpoint | None) -> None:
         self.checkpoint = checkpoint
-        self._asked = False
+        self._asked = self._looping = False
         self._before: Any = None
-        self._in_batch = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Ranks would leave at different batches and wait for each other in the save; there Ctrl-C stops at once.
@@ -153,22 +156,30 @@ class Interrupt(Callback):
                 self._before = signal.signal(signal.SIGINT, self._handle)
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if self._asked or not self._in_batch:
+        if self._asked or not self._looping:
             raise KeyboardInterrupt
         self._asked = True
         print("\nstopping after this batch; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._in_batch = True
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._looping = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._in_batch = False
         if self._asked:
             if self.checkpoint is not None and self.checkpoint.dirpath:
                 trainer.save_checkpoint(Path(self.checkpoint.dirpath) / "last.ckpt")
             raise KeyboardInterrupt
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._looping = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._before is not None:
@@ -381,9 +392,9 @@ def run(subcommand: str, recipe: str, argv: Sequence[str], debug: bool = False) 
             # Lightning turns Ctrl-C into exit code 1.
             if trainer.state.status != "interrupted":
                 raise
-            return _interrupted(cli)
+            return _interrupted(cli, [recipe, *argv])
         except KeyboardInterrupt:
-            return _interrupted(cli)
+            return _interrupted(cli, [recipe, *argv])
         except MisconfigurationException as error:
             raise ZooError(f"{cli.recipe}: {' '.join(str(error).split())}") from error
         finally:
@@ -443,12 +454,17 @@ def _announce(cli: RecipeCLI, options: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _interrupted(cli: RecipeCLI) -> int:
+def _interrupted(cli: RecipeCLI, words: list[str]) -> int:
     last = cli.folder / "checkpoints" / "last.ckpt"
     if cli.checkpoint is not None and cli.checkpoint.dirpath:
         last = Path(cli.checkpoint.dirpath) / "last.ckpt"
     if cli.what == "fit" and last.exists():
-        print(f"\ninterrupted; resume with: zoo fit {cli.recipe} --ckpt_path {last}", file=sys.stderr)
+        kept = [part for word in words for part in (word.split("=", 1) if word.startswith("--ckpt_path=") else [word])]
+        if "--ckpt_path" in kept:
+            at = kept.index("--ckpt_path")
+            del kept[at : at + 2]
+        command = shlex.join([*kept, "--ckpt_path", str(_short(last))])
+        print(f"\ninterrupted; resume with: zoo fit {command}", file=sys.stderr)
     else:
         print("\ninterrupted" + (" before a checkpoint was written" if cli.what == "fit" else ""), file=sys.stderr)
     return 130

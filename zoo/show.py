@@ -437,3 +437,23 @@ def verdicts(found: Iterable[Any]) -> list[dict[str, Any]]:
     import dataclasses
 
     return [dataclasses.asdict(verdict) for verdict in found]
+
+
+def print_verdicts(rows: list[dict[str, Any]]) -> None:
+    """One line a function with the number of outputs that agree, then the disagreements."""
+    if not rows:
+        print("no parity cases")
+        return
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["paper"], row["function"]), []).append(row)
+    body = []
+    for (paper, function), found in groups.items():
+        agreeing = sum(row["ok"] for row in found)
+        verdict = Text("agrees", style="green") if agreeing == len(found) else Text("DIFFERS", style="bold red")
+        seconds = sum(row["seconds"] for row in found)
+        body.append([paper, function, verdict, f"{agreeing}/{len(found)}", f"{seconds:.2f} s"])
+    print_table(["paper", "function", "verdict", "outputs", "time"], body, numbers=("outputs", "time"))
+    for row in rows:
+        if not row["ok"]:
+            print(f"{row['paper']}/{row['case']} {row['output']}: {row['note']}")
