@@ -7,6 +7,7 @@ are monitors that see every image in one view; a paper's own linear-probe number
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
 from zoo.errors import ZooError
 from zoo.metrics.knn import KNNAccuracy
@@ -29,21 +31,32 @@ def probe_head(dim: int, num_classes: int) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), linear)
 
 
+def probe_lr(optimizer: Name, samples: int) -> float:
+    """A learning rate per 256 samples that suits a training set of `samples`.
+
+    For LARS MAE's 0.1 on ImageNet-1k, and more on smaller sets: its steps are relative to the weights, so that the head
+    moves as (rate x samples x epochs) and would hardly leave its initial values on a small set. At most 10.
+    """
+    return {"lars": min(10.0, 0.1 * 1_281_167 / samples), "sgd": 0.1, "adamw": 1e-3}[optimizer]
+
+
 def fit_probe(
     features: Tensor,
     labels: Tensor,
     num_classes: int,
     epochs: int = 90,
-    batch_size: int = 1024,
+    batch_size: int = 256,
     optim: Optim | None = None,
     seed: int = 0,
 ) -> nn.Sequential:
     """Trains a :func:`probe_head` on features (N, D) with labels (N,); the same result on every process.
 
     Batches hold min(batch_size, N) samples, the last incomplete one of an epoch is left out; learning rate by the
-    linear rule on that batch. `optim` defaults to MAE's: LARS, base_lr 0.1, no decay, warm-up of 10 epochs, cosine.
+    linear rule on that batch. `optim` defaults to LARS at :func:`probe_lr`, no decay, 10 epochs of warm-up, cosine.
     """
-    optim = optim or Optim(name="lars", base_lr=0.1, weight_decay=0.0, warmup_epochs=min(10, epochs / 2))
+    if optim is None:
+        rate = probe_lr("lars", len(features))
+        optim = Optim(name="lars", base_lr=rate, weight_decay=0.0, warmup_epochs=min(10, epochs / 2))
     batch_size = min(batch_size, len(features))
     steps = len(features) // batch_size
     with torch.random.fork_rng(devices=[]):
@@ -128,12 +141,25 @@ def gather_samples(trainer: L.Trainer, samples: dict[str, Tensor]) -> dict[str, 
 
 
 def _loader(trainer: L.Trainer, split: str) -> Iterable[Any]:
-    """The loader of "train", "val" or "test": the data module's own, else the one the trainer holds."""
+    """The loader of "train", "val" or "test": the data module's own, else the one the trainer holds.
+
+    A data module with `samples(split, train_transform)` gives the training samples under its evaluation transform, each
+    once.
+    """
     source = trainer.datamodule  # type: ignore[attr-defined]
     if source is not None:
         if split == "train" and trainer.state.fn != TrainerFn.FITTING:
             source.setup("fit")
         loader = getattr(source, f"{split}_dataloader")()
+        if split == "train" and callable(getattr(source, "samples", None)):
+            samples = source.samples("train", train_transform=False)
+            loader = DataLoader(
+                samples,
+                batch_size=loader.batch_size,
+                sampler=range(trainer.global_rank, len(samples), trainer.world_size),
+                collate_fn=loader.collate_fn,
+                num_workers=loader.num_workers,
+            )
     else:
         loader = {
             "train": trainer.train_dataloader,
@@ -158,7 +184,7 @@ class LinearProbe(L.Callback):
 
     Args:
         epochs: passes over the extracted training features.
-        base_lr: per 256 samples.
+        base_lr: per 256 samples; by default what :func:`probe_lr` finds suitable (0.1 for LARS on ImageNet-1k).
         optimizer: "lars" as MAE, or "sgd" or "adamw".
         batch_size: samples a step (fewer where the training set is smaller).
         warmup_epochs: linear warm-up; the cosine takes the rest.
@@ -169,19 +195,17 @@ class LinearProbe(L.Callback):
     def __init__(
         self,
         epochs: int = 90,
-        base_lr: float = 0.1,
+        base_lr: float | None = None,
         optimizer: Name = "lars",
-        batch_size: int = 1024,
+        batch_size: int = 256,
         warmup_epochs: float = 10,
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
-        if epochs < 1 or batch_size < 2 or warmup_epochs >= epochs:
-            raise ZooError("a linear probe wants epochs >= 1, batch_size >= 2 and fewer warmup_epochs than epochs")
-        self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
-        self.optim = Optim(
-            name=optimizer, base_lr=base_lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, momentum=0.9
-        )
+        if epochs < 1 or batch_size < 2 or not 0 <= warmup_epochs < epochs:
+            raise ZooError("a linear probe wants epochs >= 1, batch_size >= 2 and 0 <= warmup_epochs < epochs")
+        self.epochs, self.batch_size, self.seed, self.base_lr = epochs, batch_size, seed, base_lr
+        self.optim = Optim(name=optimizer, weight_decay=weight_decay, warmup_epochs=warmup_epochs)
 
     def run(self, trainer: L.Trainer, module: L.LightningModule, split: str) -> dict[str, float]:
         """{"probe_top1", "probe_top5"} on `split` ("val" or "test"); call on every process."""
@@ -193,7 +217,9 @@ class LinearProbe(L.Callback):
         classes = _num_classes(trainer, train["label"], held["label"])
         with torch.inference_mode(False), torch.enable_grad():
             features, labels = train["features"].clone(), train["label"].clone()
-            head = fit_probe(features, labels, classes, self.epochs, self.batch_size, self.optim, self.seed)
+            rate = self.base_lr or probe_lr(self.optim.name, len(features))
+            optim = replace(self.optim, base_lr=rate)
+            head = fit_probe(features, labels, classes, self.epochs, self.batch_size, optim, self.seed)
         with torch.no_grad():
             accuracy = topk_accuracy(head(held["features"]), held["label"])
         if trainer.is_global_zero:
