@@ -246,6 +246,7 @@ def test_from_pretraining_to_fine_tuning_and_probing(tmp_path: Path) -> None:
     tuning = mae.MAEFineTuning(
         model=None, **SIZES, num_classes=3, init_from=str(tmp_path / "pre.ckpt"), optim=Optim(**FAST, layer_decay=0.5)
     )
+    tuning.setup("fit")
     for name, value in tuning.network.state_dict().items():
         if name.startswith(("blocks.", "patch_embed.", "cls_token", "pos_embed")):
             assert torch.equal(value, encoder.state_dict()[name]), name
@@ -254,7 +255,7 @@ def test_from_pretraining_to_fine_tuning_and_probing(tmp_path: Path) -> None:
     loss = cross_entropy(tuning.eval()(_images()), torch.tensor([0, 1, 2, 0]))
     assert loss.item() == pytest.approx(torch.log(torch.tensor(3.0)).item(), rel=1e-3)
     trainer = _trainer(tmp_path)
-    trainer.fit(tuning, _loader(), _loader())
+    trainer.fit(tuning.train(), _loader(), _loader())
     assert {"val/top1", "val/top5", "val/loss"} <= trainer.callback_metrics.keys()
     assert trainer.callback_metrics["val/top5"] == 1
     (test,) = trainer.test(tuning, _loader(), verbose=False)
@@ -263,6 +264,7 @@ def test_from_pretraining_to_fine_tuning_and_probing(tmp_path: Path) -> None:
     probe = mae.MAELinearProbe(
         model=None, **SIZES, num_classes=3, init_from=str(tmp_path / "pre.ckpt"), optim=Optim(name="lars", **FAST)
     )
+    probe.setup("fit")
     before = {name: value.clone() for name, value in probe.network.state_dict().items()}
     assert [n for n, p in probe.named_parameters() if p.requires_grad] == [
         "network.head.1.weight",
@@ -286,12 +288,13 @@ def test_fine_tuning_at_another_size_resizes_the_positions(tmp_path: Path) -> No
     torch.save({"model": _autoencoder().state_dict()}, path)
     options = {"model": None, **SIZES, "img_size": 24, "num_classes": 3, "mixup": 0.0, "cutmix": 0.0}
     tuning = mae.MAEFineTuning(**options, init_from=str(path))
+    tuning.setup("fit")
     assert tuning.network.pos_embed.shape == (1, 37, 16)
     assert tuning(torch.randn(2, 3, 24, 24)).shape == (2, 3)
     with pytest.raises(ZooError, match="does not fit the model"):
-        mae.MAEFineTuning(**{**options, "embed_dim": 32}, init_from=str(path))
+        mae.MAEFineTuning(**{**options, "embed_dim": 32}, init_from=str(path)).setup("fit")
     with pytest.raises(ZooError, match="no file"):
-        mae.MAEFineTuning(**options, init_from=str(tmp_path / "absent.ckpt"))
+        mae.MAEFineTuning(**options, init_from=str(tmp_path / "absent.ckpt")).setup("fit")
 
 
 def test_pinned_masks_decide_the_loss() -> None:

@@ -385,9 +385,11 @@ class MAEPretraining(BaseModule):
 
 
 class _Classification(BaseModule):
-    """What fine-tuning and probing share: evaluation of `self.network` by top-1, top-5 and cross-entropy."""
+    """What fine-tuning and probing share: the encoder's origin, and evaluation by top-1, top-5 and cross-entropy."""
 
     network: VisionTransformer
+    init_from: str | None
+    monitor = ("val/top1", "max")
 
     def __init__(self, optim: Optim, num_classes: int) -> None:
         super().__init__(optim)
@@ -395,6 +397,12 @@ class _Classification(BaseModule):
 
     def trainable(self) -> nn.Module:
         return self.network
+
+    def setup(self, stage: str) -> None:
+        """Fetch the encoder from `init_from`, once, unless a checkpoint of this task is about to be loaded."""
+        if self.init_from is not None and (self._trainer is None or self.trainer.ckpt_path is None):
+            load_encoder(self.network, self.init_from)
+            self.init_from = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, S, S) to logits (B, num_classes)."""
@@ -439,8 +447,8 @@ class MAEFineTuning(_Classification):
         num_classes: taken from the data module by a recipe.
         global_pool: "avg" (the official default) or "token".
         drop_path_rate: stochastic depth of the last block.
-        init_from: where the encoder comes from: a checkpoint of :class:`MAEPretraining`, a published file, or the name
-            of published weights; null trains from scratch.
+        init_from: where :meth:`setup` takes the encoder from: a checkpoint of :class:`MAEPretraining`, a published
+            file, or the name of published weights; null trains from scratch.
         mixup: Beta parameter of mixup, 0 for none; its draws are paired with those of `cutmix`.
         cutmix: Beta parameter of CutMix, 0 for none.
         label_smoothing: of the training targets.
@@ -487,8 +495,8 @@ class MAEFineTuning(_Classification):
                 "grad_checkpointing": grad_checkpointing,
             },
         )
+        self.init_from = init_from
         if init_from is not None:
-            load_encoder(self.network, init_from)
             nn.init.trunc_normal_(self.network.get_parameter("head.weight"), std=2e-5)
         self.label_smoothing = label_smoothing
         self.mixing: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -544,8 +552,7 @@ class MAELinearProbe(_Classification):
                 "global_pool": global_pool,
             },
         )
-        if init_from is not None:
-            load_encoder(self.network, init_from)
+        self.init_from = init_from
         self.network.requires_grad_(False)
         self.network.head = probe_head(self.network.embed_dim, num_classes)
 
