@@ -79,13 +79,14 @@ class Store:
         return self.folder / name
 
     def part(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The record of a part, computed if it is not stored yet; `seconds` is added."""
+        """The record of a part, computed if it is not stored yet; its wall and processor `seconds` are added."""
         path = self.folder / f"{name}.json"
         if path.is_file():
             return json.loads(path.read_text())
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         record = compute()
         record["seconds"] = time.perf_counter() - start
+        record["processor_seconds"] = time.process_time() - processor
         write(record, path)
         return record
 
@@ -127,10 +128,10 @@ def result(
     settings: dict[str, Any],
     arms: dict[str, Any],
     claims: Sequence[SubClaim],
-    seconds: float,
+    parts: Sequence[dict[str, Any]],
     **more: Any,
 ) -> dict[str, Any]:
-    """The record of a finished run; `held` is true where every sub-claim holds."""
+    """The record of a finished run; `held` is true where every sub-claim holds. `parts` are those of the store."""
     records = [claim.record() for claim in claims]
     return {
         "claim": paper,
@@ -139,7 +140,8 @@ def result(
         "claims": records,
         "arms": arms,
         "settings": settings,
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(part["seconds"] for part in parts), 1),
+        "processor_seconds": round(sum(part["processor_seconds"] for part in parts), 1),
         "command": command_line(),
         "environment": environment(),
         **more,

@@ -338,7 +338,7 @@ def photos(setting: Setting) -> Iterator[tuple[Path, str]]:
 
 def _zoo_loader(folder: Path, side: int, batch: int) -> Loader:
     import zoo
-    from zoo.data import ImageDataModule
+    from zoo.data.datamodule import ImageDataModule
     from zoo.data.transforms import MAEPretrain
 
     module = ImageDataModule(
