@@ -59,7 +59,7 @@ def uninterrupted(folder: Path) -> tuple[dict[str, torch.Tensor], float]:
 
 
 def killed(folder: Path, draw: random.Random) -> tuple[dict[str, torch.Tensor], int]:
-    """The weights after STEPS steps of a run killed (SIGKILL) once or twice at random steps; how often it was killed."""
+    """The weights after STEPS steps of a run killed (SIGKILL) once or twice at random; how often it was killed."""
     folder.mkdir(parents=True)
     last, kills = folder / "ckpt" / "last.ckpt", 0
     for _ in range(draw.choice([1, 2])):

@@ -9,7 +9,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def share(kind: str) -> Path:
-    """The folder of a kind of declaration: ``recipes``, ``data``, ``benchmarks``, ``parity/cases`` or ``parity/adapters``.
+    """The folder of a kind of declaration: recipes, data, benchmarks, parity/cases or parity/adapters.
 
     In a checkout it stands beside the package, so that an edit counts at once; in a wheel inside it.
     """
