@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.io import read_image
 
+from tests import training_task
 from tests.conftest import ROOT
 from tests.training_task import CLASSES, OPTIM, Blobs, Classifier, Data, trainer
 from zoo.data.datamodule import ImageDataModule
@@ -180,6 +181,21 @@ def test_an_average_of_another_model_is_refused() -> None:
         trainer(callbacks=[ema]).fit(fresh(), Data())
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])
+def test_every_precision_trains_averages_and_probes(precision: Any) -> None:
+    module, ema = fresh(optim=Optim(lr=0.05)), EMA(0.999)
+    callbacks = [*default_callbacks(), ema, KNNProbe(k=10), LinearProbe(batch_size=48)]
+    run = trainer(callbacks=callbacks, precision=precision, gradient_clip_val=1.0)
+    run.fit(module, Data())
+    assert float(run.callback_metrics["probe_top1"]) > 0.5
+    raw, average = module.head.weight, ema.weights["head.weight"]
+    assert raw.dtype == {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
+    assert average.dtype == (torch.float64 if precision == "64-true" else torch.float32)
+    start = fresh(optim=Optim()).head.weight.to(raw.dtype).to(average.dtype)
+    moved = (average - start).norm() / (raw.to(average.dtype) - start).norm()
+    assert 0 < moved < 0.05  # 20 steps of a thousandth of the way
+
+
 # --- guard -------------------------------------------------------------------------------------------------------
 
 
@@ -305,17 +321,15 @@ def test_knn_metric_counts_over_chunks_and_refuses_emptiness() -> None:
 # --- two processes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_train_average_and_probe_as_one(tmp_path: Path) -> None:
-    results = []
-    for devices in (1, 2):
-        out = tmp_path / f"{devices}.pt"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.training_task", str(devices), str(out)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
-        assert done.stdout.count("linear probe on val") == 1
-        results.append(torch.load(out, weights_only=True))
-    one, two = results
+    training_task.main(1, str(tmp_path / "1.pt"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.training_task", "2", str(tmp_path / "2.pt")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    assert done.stdout.count("linear probe on val") == 1
+    one, two = (torch.load(tmp_path / f"{devices}.pt", weights_only=True) for devices in (1, 2))
     for part in ("weights", "ema"):
         for name in one[part]:
             torch.testing.assert_close(two[part][name], one[part][name], rtol=1e-9, atol=1e-12)

@@ -20,9 +20,10 @@ KEY = "ema_state_dict"
 class EMA(L.Callback):
     """Keeps ema <- decay * ema + (1 - decay) * weights after every optimiser step.
 
-    Floating-point buffers (running statistics) are averaged with the parameters, other buffers are copied. A checkpoint
-    holds the raw weights in `state_dict` and the averaged ones in `ema_state_dict`; a resumed run takes both up. Under
-    the strategies that keep whole weights on every device (one device, ddp).
+    Floating-point buffers (running statistics) are averaged with the parameters, other buffers are copied. The average
+    of half-precision weights is kept in float32, where a small step does not vanish. A checkpoint holds the raw weights
+    in `state_dict` and the averaged ones in `ema_state_dict`; a resumed run takes both up. For the strategies that keep
+    whole weights on every device (one device, ddp).
 
     Args:
         decay: in [0, 1).
@@ -37,12 +38,12 @@ class EMA(L.Callback):
         self.weights: dict[str, Tensor] = {}
         self._average = get_ema_multi_avg_fn(decay)
         self._seen = 0
-        self._swapped = False
+        self._raw: dict[str, Tensor] | None = None  # the module's own weights while it holds the averaged ones
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._seen = trainer.global_step
         if not self.weights:
-            self.weights = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+            self.weights = {name: _wide(value.detach()).clone() for name, value in pl_module.state_dict().items()}
         self._to(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -66,9 +67,9 @@ class EMA(L.Callback):
         for name, value in pl_module.state_dict().items():
             average = self.weights[name]
             if value.is_floating_point():
-                averages, values = by_dtype.setdefault(value.dtype, ([], []))
+                averages, values = by_dtype.setdefault(average.dtype, ([], []))
                 averages.append(average)
-                values.append(value.detach())
+                values.append(value.detach().to(average.dtype))
             else:
                 average.copy_(value)
         for averages, values in by_dtype.values():
@@ -85,24 +86,22 @@ class EMA(L.Callback):
                 self._swap_out(pl_module)
 
     @torch.no_grad()
-    def _exchange(self, pl_module: L.LightningModule) -> None:
-        self._to(pl_module)
-        for name, value in pl_module.state_dict().items():
-            held = value.detach().clone()
-            value.copy_(self.weights[name])
-            self.weights[name].copy_(held)
-
     def _swap_in(self, pl_module: L.LightningModule) -> bool:
-        if self._swapped or not self.weights:
+        if self._raw is not None or not self.weights:
             return False
-        self._exchange(pl_module)
-        self._swapped = True
+        self._to(pl_module)
+        state = pl_module.state_dict()
+        self._raw = {name: value.detach().clone() for name, value in state.items()}
+        for name, value in state.items():
+            value.copy_(self.weights[name])
         return True
 
+    @torch.no_grad()
     def _swap_out(self, pl_module: L.LightningModule) -> None:
-        if self._swapped:
-            self._exchange(pl_module)
-            self._swapped = False
+        if self._raw is not None:
+            for name, value in pl_module.state_dict().items():
+                value.copy_(self._raw[name])
+            self._raw = None
 
     def _to(self, pl_module: L.LightningModule) -> None:
         state = pl_module.state_dict()
@@ -127,10 +126,9 @@ class EMA(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self.weights:
             return
-        if self._swapped:  # saved from within an evaluation
-            checkpoint[KEY], checkpoint["state_dict"] = checkpoint["state_dict"], dict(self.weights)
-        else:
-            checkpoint[KEY] = dict(self.weights)
+        checkpoint[KEY] = dict(self.weights)
+        if self._raw is not None:  # saved from within an evaluation
+            checkpoint["state_dict"] = dict(self._raw)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if KEY in checkpoint:
@@ -138,6 +136,10 @@ class EMA(L.Callback):
         else:
             self.weights = {}
             rank_zero_warn("the checkpoint holds no averaged weights (ema_state_dict); its raw weights are used")
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 @contextmanager

@@ -192,8 +192,9 @@ def build(model: nn.Module, optim: Optim, trainer: L.Trainer) -> Any:
         raise ZooError("a cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
     peak = optim.peak_lr(1 if optim.lr is not None else effective_batch(optim, trainer))
     groups = param_groups(model, optim)
-    # GradScaler cannot unscale and clip before a fused step.
-    fused = trainer.precision != "16-mixed" and all(
+    # Under autocast Lightning refuses to clip before a fused step.
+    clipped = trainer.gradient_clip_val and str(trainer.precision).endswith("mixed")
+    fused = not clipped and all(
         p.device.type in ("cpu", "cuda") and p.is_floating_point() for group in groups for p in group["params"]
     )
     optimizer = make_optimizer(groups, optim, peak, fused=fused)
