@@ -312,11 +312,22 @@ def test_a_head_is_put_on_an_encoder(papers: Card, server: Server) -> None:
     assert torch.equal(net.state_dict()["pos_embed"], state["pos_embed"])
 
 
+def test_one_s_own_head_may_be_of_any_size(papers: Card, tmp_path: Path) -> None:
+    content, state = checkpoint("tiny_vit", num_classes=5)
+    (tmp_path / "mine.pth").write_bytes(content)
+    assert_holds(create_model("tiny_vit", weights=tmp_path / "mine.pth", num_classes=5), state)
+    with pytest.warns(UserWarning, match=r"start anew: head.weight \(7, 8\), head.bias \(7,\)$"):
+        create_model("tiny_vit", weights=tmp_path / "mine.pth", num_classes=7)
+    with pytest.raises(ZooError, match=r"2 other shape \(head.weight \(5, 8\) for \(10, 8\)"):
+        create_model("tiny_vit", weights=tmp_path / "mine.pth")
+
+
 def test_another_image_size_resizes_position_tables(papers: Card, server: Server) -> None:
     from zoo.ops.pos_embed import resize_pos_embed
 
     server.files["ft.pth"], state = checkpoint("tiny_vit")
-    net = create_model("tiny_vit.ft", pretrained=True, img_size=32)
+    with pytest.warns(UserWarning, match=r"tiny_vit.ft: resized: pos_embed \(1, 17, 8\) to \(1, 65, 8\)$"):
+        net = create_model("tiny_vit.ft", pretrained=True, img_size=32)
     table = resize_pos_embed(state["pos_embed"], (8, 8), num_prefix=1)
     assert table.shape == (1, 65, 8)
     assert_holds(net, {**state, "pos_embed": table})
@@ -412,7 +423,7 @@ def test_a_file_that_is_not_the_published_one_is_refused(papers: Card, server: S
     papers(**facts)
     with pytest.raises(ZooError, match=r"sha256 is|md5 is|bytes where 17 are due"):
         create_model("tiny_vit.ft", pretrained=True)
-    assert not [path for path in cache_dir().rglob("*") if path.suffix in (".pth", ".part", ".safetensors", ".json")]
+    assert not [path for path in (cache_dir() / "weights").rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 def test_the_checksum_of_the_first_use_is_held(papers: Card, server: Server) -> None:
@@ -480,7 +491,7 @@ def test_a_file_of_another_architecture_ends_in_a_key_report(papers: Card, serve
 def test_an_encoder_given_for_the_full_model_names_the_right_one(papers: Card, server: Server, tmp_path: Path) -> None:
     content, state = checkpoint("tiny_vit.encoder", dim=4)
     (tmp_path / "encoder.pth").write_bytes(content)
-    with pytest.raises(ZooError, match=r"2 missing \(decoder.*these are weights of 'tiny_vit'"):
+    with pytest.raises(ZooError, match=r"2 missing \(decoder.*these are weights of 'tiny_vit.encoder'"):
         create_model("tiny_mae", weights=tmp_path / "encoder.pth", dim=4)
     with pytest.warns(UserWarning, match="start anew: fc_norm"):
         net = create_model("tiny_vit", weights=tmp_path / "encoder.pth", dim=4)
@@ -651,3 +662,48 @@ def test_the_record_says_where_a_file_came_from(papers: Card, server: Server) ->
     record = json.loads((cache_dir() / "weights/tiny/tiny_vit.ft/ft.pth.json").read_text())
     content = server.files["ft.pth"]
     assert record == {"source": f"{server.url}/ft.pth", "sha256": digest(content), "size": len(content)}
+
+
+# ---- the real thing, small ------------------------------------------------------------------------------------------
+
+SMALL = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+def test_mae_s_published_layouts_in_small(tmp_path: Path) -> None:
+    """Encoder, full and fine-tuned files of MAE, as published but for their size."""
+    decoder = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+    full = create_model("mae_vit_base_patch16", **SMALL, **decoder)
+    torch.save({"model": full.state_dict(), "args": argparse.Namespace(), "epoch": 1}, tmp_path / "full.pth")
+    encoder = {k: v for k, v in full.state_dict().items() if "decoder" not in k and k != "mask_token"}
+    torch.save({"model": encoder}, tmp_path / "encoder.pth")
+
+    again = create_model("mae_vit_base_patch16", weights=tmp_path / "full.pth", **SMALL, **decoder)
+    assert_holds(again, full.state_dict())
+    with pytest.raises(
+        ZooError, match=r"missing \(mask_token.*these are weights of 'vit_base_patch16.mae_in1k_1600ep'"
+    ):
+        create_model("mae_vit_base_patch16", weights=tmp_path / "encoder.pth", **SMALL, **decoder)
+
+    with pytest.warns(UserWarning, match=r"start anew: .*fc_norm.*not used: norm"):
+        net = create_model("vit_base_patch16", weights=tmp_path / "encoder.pth", num_classes=5, **SMALL)
+    assert torch.equal(net.state_dict()["blocks.1.mlp.fc2.bias"], encoder["blocks.1.mlp.fc2.bias"])
+    large = {**SMALL, "img_size": 64, "num_classes": 0, "global_pool": "token"}
+    with pytest.warns(UserWarning, match=r"resized: pos_embed \(1, 5, 32\) to \(1, 17, 32\)$"):
+        net = create_model("vit_base_patch16", weights=tmp_path / "encoder.pth", **large)
+    assert net.state_dict()["pos_embed"].shape == (1, 17, 32)
+    assert net.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 32)
+
+
+def test_mae_s_encoder_weights_are_loaded_whole(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`vit_base_patch16.mae_in1k_1600ep` by its published name: no key left over, none new, in a model that runs."""
+    card, entry = catalog.weight("vit_base_patch16.mae_in1k_1600ep")
+    net = create_model(entry.name, **SMALL)
+    assert "norm.weight" in net.state_dict()
+    server.files["e.pth"] = pack({"model": net.state_dict()})
+    local = entry.model_copy(update={"urls": [f"{server.url}/e.pth"], "md5_prefix": None, "size": None, "sha256": None})
+    monkeypatch.setattr(catalog, "weight", lambda name: (card, local))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_holds(create_model(entry.name, pretrained=True, **SMALL), net.state_dict())

@@ -23,7 +23,7 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -190,7 +190,8 @@ def verify_weights(name: str) -> str:
         raise ZooError(f"{converted}: changed since it was stored; `zoo weights get {name}` mends it")
     state = _read_safetensors(converted)
     architecture = Architecture(card, entry.model, dict(entry.overrides))
-    _check(state, shapes(architecture.on_meta()), name, entry.fresh, entry.spare, architecture)
+    if report := mismatch(state, shapes(architecture.on_meta())):
+        raise ZooError(f"{name} does not match {entry.model}: {report}")
     against = "published" if entry.sha256 else "recorded at first use"
     return f"sha256 {record['source_sha256']} as {against}; {len(state)} tensors match {entry.model} key for key"
 
@@ -468,17 +469,33 @@ def _load(
     architecture: Architecture,
     overrides: Mapping[str, Any],
     name: str,
-    fresh: list[str],
-    spare: list[str],
+    fresh: Sequence[str],
+    spare: Sequence[str],
 ) -> None:
     """Loads `state` into `net`, adapted to the overrides that may change shapes."""
     wanted = shapes(net)
     if shapes_of(state) != wanted:
-        rest = {key: value for key, value in overrides.items() if key not in ADAPTABLE}
-        published = net if len(rest) == len(overrides) else architecture.on_meta(**rest)
-        _check(state, shapes(published), name, fresh, spare, architecture, overrides)
+        head = _governed("num_classes", architecture, overrides, wanted)
+        free = head | _governed("in_chans", architecture, overrides, wanted)
+        if "img_size" in overrides:
+            free |= {key for key in wanted if key.endswith("pos_embed")}
+        report = mismatch(state, wanted, [*fresh, *head], [*spare, *head], free)
+        if report:
+            others = _fitting(state, architecture, overrides)
+            hint = f"; these are weights of {' or '.join(map(repr, others))}" if others else ""
+            raise ZooError(f"{name} does not match {architecture.model}: {report}{hint}")
         state = adapt(state, net, name)
     net.load_state_dict(state, strict=True)
+
+
+def _governed(
+    option: str, architecture: Architecture, overrides: Mapping[str, Any], wanted: Mapping[str, torch.Size]
+) -> set[str]:
+    """The entries of a state dict whose presence or shape depends on `option`, if that is among the overrides."""
+    if option not in overrides:
+        return set()
+    other = shapes(architecture.on_meta(**{**overrides, option: overrides[option] + 1}))
+    return {key for key in {*wanted, *other} if wanted.get(key) != other.get(key)}
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -491,18 +508,20 @@ def adapt(state: Mapping[str, Tensor], net: nn.Module, name: str) -> dict[str, T
     A warning names what starts anew and what of `state` is not used.
     """
     adapted: dict[str, Tensor] = {}
-    anew = []
+    anew, resized = [], []
     for key, own in net.state_dict().items():
         given = state.get(key)
         if given is not None and given.shape == own.shape:
             adapted[key] = given
         elif given is not None and _is_position_table(key, given, own):
             adapted[key] = _resized(given, own, net)
+            resized.append(f"{key} {tuple(given.shape)} to {tuple(own.shape)}")
         else:
             adapted[key] = own
             anew.append(f"{key} {tuple(own.shape)}")
     unused = sorted(state.keys() - adapted.keys())
     notes = [f"start anew: {', '.join(anew)}"] if anew else []
+    notes += [f"resized: {', '.join(resized)}"] if resized else []
     notes += [f"not used: {', '.join(unused)}"] if unused else []
     if notes:
         warnings.warn(f"{name}: {'; '.join(notes)}", stacklevel=4)
@@ -520,37 +539,23 @@ def _resized(given: Tensor, own: Tensor, net: nn.Module) -> Tensor:
     return resize_pos_embed(given, grid, num_prefix=own.shape[1] - grid[0] * grid[1])
 
 
-def _check(
-    state: Mapping[str, Tensor],
-    wanted: Mapping[str, torch.Size],
-    name: str,
-    fresh: list[str],
-    spare: list[str],
-    architecture: Architecture,
-    overrides: Mapping[str, Any] | None = None,
-) -> None:
-    """Raises ZooError with a key report unless `state` matches the names and shapes `wanted`."""
-    report = mismatch(state, wanted, fresh, spare)
-    if not report:
-        return
-    others = sorted(_fitting(state, architecture, overrides or {}))
-    hint = f"; these are weights of {' or '.join(map(repr, others))}" if others else ""
-    raise ZooError(f"{name} does not match {architecture.model}: {report}{hint}")
-
-
 def mismatch(
     state: Mapping[str, Tensor],
     wanted: Mapping[str, torch.Size],
     fresh: Sequence[str] = (),
     spare: Sequence[str] = (),
+    free: Container[str] = (),
 ) -> str:
-    """What keeps `state` from matching `wanted`, key for key; empty if nothing does."""
+    """What keeps `state` from matching the names and shapes `wanted`, in a line; empty if nothing does.
+
+    Patterns `fresh` may be missing, `spare` may be left over, and the entries `free` may be of another shape.
+    """
     missing = [key for key in wanted if key not in state and not _in(key, fresh)]
     left = [key for key in state if key not in wanted and not _in(key, spare)]
     wrong = [
         f"{key} {tuple(state[key].shape)} for {tuple(shape)}"
         for key, shape in wanted.items()
-        if key in state and state[key].shape != shape
+        if key in state and state[key].shape != shape and key not in free
     ]
     parts = (("missing", missing), ("unexpected", left), ("other shape", wrong))
     return "; ".join(f"{len(keys)} {kind} ({_few(keys)})" for kind, keys in parts if keys)
@@ -564,19 +569,21 @@ def _in(key: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def _fitting(state: Mapping[str, Tensor], architecture: Architecture, overrides: Mapping[str, Any]) -> Iterator[str]:
-    """The paper's other models that `state` does match."""
+def _fitting(state: Mapping[str, Tensor], architecture: Architecture, overrides: Mapping[str, Any]) -> list[str]:
+    """The paper's other models and weights that `state` does match, with those of the overrides that they take."""
     card = architecture.card
-    rest = {key: value for key, value in overrides.items() if key not in ADAPTABLE}
-    for model in card.models:
-        entries = [entry for entry in card.weights if entry.model == model.name]
-        kinds: list[tuple[dict[str, Any], list[str], list[str]]] = [({}, [], [])]
-        kinds += [(entry.overrides, entry.fresh, entry.spare) for entry in entries]
-        for arguments, fresh, spare in kinds:
-            try:
-                net = Architecture(card, model.name, {**arguments, **rest}).on_meta()
-            except (TypeError, ZooError):  # takes other options
-                continue
-            if model.name != architecture.model and not mismatch(state, shapes(net), fresh, spare):
-                yield model.name
-                break
+    candidates: list[tuple[str, str, dict[str, Any]]] = [(model.name, model.name, {}) for model in card.models]
+    candidates += [(entry.name, entry.model, entry.overrides) for entry in card.weights]
+    found: dict[str, str] = {}
+    for name, model, arguments in candidates:
+        if model == architecture.model or model in found:
+            continue
+        known = _options(getattr(paper_module(card), model))
+        taken = {key: value for key, value in overrides.items() if key in known}
+        try:
+            wanted = shapes(Architecture(card, model, arguments).on_meta(**taken))
+        except ZooError:  # the overrides do not suit this model
+            continue
+        if not mismatch(state, wanted):
+            found[model] = name
+    return sorted(found.values())
