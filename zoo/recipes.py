@@ -267,8 +267,7 @@ class RecipeCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, AssertionError, KeyError, MisconfigurationException) as error:
-            text = " ".join(str(error).split()) or type(error).__name__
-            raise ZooError(f"{self.recipe}: {text}") from error
+            raise ZooError(f"{self.recipe}: {_innermost(error)}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init["trainer"]
@@ -307,10 +306,10 @@ class RecipeCLI(LightningCLI):
         metric, mode = monitor if isinstance(monitor, tuple) else (monitor, "max")
         return ModelCheckpoint(
             dirpath=self.folder / "checkpoints",
-            filename="best",
+            filename="best" if metric else "recent",
             monitor=metric,
             mode=mode,
-            save_top_k=1 if metric else 0,
+            save_top_k=1,  # with 0, Lightning writes last.ckpt only when training ends
             save_last=True,
             enable_version_counter=False,
         )
@@ -650,6 +649,17 @@ def explain_parse_error(message: str, parser: Any) -> str:
         elif text.startswith(("argument ", "Key ", "Problems parsing config")):
             break
     return " ".join(message.split())
+
+
+def _innermost(error: BaseException) -> str:
+    """What a class said when it was built; jsonargparse wraps it in the report of a union's members."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, ZooError):
+            return str(found)
+        found = found.__cause__ or found.__context__
+    match = re.search(r"^\s*Errors:\n\s*- (.*?)\n\s*- Expected", str(error), re.DOTALL | re.MULTILINE)
+    return " ".join((match[1] if match else str(error)).split()) or type(error).__name__
 
 
 def _types(text: str) -> str:
