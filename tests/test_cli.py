@@ -189,6 +189,7 @@ def test_leaderboard_in_every_form(here: Path, capsys: pytest.CaptureFixture[str
         (["fit", "mae/pocket", "--ckpt_path", "last"], "zoo fit mae/pocket"),
         (["predict", "mae_vit_bas", "cat.png"], "mae_vit_base"),
         (["predict", "mae_vit_base_patch16", "no.png"], "no.png"),
+        (["predict", "vit_base_patch16.mae_in1k_1600ep", "cat.png"], "cat.png"),
         (["weights", "get", "mae_vit_base_patch16.in1k"], "mae_vit_base_patch16.in1k_1600ep"),
         (["data", "check", "shape"], "shapes"),
         (["data", "check", "./nowhere"], "nowhere"),
@@ -509,7 +510,8 @@ def test_predict_a_picture(
     save_file(cls(**small).state_dict(), here / "small.safetensors")
     for stem in ("one", "two"):
         write_png(torch.randint(0, 255, (3, 40, 60), dtype=torch.uint8), str(here / f"{stem}.png"))
-    tagged = next(w for w in catalog.list_weights(f"{name}.*"))
+    wanted = {"draws": "full", "classifies": "classifier"}[kind]
+    tagged = next(w for w in catalog.list_weights(f"{name}.*") if catalog.weight(w)[1].kind == wanted)
     words = ["predict", tagged, "one.png", "two.png", "--weights", "small.safetensors"]
     if kind == "draws":
         assert main([*words, "-o", "out"]) == 0
@@ -531,6 +533,38 @@ def test_predict_a_picture(
         assert main(words) == 0
         assert capsys.readouterr().out.count("%") == 10
         assert main([*words, "-o", "out.png"]) == 2
+
+
+def test_an_encoder_predicts_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from torchvision.io import write_png
+
+    write_png(torch.zeros(3, 8, 8, dtype=torch.uint8), "one.png")
+    assert main(["predict", "vit_base_patch16.mae_in1k_1600ep", "one.png"]) == 2
+    assert "without a head" in _one_line(capsys)
+
+
+def test_the_pocket_recipe_fits_resumes_and_tests(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = [
+        *["--data.train_samples", "64", "--data.batch_size", "32", "--model.optim.global_batch", "32"],
+        *[
+            "--trainer.limit_val_batches",
+            "1",
+            "--trainer.limit_test_batches",
+            "1",
+            "--trainer.num_sanity_val_steps",
+            "0",
+        ],
+        "--trainer.callbacks=[{class_path: zoo.training.Pictures}]",
+    ]
+    assert main(["fit", "mae/pocket", *small, "--trainer.max_steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "score: train/loss" in out
+    assert Path(re.search(r"picture: (\S+)", out)[1]).is_file()
+    assert main(["fit", "mae/pocket", *small, "--trainer.max_steps", "3", "--ckpt_path", "last"]) == 0
+    newest = max((here / "runs" / "mae" / "pocket").iterdir(), key=lambda path: path.stat().st_mtime)
+    assert torch.load(newest / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert main(["test", "mae/pocket", *small, "--ckpt_path", "last"]) == 0
+    assert "score: test/loss" in capsys.readouterr().out
 
 
 def test_explain_two_rows_of_a_leaderboard(capsys: pytest.CaptureFixture[str]) -> None:

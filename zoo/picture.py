@@ -45,6 +45,8 @@ def predict(
         ZooError: a missing or broken picture, unknown names, weights that do not match.
     """
     pictures = [read_image(path) for path in images]
+    if "." in model and weights is None and catalog.weight(model)[1].kind == "encoder":
+        raise ZooError(f"{model} is an encoder without a head: it neither draws nor classifies")
     prepare = create_preprocess(model)
     net = create_model(model, pretrained=weights is None, weights=weights).eval()
     batch = torch.stack([prepare(picture) for picture in pictures])

@@ -107,7 +107,7 @@ class PlainProgress(ProgressBar):
             return
         self._last = now
         of = f"/{int(total)}" if total != float("inf") else ""
-        print(" ".join([what, f"batch {batch}{of}", *_numbers(metrics)]), flush=True)
+        print(" ".join([what, f"batch {batch}{of}", *_numbers(_scalars(metrics))]), flush=True)
 
     def _epoch(self, trainer: Trainer) -> str:
         last = f"/{trainer.max_epochs}" if trainer.max_epochs not in (None, -1) else ""
@@ -200,15 +200,20 @@ class SaveConfig(SaveConfigCallback):
 
 
 def _numbers(metrics: Mapping[str, Any]) -> list[str]:
-    """`name value` texts of the scalars in `metrics`, without the doubles Lightning makes (`_step`, `_epoch`)."""
-    texts = []
+    """`name value` texts of the scalars in `metrics`."""
+    return [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in metrics.items()]
+
+
+def _scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """`metrics` as numbers, once each: Lightning also has some of them as `_step` and `_epoch`."""
+    found: dict[str, Any] = {}
     for key, value in metrics.items():
-        double = key.removesuffix("_step").removesuffix("_epoch")
-        if key == "v_num" or (double != key and double in metrics):
+        name = key.removesuffix("_step").removesuffix("_epoch")
+        if key == "v_num" or key.startswith(("lr-", "time/", "train/lr")) or (name != key and name in metrics):
             continue
-        value = value.item() if isinstance(value, torch.Tensor) else value
-        texts.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
-    return texts
+        if not (key.endswith("_step") and name in found):
+            found[name] = value.item() if isinstance(value, torch.Tensor) else value
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -472,11 +477,7 @@ def _interrupted(cli: RecipeCLI, words: list[str]) -> int:
 def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) -> None:
     if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    metrics = {
-        key: float(value)
-        for key, value in cli.trainer.callback_metrics.items()
-        if not key.startswith(("lr-", "time/", "train/lr"))
-    }
+    metrics = {key: float(value) for key, value in _scalars(cli.trainer.callback_metrics).items()}
     cli.folder.mkdir(parents=True, exist_ok=True)
     if cli.what == "predict":
         torch.save(outputs, cli.folder / "predictions.pt")
@@ -485,8 +486,8 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
         print("score: " + (" · ".join(_numbers(metrics)) or "no metric was logged"))
     (cli.folder / "result.json").write_text(json.dumps(_result(cli, metrics, command, seconds), indent=1) + "\n")
     if cli.checkpoint is not None:
-        for path in dict.fromkeys([cli.checkpoint.last_model_path, cli.checkpoint.best_model_path]):
-            if path:
+        for path in (cli.checkpoint.last_model_path, cli.checkpoint.best_model_path):
+            if path and Path(path).stem != "recent":
                 print(f"checkpoint: {_short(path)}")
     print(f"run: {_short(cli.folder)} ({seconds:.0f} s)")
 
