@@ -211,6 +211,7 @@ def test_pretraining_reaches_the_fine_tuned_network(tmp_path: Path) -> None:
     checkpoint = tmp_path / "pre.ckpt"
     claim.pretrain(settings, world, 0, 0.75, checkpoint)
     task = claim.finetuning_task(settings, world.classes, claim.Optim(lr=1e-3), checkpoint)
+    task.setup("fit")
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     mine = task.network.state_dict()
     key = next(k for k in mine if k.endswith("blocks.0.attn.qkv.weight"))

@@ -29,6 +29,7 @@ from zoo.errors import ZooError
 class Optim:
     name: Literal["adamw", "sgd"] = "sgd"
     base_lr: float = 0.1
+    lr: float | None = None
 
 
 class Task(pl.LightningModule):
@@ -358,6 +359,17 @@ def test_config_on_either_side_of_the_command(here: Path, capsys: pytest.Capture
     assert printed[0]["trainer"]["use_distributed_sampler"] is False
     assert printed[0]["model"]["init_args"]["optim"]["base_lr"] == 0.01
     assert main(["fit", "--config", "toy.yaml", "--trainer.fast_dev_run", "true"]) == 0  # the config is the recipe
+
+
+@pytest.mark.parametrize("key", ["model.optim.lr", "model.init_args.optim.lr", "model.optim.init_args.lr"])
+@pytest.mark.parametrize("form", ["--{} null", "--{}=null", "--{} ~"])
+def test_null_takes_a_nested_value_back(here: Path, capsys: pytest.CaptureFixture[str], key: str, form: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "toy.yaml", "--model.optim.lr", "3", *form.format(key).split(), "--print_config"])
+    assert end.value.code == 0
+    optim = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optim"]
+    assert optim["lr"] is None
+    assert optim["base_lr"] == 0.01
 
 
 def test_model_takes_classes_and_size_from_the_data_unless_told(here: Path) -> None:

@@ -331,8 +331,27 @@ def _build(subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool)
     path = catalog.recipe_path(str(recipe))
     _check_recipe(path)
     name = recipe_name(path)
-    args = ["--config", str(path), *argv]
+    args = ["--config", str(path), *_nested_nulls(argv)]
     return RecipeCLI(name, subcommand, args, _set_by_hand(args), rich)
+
+
+def _nested_nulls(argv: Sequence[str]) -> list[str]:
+    """`argv` with ``--model.optim.lr null`` as ``--model.optim={"lr": null}``: jsonargparse 4.53 hands a null that lies
+    two levels deep on as the string "None"."""
+    words, position = [], 0
+    while position < len(argv):
+        word = argv[position]
+        key, equals, value = word.partition("=")
+        if not equals and key.startswith("--") and position + 1 < len(argv):
+            value = argv[position + 1]
+        owner, _, leaf = key.rpartition(".")
+        if value in ("null", "Null", "NULL", "~") and len([p for p in key.split(".") if p != "init_args"]) > 2:
+            words.append(f"{owner.removesuffix('.init_args')}={json.dumps({leaf: None})}")
+            position += 1 if equals else 2
+        else:
+            words.append(word)
+            position += 1
+    return words
 
 
 def _check_recipe(path: Path) -> None:

@@ -28,16 +28,14 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
-from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torch.nn.functional import mse_loss
 
 from zoo.errors import ZooError, unknown
 from zoo.nn.vit import NORM_EPS, Block, PatchEmbed, VisionTransformer, init_as_linear, run_blocks
 from zoo.ops.masking import Masking, random_masking, take_tokens, tokens_at
 from zoo.ops.patches import patchify, unpatchify
 from zoo.ops.pos_embed import resize_pos_embed, sincos_2d
-from zoo.training import BaseModule, Optim, probe_head
+from zoo.training import BaseModule, Classification, LinearClassification, Optim, probe_head
 
 __all__ = [
     "MAEFineTuning",
@@ -384,61 +382,7 @@ class MAEPretraining(BaseModule):
         return self.network.picture(batch["image"], self.mask_ratio, batch.get("mask_noise"), mean, std)
 
 
-class _Classification(BaseModule):
-    """What fine-tuning and probing share: the encoder's origin, and evaluation by top-1, top-5 and cross-entropy."""
-
-    network: VisionTransformer
-    init_from: str | None
-    monitor = ("val/top1", "max")
-
-    def __init__(self, optim: Optim, num_classes: int) -> None:
-        super().__init__(optim)
-        self.val_metrics, self.test_metrics = (_metrics(num_classes, f"{split}/") for split in ("val", "test"))
-
-    def trainable(self) -> nn.Module:
-        return self.network
-
-    def setup(self, stage: str) -> None:
-        """Fetch the encoder from `init_from`, once, unless a checkpoint of this task is about to be loaded."""
-        if self.init_from is not None and (self._trainer is None or self.trainer.ckpt_path is None):
-            load_encoder(self.network, self.init_from)
-            self.init_from = None
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, S, S) to logits (B, num_classes)."""
-        return self.network(images)
-
-    def _evaluate(self, batch: Mapping[str, Any], metrics: nn.ModuleDict, split: str) -> None:
-        logits = self(batch["image"])
-        metrics["accuracy"].update(logits, batch["label"])  # type: ignore[operator]
-        metrics["loss"].update(cross_entropy(logits, batch["label"], reduction="none"))  # type: ignore[operator]
-        self.log_dict(metrics["accuracy"], prog_bar=split == "val")  # type: ignore[arg-type]
-        self.log(f"{split}/loss", metrics["loss"])  # type: ignore[arg-type]
-
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics, "val")
-
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics, "test")
-
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Class probabilities (B, num_classes)."""
-        return self(batch["image"]).softmax(dim=-1)
-
-    def features(self, images: Tensor) -> Tensor:
-        """Pooled features (B, D) of images (B, C, S, S)."""
-        return self.network.forward_head(self.network.forward_features(images), pre_logits=True)
-
-
-def _metrics(num_classes: int, prefix: str) -> nn.ModuleDict:
-    top: dict[str, Metric | MetricCollection] = {
-        f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro", validate_args=False)
-        for k in (1, 5)
-    }
-    return nn.ModuleDict({"accuracy": MetricCollection(top, prefix=prefix, compute_groups=False), "loss": MeanMetric()})
-
-
-class MAEFineTuning(_Classification):
+class MAEFineTuning(Classification):
     """End-to-end fine-tuning (Table 9).
 
     Args:
@@ -454,6 +398,8 @@ class MAEFineTuning(_Classification):
         label_smoothing: of the training targets.
         optim: optimiser and schedule.
     """
+
+    network: VisionTransformer
 
     def __init__(
         self,
@@ -475,9 +421,7 @@ class MAEFineTuning(_Classification):
         label_smoothing: float = 0.1,
         optim: Optim = Optim(base_lr=5e-4, betas=(0.9, 0.999), layer_decay=0.65, warmup_epochs=5, min_lr=1e-6),  # noqa: B008
     ) -> None:
-        super().__init__(optim, num_classes)
-        self.save_hyperparameters()
-        self.network = _network(
+        network = _network(
             VisionTransformer,
             CLASSIFIERS,
             model,
@@ -495,29 +439,23 @@ class MAEFineTuning(_Classification):
                 "grad_checkpointing": grad_checkpointing,
             },
         )
-        self.init_from = init_from
+        super().__init__(network, optim, num_classes, mixup, cutmix, label_smoothing, init_from)
+        self.save_hyperparameters()
         if init_from is not None:
             nn.init.trunc_normal_(self.network.get_parameter("head.weight"), std=2e-5)
-        self.label_smoothing = label_smoothing
-        self.mixing: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-        if mixup or cutmix:
-            from zoo.data.transforms import Mixing
 
-            self.mixing = Mixing(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        if self.mixing is not None:  # smooths the labels too
-            batch = self.mixing(batch)
-            return cross_entropy(self(batch["image"]), batch["label"])
-        return cross_entropy(self(batch["image"]), batch["label"], label_smoothing=self.label_smoothing)
+    def load_encoder(self, source: str) -> None:
+        load_encoder(self.network, source)
 
 
-class MAELinearProbe(_Classification):
+class MAELinearProbe(LinearClassification):
     """Linear probing (Table 10): the class token through BatchNorm without affine and one linear layer, LARS.
 
     Only the head trains; the encoder is frozen, and its features take no gradient. Arguments as in
     :class:`MAEFineTuning`.
     """
+
+    network: VisionTransformer
 
     def __init__(
         self,
@@ -534,9 +472,7 @@ class MAELinearProbe(_Classification):
         init_from: str | None = None,
         optim: Optim = Optim(name="lars", base_lr=0.1, weight_decay=0.0, warmup_epochs=10),  # noqa: B008
     ) -> None:
-        super().__init__(optim, num_classes)
-        self.save_hyperparameters()
-        self.network = _network(
+        network = _network(
             VisionTransformer,
             CLASSIFIERS,
             model,
@@ -552,21 +488,11 @@ class MAELinearProbe(_Classification):
                 "global_pool": global_pool,
             },
         )
-        self.init_from = init_from
-        self.network.requires_grad_(False)
-        self.network.head = probe_head(self.network.embed_dim, num_classes)
+        super().__init__(network, probe_head(network.embed_dim, num_classes), "head", optim, num_classes, init_from)
+        self.save_hyperparameters()
 
-    def trainable(self) -> nn.Module:
-        return self.network.head
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, S, S) to logits (B, num_classes)."""
-        with torch.no_grad():
-            features = self.features(images)
-        return self.network.head(features)
-
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        return cross_entropy(self(batch["image"]), batch["label"])
+    def load_encoder(self, source: str) -> None:
+        load_encoder(self.network, source)
 
 
 # ---------------------------------------------------------------------------------------------------------- 4. models

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from zoo.training.base import BaseModule, seed_position
 from zoo.training.callbacks import NonFiniteGuard, Pictures, Timing, default_callbacks
+from zoo.training.classification import Classification, LinearClassification
 from zoo.training.ema import EMA, evaluation_weights
 from zoo.training.lars import LARS
 from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_optimizer, param_groups
@@ -13,7 +14,9 @@ __all__ = [
     "EMA",
     "LARS",
     "BaseModule",
+    "Classification",
     "KNNProbe",
+    "LinearClassification",
     "LinearProbe",
     "NonFiniteGuard",
     "Optim",
