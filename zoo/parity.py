@@ -222,12 +222,14 @@ def run_case(case: Case, dtype: str | None = None, device: str = "cpu") -> list[
         except Exception as error:  # a case that fails must not keep the others from their verdict
             problem = " ".join(f"{type(error).__name__}: {error}".split())
     seconds = round(time.perf_counter() - begin, 3)
+    official = case["official"]
+    function = official.get("entry") or official.get("derived_from", "")
     verdicts = []
     for name, expected in case["outputs"].items():
         note = problem or (
             "not computed" if name not in outputs else compare(expected, outputs[name], rtol, atol) or ""
         )
-        verdicts.append(Verdict(case["paper"], case["case"], case["official"]["entry"], name, not note, note, seconds))
+        verdicts.append(Verdict(case["paper"], case["case"], function, name, not note, note, seconds))
     return verdicts
 
 
