@@ -234,7 +234,7 @@ class ResidualUnit(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """A residual network of any of the paper's units, for CIFAR (three stages) or ImageNet (four), with timm's protocol.
+    """A residual network of any of the paper's units for CIFAR (three stages) or ImageNet (four); timm's protocol.
 
     Args:
         depths: units of each stage; stages after the first halve the resolution.
@@ -392,7 +392,7 @@ class PreActResNet(nn.Module):
         return self._end(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features (B, D, h, w) to logits (B, num_classes), or to what the classifier takes (B, D) with `pre_logits`."""
+        """Features (B, D, h, w) to logits (B, num_classes), or to pooled features (B, D) with `pre_logits`."""
         if self.global_pool:
             x = x.mean(dim=(2, 3))
         return x if pre_logits else self.fc(x)
@@ -526,9 +526,7 @@ class PreActResNetClassification(Classification):
             raise ZooError(f"model {model} has its own depth and block; give model: null to choose them")
         else:
             network = MODELS[model](**options)
-        super().__init__(
-            network, optim, num_classes, mixup, cutmix, label_smoothing, channels_last=channels_last
-        )
+        super().__init__(network, optim, num_classes, mixup, cutmix, label_smoothing, channels_last=channels_last)
         self.save_hyperparameters()
 
 

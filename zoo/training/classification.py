@@ -24,8 +24,8 @@ class Classification(BaseModule):
     """End-to-end training of a classifier, evaluated by top-1, top-5 and cross-entropy.
 
     Batches hold `image` (B, C, S, S) and `label` (B,). In evaluation they may hold `views` instead, a list of crops
-    (B, C, S, S) of each picture: the logits are averaged over them (as fb.resnet.torch sums them for its ten). Logs `{val,test}/top1`, `/top5` (fractions) and `/loss`, each
-    sample once on any number of processes.
+    (B, C, S, S) of each picture: the logits are averaged over them (as fb.resnet.torch sums them for its ten). Logs
+    `{val,test}/top1`, `/top5` (fractions) and `/loss`, each sample once on any number of processes.
 
     Args:
         network: gives logits (B, num_classes).
@@ -55,7 +55,7 @@ class Classification(BaseModule):
         self.network = network
         self.channels_last = channels_last
         if channels_last:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
         self.label_smoothing, self.init_from = label_smoothing, init_from
         self.mixing: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         if mixup or cutmix:
