@@ -37,10 +37,14 @@ class _Facts(BaseModel):
 
 
 class ModelEntry(_Facts):
-    """A published size: the name of the function that builds it, and its number of parameters at its defaults."""
+    """A published size: the name of the function that builds it, and its number of parameters at its defaults.
+
+    A `classifier` has timm's protocol and is registered with timm by :mod:`zoo.timm`.
+    """
 
     name: str
     params: int
+    classifier: bool = False
     summary: str = ""
 
 

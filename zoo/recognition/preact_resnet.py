@@ -365,11 +365,16 @@ class PreActResNet(nn.Module):
         blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^conv1|^bn1", "blocks": blocks}
 
-    def _stem(self, images: Tensor) -> Tensor:
-        x = self.conv1(images)
+    def _stem(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The stem's output before its ReLU and pooling, and behind them.
+
+        The maximum is taken before the ReLU: the same numbers and gradients, from a quarter of the work.
+        """
+        inner = self.conv1(images)
         if self.bn1 is not None:
-            x = self.bn1(x)
-        return relu(x, inplace=True) if self.stem_relu else x
+            inner = self.bn1(inner)
+        x = inner if self.maxpool is None else self.maxpool(inner)
+        return inner, relu(x, inplace=self.maxpool is not None) if self.stem_relu else x
 
     def _stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         for unit in stage.children():
@@ -384,9 +389,7 @@ class PreActResNet(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to activated features (B, num_features, h, w)."""
-        x = self._stem(images)
-        if self.maxpool is not None:
-            x = self.maxpool(x)
+        _, x = self._stem(images)
         for stage in self.stages:
             x = self._stage(stage, x)
         return self._end(x)
@@ -424,11 +427,9 @@ class PreActResNet(nn.Module):
             raise ZooError(f"output_fmt must be 'NCHW', not {output_fmt!r}")
         wanted = self._indices(indices)
         found = []
-        x = self._stem(x)
+        inner, x = self._stem(x)
         if 0 in wanted:
-            found.append(x)
-        if self.maxpool is not None:
-            x = self.maxpool(x)
+            found.append(relu(inner) if self.stem_relu else inner)
         for s, stage in enumerate(self.stages, 1):
             if stop_early and s > max(wanted):
                 return found if intermediates_only else (x, found)
