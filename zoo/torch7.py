@@ -14,6 +14,7 @@ import mmap
 import os
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ LEAVES = ("weight", "bias", "running_mean", "running_var")
 _NIL, _NUMBER, _STRING, _TABLE, _OBJECT, _BOOLEAN, _FUNCTION, _OLD_RECURSIVE, _RECURSIVE = range(9)
 _MAX_DEPTH = 100
 _MAX_DIMS = 8
+_MAX_MODULES = 100_000
 _DTYPES = {
     "Byte": torch.uint8,
     "Char": torch.int8,
@@ -193,26 +195,37 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         content = content["model"]
     state: dict[str, Tensor] = {}
     if isinstance(content, Torch7Object):
-        _collect(content, "", state, set())
+        modules = 0
+        for prefix, module in _walk(content, "", frozenset()):
+            modules += 1
+            if modules > _MAX_MODULES:
+                raise ZooError(f"{os.fspath(path)}: not a Torch7 network: more than {_MAX_MODULES} modules")
+            state |= {f"{prefix}{leaf}": value for leaf, value in _own(module)}
     if not state:
         raise ZooError(f"{os.fspath(path)}: holds no network with parameters")
     return state
 
 
-def _collect(module: Torch7Object, prefix: str, state: dict[str, Tensor], above: set[int]) -> None:
-    fields = module.fields
-    if not isinstance(fields, dict):
+def _walk(module: Torch7Object, prefix: str, above: frozenset[int]) -> Iterator[tuple[str, Torch7Object]]:
+    """A module and all below it, with their places."""
+    if not isinstance(module.fields, dict):
         raise ZooError(f"not a Torch7 network: {module.kind} has no fields")
     if id(module) in above:
         raise ZooError(f"not a Torch7 network: {module.kind} holds itself")
+    yield prefix, module
+    parts = module.fields.get("modules")
+    places = [key for key in parts if isinstance(key, float) and key.is_integer()] if isinstance(parts, dict) else []
+    for place in sorted(places):
+        if isinstance(parts[place], Torch7Object):
+            yield from _walk(parts[place], f"{prefix}{int(place) - 1}.", above | {id(module)})
+
+
+def _own(module: Torch7Object) -> Iterator[tuple[str, Tensor]]:
+    """A module's own tensors, each with a storage of its own."""
     for leaf in LEAVES:
-        value = fields.get(leaf)
+        value = module.fields.get(leaf)
         if isinstance(value, Tensor) and value.numel():
-            state[f"{prefix}{leaf}"] = _unfolded(value, module) if leaf == "weight" else value.clone()
-    modules = fields.get("modules")
-    for place, part in sorted(modules.items()) if isinstance(modules, dict) else ():
-        if isinstance(part, Torch7Object):
-            _collect(part, f"{prefix}{int(place) - 1}.", state, above | {id(module)})
+            yield leaf, _unfolded(value, module) if leaf == "weight" else value.clone()
 
 
 def _unfolded(weight: Tensor, module: Torch7Object) -> Tensor:
