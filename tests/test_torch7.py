@@ -244,9 +244,9 @@ def test_what_is_no_network(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match="holds itself"):
         torch7.read_state_dict(write(tmp_path / "c.t7", loop))
     wide = module("nn.Sequential")
-    for _ in range(40):
+    for _ in range(20):
         wide = module("nn.Sequential", wide, wide)
-    with pytest.raises(ZooError, match="more than"):
+    with pytest.raises(ZooError, match="more modules"):
         torch7.read_state_dict(write(tmp_path / "w.t7", wide))
     bad = module("nn.SpatialConvolutionMM", weight=torch.ones(2, 5), nInputPlane=2.0, kH=3.0, kW=3.0)
     with pytest.raises(ZooError, match="none of"):

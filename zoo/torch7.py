@@ -195,12 +195,15 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         content = content["model"]
     state: dict[str, Tensor] = {}
     if isinstance(content, Torch7Object):
-        modules = 0
-        for prefix, module in _walk(content, "", frozenset()):
-            modules += 1
-            if modules > _MAX_MODULES:
-                raise ZooError(f"{os.fspath(path)}: not a Torch7 network: more than {_MAX_MODULES} modules")
-            state |= {f"{prefix}{leaf}": value for leaf, value in _own(module)}
+        room = 4 * Path(path).stat().st_size  # a tensor may be shared, but not so that a small file fills the memory
+        for count, (prefix, module) in enumerate(_walk(content, "", frozenset())):
+            for leaf, value in _own(module):
+                state[f"{prefix}{leaf}"] = value
+                room -= value.nbytes
+            if count >= _MAX_MODULES or room < 0:
+                raise ZooError(
+                    f"{os.fspath(path)}: not a Torch7 network: more modules or numbers than the file can hold"
+                )
     if not state:
         raise ZooError(f"{os.fspath(path)}: holds no network with parameters")
     return state
@@ -213,7 +216,7 @@ def _walk(module: Torch7Object, prefix: str, above: frozenset[int]) -> Iterator[
     if id(module) in above:
         raise ZooError(f"not a Torch7 network: {module.kind} holds itself")
     yield prefix, module
-    parts = module.fields.get("modules")
+    parts: Any = module.fields.get("modules")
     places = [key for key in parts if isinstance(key, float) and key.is_integer()] if isinstance(parts, dict) else []
     for place in sorted(places):
         if isinstance(parts[place], Torch7Object):
