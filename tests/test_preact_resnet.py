@@ -19,6 +19,7 @@ import zoo
 from tests.test_torch7 import module, write
 from zoo import catalog
 from zoo.errors import ZooError
+from zoo.pretrained import read_state_dict
 from zoo.recognition import preact_resnet as pr
 from zoo.torch7 import Torch7Object
 from zoo.training import Optim, lr_at
@@ -351,7 +352,7 @@ def test_torch7_networks_compute_the_same(layout: str, kind: str, tmp_path: Path
     else:
         bottleneck = layout == "resnet-pre-act"
         network = pr.preact_resnet_cifar(20 if bottleneck else 14, "bottleneck" if bottleneck else "basic", **options)
-    state = zoo.pretrained.read_state_dict(write(tmp_path / "net.t7", tree, cuda=True))
+    state = read_state_dict(write(tmp_path / "net.t7", tree, cuda=True))
     network.load_state_dict(pr.convert_official(state), strict=True)
     images = _images(2, 32)
     expected = run_tree(tree, images)
@@ -446,7 +447,7 @@ def test_the_task_trains_evaluates_and_comes_back(tmp_path: Path) -> None:
     (optimizer,) = trainer.optimizers
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4]
     assert optimizer.param_groups[0]["nesterov"]
-    state = zoo.pretrained.read_state_dict(tmp_path / "x.ckpt")
+    state = read_state_dict(tmp_path / "x.ckpt")
     assert pr.convert_official(state).keys() == task.network.state_dict().keys()
 
 

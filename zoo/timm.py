@@ -65,6 +65,8 @@ def _entrypoint(name: str, model: ModelEntry) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
         cfg = options.get("pretrained_cfg")
         tag = cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", cfg)
+        if pretrained and not tag:
+            tag = default_cfgs[name].tags[0]
         wanted = f"{model.name}.{tag}" if tag else model.name
 
         def network(**arguments: Any) -> nn.Module:
@@ -96,6 +98,7 @@ def _register() -> None:
                 continue
             name = f"zoo_{model.name}" if timm.is_model(model.name) else model.name
             published = [weights for weights in card.weights if weights.model == model.name]
+            published.sort(key=lambda weights: weights.kind != "classifier")  # the first is what a name alone means
             cfgs: Any = {
                 f"{name}.{weights.name.partition('.')[2]}": _facts(card, model, weights) for weights in published
             }
