@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.environment import ROOT, package_version
-from benchmarks.speed.harness import Loader, Setting, Trainer, Work, count_flops, forever
+from benchmarks.environment import package_version
+from benchmarks.speed.harness import Loader, Setting, Trainer, Work, count_flops, forever, photos
 from zoo.errors import ZooError
 
 MASK_RATIO = 0.75
@@ -310,32 +309,6 @@ def work(setting: Setting) -> Work:
     return Work(setting.batch, setting.batch * (encoder + decoder), flops, detail)
 
 
-def _draw_jpegs(folder: Path, count: int) -> None:
-    """Smooth coloured noise at a common photo size, where no photos are given."""
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for index in range(count):
-        coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        path = folder / f"class_{index % 10}" / f"{index}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=92)
-
-
-@contextlib.contextmanager
-def photos(setting: Setting) -> Iterator[tuple[Path, str]]:
-    """A folder of classes with JPEG files, and what it is."""
-    sample = ROOT.parent / "shared" / "data" / "imagenet_sample"
-    if setting.data is not None:
-        yield setting.data, setting.data.name
-    elif sample.is_dir():
-        yield sample, "imagenet_sample"
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            _draw_jpegs(Path(folder), 4 * LOADING_BATCH)
-            yield Path(folder), "drawn 500x375 JPEGs"
-
-
 def _zoo_loader(folder: Path, side: int, batch: int) -> Loader:
     import zoo
     from zoo.data.datamodule import ImageDataModule
@@ -392,6 +365,6 @@ def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
     """The pipelines from JPEG files to a batch, in this process (no workers), ours first."""
     side = MODELS[setting.model].img_size
     batch = LOADING_BATCH
-    with photos(setting) as (folder, name):
+    with photos(setting, LOADING_BATCH) as (folder, name):
         makers = (_zoo_loader, _official_loader, _timm_loader)
         yield [make(folder, side, batch) for make in makers], Work(batch, detail={"data": name, "crop": side})

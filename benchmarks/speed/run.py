@@ -106,7 +106,7 @@ def _table(record: dict[str, Any], section: str) -> list[str]:
             f"{row['images_per_second']:.1f}",
         ]
         if section == "step":
-            cells += [f"{row['tokens_per_second']:.0f}", f"{row['tflops']:.3f}"]
+            cells += [f"{row['tokens_per_second']:.0f}" if "tokens_per_second" in row else "", f"{row['tflops']:.3f}"]
             if on_gpu:
                 share = row["share_of_peak"]
                 cells += ["" if share is None else f"{100 * share:.1f} %"]

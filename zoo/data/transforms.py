@@ -437,7 +437,7 @@ class InceptionTrain(ImageTransform):
         size: side of the output in pixels.
         scale: bounds of the crop's share of the area.
         ratio: bounds of the root of its width / height, or of the inverse.
-        jitter: brightness, contrast and saturation are blended by factors in [1 - jitter, 1 + jitter], in random order.
+        jitter: brightness, contrast and saturation are blended by factors in [1 - jitter, 1 + jitter].
         lighting: standard deviation of the noise along the principal components of colour (AlexNet).
         interpolation: of the crop.
     """
@@ -472,24 +472,21 @@ class InceptionTrain(ImageTransform):
         image = crop_resize(image, box, self.side, self.interpolation)
         factors = [1 + self.jitter * (2 * draw - 1) for draw in draws[50:53]]
         if self.jitter or self.lighting:
-            image = self.coloured(image, torch.randperm(3).tolist(), factors, torch.randn(3) * self.lighting)
+            image = self.coloured(image, factors, torch.randn(3) * self.lighting)
         return image.flip(-1) if draws[53] < 0.5 else image
 
-    def coloured(self, image: Tensor, order: Sequence[int], factors: Sequence[float], alpha: Tensor) -> Tensor:
+    def coloured(self, image: Tensor, factors: Sequence[float], alpha: Tensor) -> Tensor:
         """Jitter and lighting of a uint8 (3, H, W) picture as a function of their draws.
 
-        Brightness (0), contrast (1) and saturation (2) are blended in `order` by `factors` with black, with the mean
-        luma, and with the luma; then the colour `vectors @ (alpha * values)` is added. Clamped once, at the end.
+        By the three factors, brightness blends with black, contrast with the mean luma and saturation with the luma of
+        each pixel; as nothing is clamped in between they commute, and no order need be drawn. Then the colour
+        `vectors @ (alpha * values)` is added, and the result is clamped.
         """
+        brightness, contrast, saturation = factors
         pixels = image.to(torch.float32)
-        luma = torch.tensor(self._LUMA)
-        for which in order:
-            factor = factors[which]
-            if which == 0:
-                pixels = pixels * factor
-                continue
-            grey = torch.einsum("c,chw->hw", luma, pixels)
-            pixels = torch.lerp(grey.mean() if which == 1 else grey[None], pixels, factor)
+        luma = torch.einsum("c,chw->hw", torch.tensor(self._LUMA), pixels)
+        pixels = torch.lerp(luma, pixels, saturation)
+        pixels = torch.lerp(luma.mean(), pixels, contrast).mul_(brightness)
         shift = torch.tensor(self._VECTORS) @ (alpha * torch.tensor(self._VALUES)) * 255
         return pixels.add_(shift[:, None, None]).round_().clamp_(0, 255).to(torch.uint8)
 
