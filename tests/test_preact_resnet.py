@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import zoo
+from tests.conftest import ROOT
 from tests.test_torch7 import module, write
 from zoo import catalog
 from zoo.errors import ZooError
@@ -473,6 +477,19 @@ def test_channels_last_is_only_an_order_in_memory() -> None:
     torch.testing.assert_close(tasks[0](_images()), tasks[1](_images()), rtol=1e-4, atol=1e-5)
     assert tasks[0].network.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert tasks[1].network.conv1.weight.is_contiguous()
+
+
+def test_two_processes_update_as_one_that_accumulates(tmp_path: Path) -> None:
+    weights = []
+    for devices in (1, 2):
+        out = tmp_path / f"{devices}.pt"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.ddp_preact_resnet", str(devices), str(out)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+        weights.append(torch.load(out, weights_only=True))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_schedules_of_paper_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,14 @@
 
 Four arms a seed, the same narrow ResNet-110 and the same batches in each: full pre-activation, the original unit, and
 the original unit with its shortcut scaled by one half (and the branch, too) or gated exclusively with bias 0, two of
-the failures of Table 1. All start at the paper's lower learning rate, without which the original unit stays at chance
-(as the paper says, only full pre-activation needs no warm-up). Real data (CIFAR-10, halved to 16 pixels) where it is found, the embedded `shapes` otherwise.
+the failures of Table 1. All start at the paper's lower learning rate: without it the original unit stays at chance (as
+the paper says, only full pre-activation does not need it). Real data (CIFAR-10, halved to 16 pixels) where it is
+found, the embedded `shapes` otherwise.
 
 Two companions without training or after it: how far the gradients of the units' outputs spread at initialisation, and
 what deleting one unit of the trained pre-activation network costs.
 
-    python benchmarks/claims/preact_resnet.py     # about a quarter of an hour on one core; a killed run goes on
+    python benchmarks/claims/preact_resnet.py     # about ten minutes on one core; a killed run goes on
 """
 
 from __future__ import annotations
