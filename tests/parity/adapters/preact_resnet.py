@@ -57,15 +57,7 @@ def units(case: Case) -> dict[str, Tensor]:
     outputs = {}
     for row in config["units"]:
         name = f"{row['unit']}__{row['shortcut']}"
-        unit = ResidualUnit(
-            config["channels"],
-            (config["channels"],) * 2,
-            unit=row["unit"],
-            shortcut=row["shortcut"],
-            scale_x=row["scale_x"],
-            scale_f=row["scale_f"],
-            gate_bias=row["gate_bias"],
-        ).to(x.device, dtype_of(case))
+        unit = ResidualUnit(config["channels"], (config["channels"],) * 2, **row).to(x.device, dtype_of(case))
         own = {key.removeprefix(f"unit.{name}."): v for key, v in state.items() if key.startswith(f"unit.{name}.")}
         if "gate.bias" in own:  # the case adds the constant b_g to the filled bias; ours starts there
             own["gate.bias"] = own["gate.bias"] + unit.gate_bias
