@@ -11,6 +11,7 @@ import pytest
 import timm
 import timm.data
 import torch
+import torch.fx
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -207,6 +208,17 @@ def test_layer_groups_hold_every_parameter(name: str) -> None:
         groups = group_parameters(net, net.group_matcher(coarse=coarse))
         assert sorted(n for names in groups.values() for n in names) == sorted(n for n, _ in net.named_parameters())
         assert len(groups) > 3
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+@pytest.mark.parametrize("unit", ["full_preact", "original"])
+def test_scripted_and_traced_networks_compute_the_same(name: str, unit: str) -> None:
+    net: Any = _create(name, unit=unit).eval()
+    images = _images(net)
+    expected = net(images)
+    torch.testing.assert_close(torch.jit.script(net)(images), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(net)(images), expected)
 
 
 def test_optimizers_and_transforms_of_timm_take_them() -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +78,8 @@ UNITS = {
     "full_preact": Order(before=("bn", "relu")),
 }
 Unit = Literal["original", "bn_after_add", "relu_before_add", "relu_only_preact", "full_preact"]
-Shortcut = Literal[
-    "identity", "constant_scaling", "exclusive_gating", "shortcut_only_gating", "conv1x1", "dropout"
-]  # Fig. 2
-SHORTCUTS = ("identity", "constant_scaling", "exclusive_gating", "shortcut_only_gating", "conv1x1", "dropout")
+Shortcut = Literal["identity", "constant_scaling", "exclusive_gating", "shortcut_only_gating", "conv1x1", "dropout"]
+SHORTCUTS = get_args(Shortcut)  # Fig. 2
 
 
 def shortcut_and_branch(
@@ -96,8 +94,7 @@ def shortcut_and_branch(
     """
     if kind == "constant_scaling":
         return scale_x * x, scale_f * f
-    if kind in ("exclusive_gating", "shortcut_only_gating"):
-        assert gate is not None
+    if gate is not None and kind in ("exclusive_gating", "shortcut_only_gating"):
         kept = (-gate).sigmoid() * x
         return kept, gate.sigmoid() * f if kind == "exclusive_gating" else f
     return x, f
@@ -131,9 +128,9 @@ class ResidualUnit(nn.Module):
 
     Args:
         in_chans: channels of x.
-        widths: output channels of each convolution; the last is the unit's.
+        widths: output channels of its two or three convolutions; the last is the unit's.
         kernels: their kernel sizes.
-        strides: their strides.
+        strides: their strides (default 1).
         unit: order of the activations, a key of `UNITS`.
         shortcut: what happens on the shortcut.
         shortcut_type: where the shape changes: "A" subsamples and pads zero channels, "B" is a 1x1 convolution; "C" is
@@ -144,6 +141,27 @@ class ResidualUnit(nn.Module):
         gate_bias: initial bias of the gate, b_g.
         dropout: rate on the shortcut under `shortcut` "dropout".
     """
+
+    if TYPE_CHECKING:
+        conv1: nn.Module
+        conv2: nn.Module
+        conv3: nn.Module
+        bn1: nn.Module
+        bn2: nn.Module
+        bn3: nn.Module
+
+    # Branches on these are decided when the unit is scripted.
+    __constants__ = (
+        "after_bn",
+        "after_relu",
+        "before_bn",
+        "before_relu",
+        "deep",
+        "drops",
+        "end_bn",
+        "leads",
+        "overwrites",
+    )
 
     def __init__(
         self,
@@ -168,14 +186,21 @@ class ResidualUnit(nn.Module):
         ):
             if name not in known:
                 raise unknown(what, name, known)
+        if len(widths) not in (2, 3):
+            raise ZooError(f"a unit has two or three convolutions, not {len(widths)}")
         strides = strides or (1,) * len(widths)
-        self.order, self.shortcut, self.preact = UNITS[unit], shortcut, preact
+        self.shortcut, self.drops = shortcut, shortcut == "dropout"
         self.scale_x, self.scale_f, self.gate_bias, self.dropout = scale_x, scale_f, gate_bias, dropout
-        self.out_chans, self.stride, self.num_convs = widths[-1], math.prod(strides), len(widths)
+        self.out_chans, self.stride, self.deep = widths[-1], math.prod(strides), len(widths) == 3
+        self.order = order = UNITS[unit]
+        self.leads = "bn" in order.before
+        self.before_bn, self.before_relu = (step in order.before and preact != "none" for step in ("bn", "relu"))
+        self.shared = preact == "shared"
+        self.end_bn, self.after_bn, self.after_relu = "bn" in order.end, "bn" in order.after, "relu" in order.after
+        # A ReLU keeps its output for the backward pass; what a convolution or a normalisation gives may be overwritten.
+        self.overwrites = "relu" not in order.end
 
-        leads = "bn" in self.order.before
-        norms = [in_chans if preact != "none" else 0] if leads else []
-        norms += widths[:-1] if leads else widths  # bn_after_add has its last one behind the addition
+        norms = [in_chans if self.before_bn else 0, *widths[:-1]] if self.leads else list(widths)
         for i, width in enumerate(norms, 1):
             if width:
                 setattr(self, f"bn{i}", nn.BatchNorm2d(width))
@@ -187,7 +212,8 @@ class ResidualUnit(nn.Module):
         changes = in_chans != self.out_chans or self.stride != 1
         convolves = shortcut == "conv1x1" or shortcut_type == "C" or (shortcut_type == "B" and changes)
         self.shortcut_conv = _conv(in_chans, self.out_chans, 1, self.stride) if convolves else None
-        if not convolves and self.out_chans < in_chans:
+        self.missing = self.out_chans - in_chans
+        if not convolves and self.missing < 0:
             raise ZooError(f"shortcut type A pads channels: it cannot lead from {in_chans} to {self.out_chans}")
         gated = shortcut.endswith("gating")
         self.gate = _conv(in_chans, self.out_chans, 1, self.stride, bias=True) if gated else None
@@ -198,39 +224,45 @@ class ResidualUnit(nn.Module):
             return self.shortcut_conv(x)
         if self.stride != 1:
             x = x[:, :, :: self.stride, :: self.stride]
-        missing = self.out_chans - x.shape[1]
-        return pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
-
-    def _activated(self, x: Tensor, steps: tuple[str, ...], norm: nn.Module | None) -> Tensor:
-        if "bn" in steps:
-            assert norm is not None
-            return relu(norm(x), inplace=True) if "relu" in steps else norm(x)
-        return relu(x) if "relu" in steps else x
+        return pad(x, [0, 0, 0, 0, 0, self.missing]) if self.missing else x
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (B, in_chans, H, W) to (B, out_chans, H / stride, W / stride)."""
-        parts, order, last = self._modules, self.order, self.num_convs
-        leads = "bn" in order.before
-        f = x if self.preact == "none" else self._activated(x, order.before, parts.get("bn1"))
-        if self.preact == "shared":
+        f = x
+        if self.before_bn:
+            f = relu(self.bn1(x), inplace=True)
+        elif self.before_relu:
+            f = relu(x)
+        if self.shared:
             x = f
-        for i in range(1, last + 1):
-            if i > 1:
-                f = relu(parts[f"bn{i if leads else i - 1}"](f), inplace=True)  # type: ignore[misc]
-            f = parts[f"conv{i}"](f)  # type: ignore[misc]
-        f = self._activated(f, order.end, parts.get(f"bn{last}"))
+        f = self.conv1(f)
+        if self.leads:
+            f = self.conv2(relu(self.bn2(f), inplace=True))
+            if self.deep:
+                f = self.conv3(relu(self.bn3(f), inplace=True))
+        else:
+            f = self.conv2(relu(self.bn1(f), inplace=True))
+            if self.deep:
+                f = self.conv3(relu(self.bn2(f), inplace=True))
+        if self.end_bn:
+            f = self._last_norm(f)
+        if not self.overwrites:
+            f = relu(f, inplace=True)
 
         kept = self._shaped(x)
-        if self.shortcut == "dropout":
+        if self.drops:
             kept = dropout(kept, self.dropout, self.training)
-        elif self.shortcut not in ("identity", "conv1x1"):
-            gate = None if self.gate is None else self.gate(x)
-            kept, f = shortcut_and_branch(kept, f, self.shortcut, gate, self.scale_x, self.scale_f)
-        # A ReLU keeps its output for the backward pass; what a convolution or a normalisation gives may be overwritten.
-        y = f + kept if "relu" in order.end else f.add_(kept)
-        if order.after == ("relu",):
-            return relu(y, inplace=True)
-        return self._activated(y, order.after, parts.get(f"bn{last}"))
+        gate = self.gate(x) if self.gate is not None else None
+        kept, f = shortcut_and_branch(kept, f, self.shortcut, gate, self.scale_x, self.scale_f)
+        y = f.add_(kept) if self.overwrites else f + kept
+        if self.after_bn:
+            y = self._last_norm(y)
+        return relu(y, inplace=True) if self.after_relu else y
+
+    def _last_norm(self, x: Tensor) -> Tensor:
+        if self.deep:
+            return self.bn3(x)
+        return self.bn2(x)
 
 
 class PreActResNet(nn.Module):
@@ -325,7 +357,7 @@ class PreActResNet(nn.Module):
             reduction *= 2 if s else 1
             self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{s}"})
         self.stages = nn.ModuleList(stages)
-        self.last = order.before
+        self.ends_in_relu = "relu" in order.before
         self.norm = nn.BatchNorm2d(channels) if "bn" in order.before else None
         self.num_features = self.head_hidden_size = channels
         self.reset_classifier(num_classes, global_pool)
@@ -376,22 +408,27 @@ class PreActResNet(nn.Module):
         x = inner if self.maxpool is None else self.maxpool(inner)
         return inner, relu(x, inplace=self.maxpool is not None) if self.stem_relu else x
 
-    def _stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+    @torch.jit.unused
+    def _recomputed(self, stage: nn.Module, x: Tensor) -> Tensor:
         for unit in stage.children():
-            x = recompute(unit, x) if self.grad_checkpointing and self.training else unit(x)
+            x = recompute(unit, x)
         return x
 
     def _end(self, x: Tensor) -> Tensor:
         """What pre-activation units leave to be done behind the last addition (appendix)."""
         if self.norm is not None:
             x = self.norm(x)
-        return relu(x, inplace=self.norm is not None) if self.last else x
+            return relu(x, inplace=True)
+        return relu(x) if self.ends_in_relu else x
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to activated features (B, num_features, h, w)."""
         _, x = self._stem(images)
         for stage in self.stages:
-            x = self._stage(stage, x)
+            if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+                x = self._recomputed(stage, x)
+            else:
+                x = stage(x)
         return self._end(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -433,7 +470,7 @@ class PreActResNet(nn.Module):
         for s, stage in enumerate(self.stages, 1):
             if stop_early and s > max(wanted):
                 return found if intermediates_only else (x, found)
-            x = self._stage(stage, x)
+            x = self._recomputed(stage, x) if self.grad_checkpointing and self.training else stage(x)
             if s in wanted:
                 found.append(self._end(x) if norm and s == len(self.stages) else x)
         return found if intermediates_only else (self._end(x), found)
@@ -445,7 +482,7 @@ class PreActResNet(nn.Module):
         wanted = self._indices(indices)
         self.stages = self.stages[: max(wanted)]
         if prune_norm:
-            self.norm, self.last = None, ()
+            self.norm, self.ends_in_relu = None, False
         if prune_head:
             self.reset_classifier(0, "")
         return wanted
