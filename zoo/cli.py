@@ -103,7 +103,9 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("kind", nargs="?", default="papers", metavar="|".join(KINDS))
     one.add_argument("pattern", nargs="?", default="*", help="a part of the name, or a pattern with *")
     one.add_argument("--licence", help="weights only: those of this licence")
-    one.add_argument("--json", action="store_true")
+    form = one.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="papers only: the table of README")
+    form.add_argument("--json", action="store_true")
     one.set_defaults(do=_list)
 
     one = commands.add_parser("show", help="one paper, model, weight, recipe or dataset")
@@ -268,8 +270,13 @@ def _list(arguments: argparse.Namespace, extra: list[str]) -> int:
         raise unknown("kind", arguments.kind, KINDS)
     if arguments.licence and arguments.kind != "weights":
         raise ZooError("--licence filters weights: zoo list weights --licence MIT")
+    if arguments.markdown and (arguments.kind, arguments.pattern) != ("papers", "*"):
+        raise ZooError("--markdown is of all papers: zoo list papers --markdown")
     from zoo import show
 
+    if arguments.markdown:
+        print(show.papers_markdown(), end="")
+        return 0
     rows = show.listing(arguments.kind, arguments.pattern, arguments.licence)
     if arguments.json:
         return _print_json(rows)

@@ -222,12 +222,14 @@ def run_case(case: Case, dtype: str | None = None, device: str = "cpu") -> list[
         except Exception as error:  # a case that fails must not keep the others from their verdict
             problem = " ".join(f"{type(error).__name__}: {error}".split())
     seconds = round(time.perf_counter() - begin, 3)
+    official = case["official"]
+    function = official.get("entry") or official.get("derived_from", "")
     verdicts = []
     for name, expected in case["outputs"].items():
         note = problem or (
             "not computed" if name not in outputs else compare(expected, outputs[name], rtol, atol) or ""
         )
-        verdicts.append(Verdict(case["paper"], case["case"], case["official"]["entry"], name, not note, note, seconds))
+        verdicts.append(Verdict(case["paper"], case["case"], function, name, not note, note, seconds))
     return verdicts
 
 
@@ -251,17 +253,20 @@ def run_cases(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the announcements of Lightning's trainer, and with this process's random state left as it was."""
+    """Without the announcements of Lightning's trainer, on one thread (cases are tiny, and threads that wait for each
+    other made some a hundred times slower on a busy machine), and with this process's random state left as it was."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    state = np.random.get_state()
+    state, threads = np.random.get_state(), torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             yield
     finally:
         np.random.set_state(state)
+        torch.set_num_threads(threads)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

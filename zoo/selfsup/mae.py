@@ -252,7 +252,7 @@ class MaskedAutoencoder(nn.Module):
     ) -> Tensor:
         """A uint8 sheet (3, H, W): a row an image; columns original, masked, reconstruction, reconstruction + visible.
 
-        `mean` and `std` are those by which `images` (B, C, S, S) were normalised.
+        `mean` and `std` are those by which `images` (B, C, S, S) were normalised. Small images are shown enlarged.
         """
         views = [images, *self.reconstruct(images, mask_ratio, noise)]
         seen = views[1].abs().amax(dim=1, keepdim=True) > 0
@@ -261,7 +261,9 @@ class MaskedAutoencoder(nn.Module):
         )
         pixels = [(view * scale + shift).clamp(0, 1) for view in views]
         pixels[1] = torch.where(seen, pixels[1], 0.5)
-        gap = max(1, images.shape[-1] // 32)
+        zoom = max(1, 128 // images.shape[-1])
+        pixels = [view.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) for view in pixels]
+        gap = max(1, pixels[0].shape[-1] // 32)
         framed = [nn.functional.pad(view, (0, gap, 0, gap), value=1.0) for view in pixels]
         sheet = torch.cat(list(torch.cat(framed, dim=3)), dim=1)[:, :-gap, :-gap]
         return (sheet * 255).round().to(torch.uint8).expand(3, -1, -1)
