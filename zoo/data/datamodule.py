@@ -46,7 +46,8 @@ class SampleSet(Dataset):
 
     Args:
         source: gives {"image": uint8 (3, H, W), "label": int}.
-        transform: uint8 (3, H, W) -> uint8 (3, S, S), or a float picture that is left as it is; or a list of such views.
+        transform: uint8 (3, H, W) -> uint8 (3, S, S), or a float picture that is left as it is; or a list
+            of such views.
         mean, std: of the channels in units of the full range.
         seed: of the run.
         salt: keeps the randomness of several splits apart.

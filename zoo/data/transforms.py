@@ -331,7 +331,12 @@ class ContrastiveAugment(ImageTransform):
                 f" scale {scale}, jitter {jitter}, chances {jitter_prob}, {gray_prob} and {blur_prob}"
             )
         self.scale, self.jitter, self.blur_sigma = scale, jitter, blur_sigma
-        self.jitter_prob, self.gray_prob, self.blur_prob, self.gray_first = jitter_prob, gray_prob, blur_prob, gray_first
+        self.jitter_prob, self.gray_prob, self.blur_prob, self.gray_first = (
+            jitter_prob,
+            gray_prob,
+            blur_prob,
+            gray_first,
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         draws = torch.rand(45).tolist()

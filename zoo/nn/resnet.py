@@ -70,8 +70,8 @@ def resnet(
         zero_init_last=False,
     )
     if small_images:
-        network.conv1 = nn.Conv2d(in_chans, 64, kernel_size=3, padding=1, bias=False)
-        network.maxpool = nn.Identity()
+        network.set_submodule("conv1", nn.Conv2d(in_chans, 64, kernel_size=3, padding=1, bias=False))
+        network.set_submodule("maxpool", nn.Identity())
     return network
 
 

@@ -12,7 +12,7 @@ A step, in this order: the key encoder moves towards the query encoder (whose we
 update); queries and keys are computed; the loss compares them with the queue as it was; the keys enter the queue.
 
 Conventions: views (N, 3, S, S) of this process, R processes; embeddings of C numbers with unit length; the queue holds
-K keys in columns (C, K). Only parameters are averaged: the key encoder's BatchNorm statistics come from its own batches.
+K keys in columns (C, K). Only parameters are averaged: the key encoder's BatchNorm statistics are those of its batches.
 
 Shuffling BN: were a query and its key normalised with the same batch statistics, these would give the match away. So
 the keys of all processes are encoded in a random order. One process alone needs `bn_splits` (:class:`SplitBatchNorm`).
@@ -27,6 +27,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -82,7 +83,7 @@ def info_nce(logits: Tensor) -> Tensor:
 @torch.no_grad()
 def move_towards(target: nn.Module, source: nn.Module, momentum: float) -> None:
     """theta_k <- m theta_k + (1 - m) theta_q for the parameters, not the buffers (Eq. 2), in place."""
-    get_ema_multi_avg_fn(momentum)(list(target.parameters()), list(source.parameters()), None)  # type: ignore[arg-type]
+    get_ema_multi_avg_fn(momentum)(list(target.parameters()), list(source.parameters()), None)
 
 
 @torch.no_grad()
@@ -238,18 +239,26 @@ class MoCoV2(MoCo):
 
 # ----------------------------------------------------------------------------------------------------------- 3. tasks
 
-_V1 = Optim(name="sgd", lr=0.03, weight_decay=1e-4, no_decay="none", schedule="step", interval="epoch", milestones=(120, 160))  # fmt: skip
-_V2 = Optim(name="sgd", lr=0.03, weight_decay=1e-4, no_decay="none", schedule="cosine", interval="epoch")
-_PROBE = Optim(name="sgd", lr=30.0, weight_decay=0.0, schedule="step", interval="epoch", milestones=(60, 80))
+_V1 = Optim(
+    name="sgd",
+    lr=0.03,
+    weight_decay=1e-4,
+    no_decay="none",
+    schedule="step",
+    interval="epoch",
+    milestones=(120, 160),
+)
+_V2 = replace(_V1, schedule="cosine", milestones=())
+_PROBE = replace(_V1, lr=30.0, weight_decay=0.0, milestones=(60, 80))
 
 
 class MoCoPretraining(BaseModule):
     """Pre-training (section 3.3, Algorithm 1).
 
-    Training batches hold `views`, two of (N, 3, S, S), and may pin the shuffling by `permutation` (R * N,), or by two of
-    them (2, R * N) for the symmetric loss. Logs `train/acc1`, the share of queries that find their key among K + 1.
-    Evaluation batches hold `image`; logged is `{val,test}/spread`, the mean deviation of the embeddings' channels in
-    units of 1/sqrt(C): 1 where they fill the sphere, 0 where they collapse.
+    Training batches hold `views`, two of (N, 3, S, S), and may pin the shuffling by `permutation` (R * N,), for the
+    symmetric loss (2, R * N). Logs `train/acc1`, the share of queries that find their key among K + 1. Evaluation
+    batches hold `image`; logged is `{val,test}/spread`, the mean deviation of the embeddings' channels in units of
+    1/sqrt(C): 1 where they fill the sphere, 0 where they collapse.
 
     Args:
         arch, dim, queue_size, momentum, temperature, layers, width, small_images, bn_splits: of the network.

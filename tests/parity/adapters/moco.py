@@ -107,7 +107,7 @@ def demo(case: Case) -> dict[str, Tensor]:
     task = MoCoPretraining(**_options(config), symmetric=config["symmetric"])
     load_filled(task.network, case, convert_official)
     names = sorted(name for name in inputs if name.startswith("idx_shuffle"))
-    permutation = torch.cat([inputs[name] for name in names])
+    permutation = torch.cat([inputs[name] for name in names[: 1 + config["symmetric"]]])
     loss = task.training_step({"views": [inputs["im1"], inputs["im2"]], "permutation": permutation}, 0)
     loss.backward()
     return {"loss": loss, **_after(task.network, case)}
