@@ -202,16 +202,17 @@ def convert_weights(name: str, out: str | os.PathLike[str], to: str | None = Non
 
     Args:
         name: published weights, or (with `to`) a checkpoint file of ours, whose task tells the paper.
-        out: ``.safetensors`` or ``.pth`` for tensors; also ``.pkl``, NumPy arrays by name as detectron2's model zoo has
-            them, where the format `to` allows for more than tensors.
+        out: the file, ``.safetensors``. With `to` also ``.pth``, or ``.pkl`` with NumPy arrays, as in detectron2's
+            model zoo; these two can hold more than tensors by name.
         to: a format among the EXPORTS of the paper's module; None: our own layout.
 
     Raises:
         ZooError: unknown weights or format, or a file that cannot hold it.
     """
     path = Path(out).expanduser()
-    if path.suffix not in (".safetensors", ".pth", ".pkl"):
-        raise ZooError(f"{os.fspath(out)!r}: converted weights are written as .safetensors, .pth or .pkl")
+    if path.suffix not in (".safetensors", ".pth", ".pkl")[: None if to else 1]:
+        kinds = ".safetensors, .pth or .pkl" if to else ".safetensors"
+        raise ZooError(f"{os.fspath(out)!r}: converted weights are written as {kinds}")
     if Path(name).is_file():
         module, state = _module_of_checkpoint(Path(name)), read_state_dict(name)
     else:
