@@ -71,7 +71,7 @@ def test_the_queue_is_a_ring() -> None:
         moco.enqueue(queue, pointer, torch.full((3, 2), float(k)))
     assert queue[0].tolist() == [2, 2, 2, 3, 3, 3]
     assert pointer.tolist() == [0]
-    with pytest.raises(ZooError, match="6 keys is no multiple of the 4"):
+    with pytest.raises(ZooError, match="queue_size 6 is no multiple of the 4 keys"):
         moco.enqueue(queue, pointer, torch.ones(4, 2))
 
 

@@ -42,7 +42,6 @@ from zoo.nn.resnet import detectron2_trunk, resnet, torchvision_trunk
 from zoo.ops.collective import from_first, gather, world
 from zoo.pretrained import fill, read_source
 from zoo.training import BaseModule, LinearClassification, Optim
-from zoo.training.optim import effective_batch
 
 __all__ = [
     "EXPORTS",
@@ -95,7 +94,7 @@ def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     """
     size, batch = queue.shape[1], len(keys)
     if size % batch:
-        raise ZooError(f"a queue of {size} keys is no multiple of the {batch} keys of a batch: change queue_size")
+        raise ZooError(f"queue_size {size} is no multiple of the {batch} keys of an update: change it or the batch")
     place = (pointer + torch.arange(batch, device=pointer.device)) % size
     queue[:, place] = keys.T.to(queue.dtype)
     pointer.copy_((pointer + batch) % size)
@@ -304,13 +303,6 @@ class MoCoPretraining(BaseModule):
         return self.network.encoder_q
 
     def on_train_start(self) -> None:
-        """Raises ZooError where the queue is no multiple of the keys of an update."""
-        keys = effective_batch(self.optim, self.trainer) * (2 if self.symmetric else 1)
-        if self.network.queue_size % keys:
-            raise ZooError(
-                f"model.queue_size {self.network.queue_size} is no multiple of the {keys} keys of an update;"
-                " change it, data.batch_size or model.optim.global_batch"
-            )
         if self.trainer.world_size == 1 and self.bn_splits == 1:
             rank_zero_warn(
                 "one process with model.bn_splits 1: queries and keys share their BatchNorm statistics, by which the"
