@@ -68,7 +68,7 @@ class Settings:
     temperature: float = 0.1
     batch: int = 128
     train_images: int = 50_000
-    steps: int = 900
+    steps: int = 1000
     lr: float = 0.06
     weight_decay: float = 5e-4
     scale: float = 0.2

@@ -51,7 +51,7 @@ class Settings:
     momentum: float = 0.99
     batch: int = 128
     train_images: int = 50_000
-    steps: int = 900
+    steps: int = 1000
     lr: float = 0.06
     weight_decay: float = 5e-4
     probe_labels: int = 10_000
