@@ -171,11 +171,11 @@ def test_store_computes_a_part_once(tmp_path: Path) -> None:
 
 
 def test_claim_batches_are_a_function_of_seed_and_step() -> None:
-    world = claim.open_world(claim.Settings(dataset="shapes", pretrain_images=40, test_images=8), None)
+    world = common.open_world("shapes", None, 32, 40, 8)
     images, labels = world.train
-    first = claim.Batches(images, labels, world, 9, 16, seed=1)
-    again = claim.Batches(images, labels, world, 9, 16, seed=1)
-    other = claim.Batches(images, labels, world, 9, 16, seed=2)
+    first = common.Batches(images, labels, world, 9, 16, seed=1)
+    again = common.Batches(images, labels, world, 9, 16, seed=1)
+    other = common.Batches(images, labels, world, 9, 16, seed=2)
     assert first[0]["image"].shape == (16, 3, 32, 32)
     assert torch.equal(first[7]["image"], again[7]["image"])
     assert not torch.equal(first[7]["index"], other[7]["index"])
@@ -207,7 +207,7 @@ def test_claim_quick_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_pretraining_reaches_the_fine_tuned_network(tmp_path: Path) -> None:
     settings = claim.replace(claim.Settings(dataset="shapes"), **claim.QUICK)
-    world = claim.open_world(settings, None)
+    world = common.open_world("shapes", None, settings.img_size, settings.pretrain_images, settings.test_images)
     checkpoint = tmp_path / "pre.ckpt"
     claim.pretrain(settings, world, 0, 0.75, checkpoint)
     task = claim.finetuning_task(settings, world.classes, claim.Optim(lr=1e-3), checkpoint)

@@ -261,7 +261,7 @@ class TestPaper:
                 continue
             keys = json.loads(manifest.read_text())["keys"]
             state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
-            converted = paper_module(card).convert_official(state)
+            converted = getattr(paper_module(card), weight.converter)(state)
             wanted = shapes(Architecture(card, weight.model, weight.overrides).on_meta())
             assert not mismatch(converted, wanted), weight.name
             checked += 1

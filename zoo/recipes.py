@@ -622,6 +622,7 @@ def _quiet(debug: bool = False) -> Iterator[None]:
                 ".*Experiment logs directory.*",
                 ".*callbacks used to create the checkpoint need to be provided.*",
                 ".*treespec.*",
+                ".*in eval mode at the start of training.*",
                 ".*is not supported by the `ModelSummary`.*",
                 ".*`LightningCLI`.*args.*",
             ):

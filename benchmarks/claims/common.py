@@ -1,4 +1,5 @@
-"""What every claim in miniature shares: seeds, an interval, a store that resumes, and the record of the result."""
+"""What every claim in miniature shares: the images, a training run, an interval over seeds, a store that resumes, the
+record of the result."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
 from benchmarks.environment import ROOT, command_line, environment
+from zoo.data.sources import open_source
 
 HERE = Path(__file__).resolve().parent
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
@@ -61,6 +68,148 @@ class SubClaim:
             "held": held,
             "verdict": verdict,
         }
+
+
+# ---------------------------------------------------------------------------------------------------- images, training
+
+
+def choose_data(given: str | None, folder: Path | None) -> tuple[str, str | None]:
+    """The dataset and its folder: CIFAR-10 where it lies beside the checkout, else the embedded world."""
+    if given is not None:
+        return given, str(folder) if folder else None
+    beside = folder or ROOT.parent / "shared" / "data" / "cifar10"
+    return ("cifar10", str(beside)) if beside.is_dir() else ("shapes", None)
+
+
+@dataclass
+class World:
+    """The images (N,3,H,W) uint8 and labels (N,) of the two splits, and how to normalise."""
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    classes: int
+    mean: Tensor
+    std: Tensor
+
+    def normalise(self, images: Tensor) -> Tensor:
+        return (images.float() / 255 - self.mean) / self.std
+
+
+def _read(dataset: str, split: str, folder: str | None, count: int, **options: Any) -> tuple[Tensor, Tensor, int]:
+    source = open_source(dataset, split, folder, **options)
+    samples = [source[index] for index in range(min(count, len(source)))]
+    images = torch.stack([sample["image"] for sample in samples])
+    return images, torch.tensor([int(sample["label"]) for sample in samples]), len(source.class_names)
+
+
+def open_world(dataset: str, folder: str | None, img_size: int, train_images: int, test_images: int) -> World:
+    """Reads the images once; they stay in memory as bytes. `img_size` is that of images which are drawn."""
+    options = {"size": img_size} if dataset == "shapes" else {}
+    *train, classes = _read(dataset, "train", folder, train_images, **options)
+    *test, _ = _read(dataset, "test", folder, test_images, **options)
+    pixels = train[0][:5000].float().div(255)
+    mean, std = pixels.mean((0, 2, 3)).view(3, 1, 1), pixels.std((0, 2, 3)).view(3, 1, 1)
+    return World((train[0], train[1]), (test[0], test[1]), classes, mean, std)
+
+
+class Batches(Dataset):
+    """Augmented training batches: item `i` is a pure function of the seed and `i`.
+
+    :meth:`augment` shifts images by up to an eighth of their side (reflected at the border) and flips them, all of a
+    batch at once; a subclass may do otherwise.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, world: World, steps: int, batch: int, seed: int) -> None:
+        self.images, self.labels, self.world = images, labels, world
+        self.steps, self.batch, self.seed = steps, min(batch, len(images)), seed
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        epoch, place = divmod(step, len(self.images) // self.batch)
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.seed * 100_003 + epoch))
+        index = order[place * self.batch : (place + 1) * self.batch]
+        generator = torch.Generator().manual_seed((self.seed * 100_003 + step) * 2 + 1)
+        return {**self.augment(self.images[index], generator), "label": self.labels[index], "index": index}
+
+    def augment(self, images: Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """The normalised pictures that training sees, by their key in the batch, of images (B, 3, H, W) as bytes."""
+        count, _, height, width = images.shape
+        pad = height // 8
+        padded = torch.nn.functional.pad(images.float(), (pad,) * 4, mode="reflect")
+        top, left = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
+        rows, columns = top + torch.arange(height), left + torch.arange(width)
+        flip = torch.rand(count, 1, generator=generator) < 0.5
+        columns = torch.where(flip, columns.flip(1), columns)
+        batch = torch.arange(count)[:, None, None]
+        moved = padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        return {"image": self.world.normalise(moved)}
+
+
+class Diary(L.Callback):
+    """The loss of every step, and the wall and processor seconds of every step after the first ten.
+
+    Processor time is what the comparison of arms takes: other programs on the machine hardly touch it.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.processor: list[float] = []
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.start = time.perf_counter(), time.process_time()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(float(outputs["loss"]))
+        if batch_idx >= min(10, trainer.max_steps // 2):
+            self.seconds.append(time.perf_counter() - self.start[0])
+            self.processor.append(time.process_time() - self.start[1])
+
+    def loss_at(self, step: int) -> float | None:
+        """Mean loss of the ten steps that end with `step` (from 1); None where the run was shorter."""
+        return None if len(self.losses) < step else sum(self.losses[step - 10 : step]) / 10
+
+
+def train(task: L.LightningModule, batches: Batches, diary: Diary | None = None) -> tuple[L.Trainer, Diary]:
+    """One pass over the batches; the trainer writes nothing."""
+    diary = diary or Diary()
+    trainer = L.Trainer(
+        max_steps=len(batches),
+        max_epochs=-1,
+        accelerator="cpu",
+        devices=1,
+        callbacks=[diary],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(task, DataLoader(batches, batch_size=None))
+    return trainer, diary
+
+
+def labelled(world: World, seed: int, count: int) -> tuple[Tensor, Tensor]:
+    """The seed's labelled subset of the training images, the same number of each class."""
+    images, labels = world.train
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    share = count // world.classes
+    picked = torch.cat([order[labels[order] == c][:share] for c in range(world.classes)])
+    return images[picked], labels[picked]
+
+
+@torch.no_grad()
+def in_batches(function: Any, images: Tensor, world: World, size: int = 250) -> Tensor:
+    """What `function` makes of normalised images (N, 3, H, W), a part at a time."""
+    return torch.cat([function(world.normalise(part)) for part in images.split(size)])
+
+
+# ------------------------------------------------------------------------------------------------------- parts, results
 
 
 class Store:

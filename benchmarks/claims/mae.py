@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,12 +21,23 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.claims.common import Store, SubClaim, parser, result, result_path, show, write
-from benchmarks.environment import ROOT
-from zoo.data.sources import open_source
+from benchmarks.claims.common import (
+    Batches,
+    Store,
+    SubClaim,
+    World,
+    choose_data,
+    in_batches,
+    labelled,
+    open_world,
+    parser,
+    result,
+    result_path,
+    show,
+    train,
+    write,
+)
 from zoo.selfsup.mae import MAEFineTuning, MAEPretraining
 from zoo.training import Optim
 from zoo.training.probe import fit_probe
@@ -84,117 +94,6 @@ QUICK = {
 }
 
 
-@dataclass
-class World:
-    """The images (N,3,H,W) uint8 and labels (N,) of the two splits, and how to normalise."""
-
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    classes: int
-    mean: Tensor
-    std: Tensor
-
-    def normalise(self, images: Tensor) -> Tensor:
-        return (images.float() / 255 - self.mean) / self.std
-
-
-def _read(dataset: str, split: str, folder: str | None, count: int, **options: Any) -> tuple[Tensor, Tensor, int]:
-    source = open_source(dataset, split, folder, **options)
-    samples = [source[index] for index in range(min(count, len(source)))]
-    images = torch.stack([sample["image"] for sample in samples])
-    return images, torch.tensor([int(sample["label"]) for sample in samples]), len(source.class_names)
-
-
-def open_world(settings: Settings, folder: str | None) -> World:
-    """Reads the images once; they stay in memory as bytes."""
-    options = {"size": settings.img_size} if settings.dataset == "shapes" else {}
-    *train, classes = _read(settings.dataset, "train", folder, settings.pretrain_images, **options)
-    *test, _ = _read(settings.dataset, "test", folder, settings.test_images, **options)
-    pixels = train[0][:5000].float().div(255)
-    mean, std = pixels.mean((0, 2, 3)).view(3, 1, 1), pixels.std((0, 2, 3)).view(3, 1, 1)
-    return World((train[0], train[1]), (test[0], test[1]), classes, mean, std)
-
-
-class Batches(Dataset):
-    """Augmented training batches: item `i` is a pure function of the seed and `i`.
-
-    Images are shifted by up to an eighth of their side (reflected at the border) and flipped, all of a batch at once.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, world: World, steps: int, batch: int, seed: int) -> None:
-        self.images, self.labels, self.world = images, labels, world
-        self.steps, self.batch, self.seed = steps, min(batch, len(images)), seed
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        epoch, place = divmod(step, len(self.images) // self.batch)
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.seed * 100_003 + epoch))
-        index = order[place * self.batch : (place + 1) * self.batch]
-        generator = torch.Generator().manual_seed((self.seed * 100_003 + step) * 2 + 1)
-        images = self._augment(self.images[index], generator)
-        return {"image": self.world.normalise(images), "label": self.labels[index], "index": index}
-
-    def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        count, _, height, width = images.shape
-        pad = height // 8
-        padded = torch.nn.functional.pad(images.float(), (pad,) * 4, mode="reflect")
-        top, left = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
-        rows, columns = top + torch.arange(height), left + torch.arange(width)
-        flip = torch.rand(count, 1, generator=generator) < 0.5
-        columns = torch.where(flip, columns.flip(1), columns)
-        batch = torch.arange(count)[:, None, None]
-        return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-class Diary(L.Callback):
-    """The loss of every step, and the wall and processor seconds of every step after the first ten.
-
-    Processor time is what the comparison of arms takes: other programs on the machine hardly touch it.
-    """
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
-        self.processor: list[float] = []
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self.start = time.perf_counter(), time.process_time()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.losses.append(float(outputs["loss"]))
-        if batch_idx >= min(10, trainer.max_steps // 2):
-            self.seconds.append(time.perf_counter() - self.start[0])
-            self.processor.append(time.process_time() - self.start[1])
-
-    def loss_at(self, step: int) -> float | None:
-        """Mean loss of the ten steps that end with `step` (from 1); None where the run was shorter."""
-        return None if len(self.losses) < step else sum(self.losses[step - 10 : step]) / 10
-
-
-def train(task: L.LightningModule, batches: Batches) -> tuple[L.Trainer, Diary]:
-    """One pass over the batches; the trainer writes nothing."""
-    diary = Diary()
-    trainer = L.Trainer(
-        max_steps=len(batches),
-        max_epochs=-1,
-        accelerator="cpu",
-        devices=1,
-        callbacks=[diary],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(task, DataLoader(batches, batch_size=None))
-    return trainer, diary
-
-
 def pretraining_task(settings: Settings, ratio: float) -> MAEPretraining:
     optim = Optim(lr=settings.pretrain_lr, warmup_steps=settings.pretrain_steps // 10)
     return MAEPretraining(model=None, **settings.network, mask_ratio=ratio, feature="avg", optim=optim)
@@ -238,11 +137,6 @@ def pretrain(settings: Settings, world: World, seed: int, ratio: float, checkpoi
     }
 
 
-@torch.no_grad()
-def _in_batches(function: Any, images: Tensor, world: World, size: int = 250) -> Tensor:
-    return torch.cat([function(world.normalise(part)) for part in images.split(size)])
-
-
 def finetune(settings: Settings, world: World, seed: int, checkpoint: Path | None) -> dict[str, Any]:
     """Fine-tunes on the seed's labels; top-1 on the test images."""
     L.seed_everything(seed, verbose=False)
@@ -253,11 +147,11 @@ def finetune(settings: Settings, world: World, seed: int, checkpoint: Path | Non
         warmup_steps=settings.finetune_steps // 10,
     )
     task = finetuning_task(settings, world.classes, optim, checkpoint)
-    images, labels = labelled(settings, world, seed, settings.finetune_labels)
+    images, labels = labelled(world, seed, settings.finetune_labels)
     batches = Batches(images, labels, world, settings.finetune_steps, settings.batch, seed)
     train(task, batches)
     task.eval()
-    logits = _in_batches(task, world.test[0], world)
+    logits = in_batches(task, world.test[0], world)
     return {"top1": float((logits.argmax(1) == world.test[1]).float().mean())}
 
 
@@ -271,22 +165,13 @@ def probe(settings: Settings, world: World, seed: int, checkpoint: Path | None) 
     if checkpoint is not None:
         task.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     task.eval()
-    images, labels = labelled(settings, world, seed, settings.probe_labels)
-    features = _in_batches(task.features, images, world)
+    images, labels = labelled(world, seed, settings.probe_labels)
+    features = in_batches(task.features, images, world)
     optim = Optim(lr=settings.probe_lr, betas=(0.9, 0.999), weight_decay=0.0, warmup_epochs=settings.probe_epochs / 10)
     head = fit_probe(features, labels, world.classes, settings.probe_epochs, batch_size=250, optim=optim, seed=seed)
     with torch.no_grad():
-        logits = head(_in_batches(task.features, world.test[0], world))
+        logits = head(in_batches(task.features, world.test[0], world))
     return {"top1": float((logits.argmax(1) == world.test[1]).float().mean())}
-
-
-def labelled(settings: Settings, world: World, seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """The seed's labelled subset of the training images, the same number of each class."""
-    images, labels = world.train
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    share = count // world.classes
-    picked = torch.cat([order[labels[order] == c][:share] for c in range(world.classes)])
-    return images[picked], labels[picked]
 
 
 def run_seed(settings: Settings, world: World, seed: int, store: Store) -> dict[str, dict[str, Any]]:
@@ -358,14 +243,6 @@ def summarise(seeds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     return arms
 
 
-def choose_data(given: str | None, folder: Path | None) -> tuple[str, str | None]:
-    """The dataset and its folder: CIFAR-10 where it lies beside the checkout, else the embedded world."""
-    if given is not None:
-        return given, str(folder) if folder else None
-    beside = folder or ROOT.parent / "shared" / "data" / "cifar10"
-    return ("cifar10", str(beside)) if beside.is_dir() else ("shapes", None)
-
-
 def main(argv: list[str] | None = None) -> int:
     given = parser(__doc__).parse_args(argv)
     warnings.filterwarnings("ignore", module="lightning")
@@ -376,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     try:
         store = Store(given.work / "mae", asdict(settings) | {"threads": given.threads})
-        world = open_world(settings, folder)
+        world = open_world(settings.dataset, folder, settings.img_size, settings.pretrain_images, settings.test_images)
         seeds = [run_seed(settings, world, seed, store) for seed in range(given.seeds)]
     finally:
         torch.set_num_threads(threads)

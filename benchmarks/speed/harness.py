@@ -8,7 +8,9 @@ programs on the machine hardly touch.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.environment import ROOT
 from zoo.errors import ZooError
 
 # Dense tensor-core peaks in TFLOP/s from the makers' data sheets: (float32 as TF32, bfloat16).
@@ -231,3 +234,47 @@ def forever(loader: Any, image: Callable[[Any], Tensor]) -> Iterator[Tensor]:
     while True:
         for batch in loader:
             yield image(batch)
+
+
+def revision(checkout: Path) -> str:
+    """The commit of a checkout, read from its files."""
+    git = checkout / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        if head.startswith("ref: "):
+            reference = head[5:]
+            loose = git / reference
+            if loose.is_file():
+                head = loose.read_text().strip()
+            else:
+                lines = (git / "packed-refs").read_text().splitlines()
+                head = next(line.split()[0] for line in lines if line.endswith(" " + reference))
+        return head[:12]
+    except (OSError, StopIteration):
+        return "unknown"
+
+
+def _draw_jpegs(folder: Path, count: int) -> None:
+    """Smooth coloured noise at a common photo size, where no photos are given."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        path = folder / f"class_{index % 10}" / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=92)
+
+
+@contextlib.contextmanager
+def photos(setting: Setting, count: int = 256) -> Iterator[tuple[Path, str]]:
+    """A folder of classes with JPEG files (at least `count`), and what it is."""
+    sample = ROOT.parent / "shared" / "data" / "imagenet_sample"
+    if setting.data is not None:
+        yield setting.data, setting.data.name
+    elif sample.is_dir():
+        yield sample, "imagenet_sample"
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            _draw_jpegs(Path(folder), count)
+            yield Path(folder), "drawn 500x375 JPEGs"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.environment import ROOT, package_version
-from benchmarks.speed.harness import Loader, Setting, Trainer, Work, count_flops, forever
+from benchmarks.environment import package_version
+from benchmarks.speed.harness import Loader, Setting, Trainer, Work, count_flops, forever, photos, revision
 from zoo.errors import ZooError
 
 MASK_RATIO = 0.75
@@ -168,29 +167,11 @@ def official(size: Size, setting: Setting, fused_attention: bool) -> Trainer:
     attention = "today's timm blocks" if fused_attention else "attention written out, as in the timm it was written for"
     return Trainer(
         "official" if fused_attention else "official, 2021 attention",
-        _revision(setting.official),
+        revision(setting.official),
         lambda images: network(images, MASK_RATIO)[0],
         optimizer,
         f"facebookresearch/mae, {attention}; torch.optim.AdamW defaults as in its script",
     )
-
-
-def _revision(checkout: Path) -> str:
-    """The commit of a checkout, read from its files."""
-    git = checkout / ".git"
-    try:
-        head = (git / "HEAD").read_text().strip()
-        if head.startswith("ref: "):
-            reference = head[5:]
-            loose = git / reference
-            if loose.is_file():
-                head = loose.read_text().strip()
-            else:
-                lines = (git / "packed-refs").read_text().splitlines()
-                head = next(line.split()[0] for line in lines if line.endswith(" " + reference))
-        return head[:12]
-    except (OSError, StopIteration):
-        return "unknown"
 
 
 def transformers_vit_mae(size: Size, setting: Setting) -> Trainer:
@@ -308,32 +289,6 @@ def work(setting: Setting) -> Work:
         flops = count_flops(lambda: network(batch, MASK_RATIO)[0])
     detail = {"encoder_tokens": encoder, "decoder_tokens": decoder, "mask_ratio": MASK_RATIO}
     return Work(setting.batch, setting.batch * (encoder + decoder), flops, detail)
-
-
-def _draw_jpegs(folder: Path, count: int) -> None:
-    """Smooth coloured noise at a common photo size, where no photos are given."""
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for index in range(count):
-        coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        path = folder / f"class_{index % 10}" / f"{index}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=92)
-
-
-@contextlib.contextmanager
-def photos(setting: Setting) -> Iterator[tuple[Path, str]]:
-    """A folder of classes with JPEG files, and what it is."""
-    sample = ROOT.parent / "shared" / "data" / "imagenet_sample"
-    if setting.data is not None:
-        yield setting.data, setting.data.name
-    elif sample.is_dir():
-        yield sample, "imagenet_sample"
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            _draw_jpegs(Path(folder), 4 * LOADING_BATCH)
-            yield Path(folder), "drawn 500x375 JPEGs"
 
 
 def _zoo_loader(folder: Path, side: int, batch: int) -> Loader:

@@ -23,7 +23,7 @@ from zoo.errors import ZooError
 
 _SALT = {"train": 0, "val": 1, "test": 2, "predict": 3}
 _BLOCK = 1 << 18  # bytes of pictures normalised together
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
 
 @contextmanager
@@ -46,7 +46,8 @@ class SampleSet(Dataset):
 
     Args:
         source: gives {"image": uint8 (3, H, W), "label": int}.
-        transform: uint8 (3, H, W) -> uint8 (3, S, S), or a float picture that is left as it is.
+        transform: uint8 (3, H, W) -> uint8 (3, S, S), or a float picture that is left as it is; or a list
+            of such views.
         mean, std: of the channels in units of the full range.
         seed: of the run.
         salt: keeps the randomness of several splits apart.
@@ -70,11 +71,13 @@ class SampleSet(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: int | Key) -> dict[str, Tensor]:
-        return {name: value[0] for name, value in self.__getitems__([key]).items()}
+    def __getitem__(self, key: int | Key) -> Batch:
+        batch = self.__getitems__([key])
+        return {n: [view[0] for view in value] if n == "views" else value[0] for n, value in batch.items()}
 
     def __getitems__(self, keys: Sequence[int | Key]) -> Batch:
-        """The batch {"image" float32 (B, 3, S, S), "label" (B,), "index" (B,)} of some keys."""
+        """The batch {"image" float32 (B, 3, S, S), "label" (B,), "index" (B,)} of some keys; where the transform gives
+        a list, {"views" list of (B, 3, S, S)} instead of the image."""
         full = np.array([(key, 0, 0) if isinstance(key, int) else key for key in keys], dtype=np.int64).reshape(-1, 3)
         index = full[:, 0]
         images: Sequence[Tensor] | Tensor
@@ -96,14 +99,20 @@ class SampleSet(Dataset):
                         np.random.seed(seeds[n] & 0xFFFFFFFF)
                 out = self.transform(image)
                 done.append(after(self._normalize(out)) if after is not None else out)
+        facts = {"label": label, "index": torch.from_numpy(index)}
+        if done and isinstance(done[0], list | tuple):
+            return {"views": [self._stacked(view) for view in zip(*done, strict=True)], **facts}
+        return {"image": self._stacked(done), **facts}
+
+    def _stacked(self, images: Sequence[Tensor]) -> Tensor:
         try:
-            stacked = torch.stack(done)
+            stacked = torch.stack(list(images))
         except RuntimeError as error:
-            shapes = sorted({"x".join(map(str, tuple(d.shape))) for d in done})
+            shapes = sorted({"x".join(map(str, tuple(d.shape))) for d in images})
             raise ZooError(
                 f"the transform leaves pictures of different sizes in a batch: {', '.join(shapes[:3])}"
             ) from error
-        return {"image": self._normalize(stacked), "label": label, "index": torch.from_numpy(index)}
+        return self._normalize(stacked)
 
     def _normalize(self, image: Tensor) -> Tensor:
         if image.dtype != torch.uint8:
@@ -121,7 +130,8 @@ def _same(batch: Batch) -> Batch:
 
 
 class ImageDataModule(LightningDataModule):
-    """Labelled pictures for training and evaluation. Batches: image (B, 3, S, S) float32, label (B,), index (B,) int64.
+    """Labelled pictures for training and evaluation. Batches: image (B, 3, S, S) float32, label (B,), index (B,) int64;
+    under a transform that gives a list, `views`, a list of such images, instead of image.
 
     Two runs with the same seed see the same samples, augmented the same way, in the same order, whatever the workers,
     and a run resumed anywhere goes on as if it had not stopped. Evaluation covers each sample once on any number of

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -35,6 +34,7 @@ from zoo.nn.vit import NORM_EPS, Block, PatchEmbed, VisionTransformer, init_as_l
 from zoo.ops.masking import Masking, random_masking, take_tokens, tokens_at
 from zoo.ops.patches import patchify, unpatchify
 from zoo.ops.pos_embed import resize_pos_embed, sincos_2d
+from zoo.pretrained import fill, read_source
 from zoo.training import BaseModule, Classification, LinearClassification, Optim, probe_head
 
 __all__ = [
@@ -624,33 +624,9 @@ def load_encoder(network: VisionTransformer, source: str | Path) -> None:
     Raises:
         ZooError: the file is missing, or its encoder is not of this network's shape.
     """
-    from zoo.pretrained import fetch_weights, read_state_dict
-
-    path = Path(source)
-    if not path.is_file():
-        if path.suffix in (".ckpt", ".pth", ".pt", ".safetensors") or len(path.parts) > 1:
-            raise ZooError(f"init_from: no file {str(source)!r}")
-        path = Path(fetch_weights(str(source)))
-    state = read_state_dict(path)
-    prefix = "network."
-    if any(key.startswith(prefix) for key in state):  # a checkpoint of ours also holds its metrics
-        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    state = {key: value for key, value in convert_official(state).items() if _ENCODER.fullmatch(key)}
-    own = {key: value for key, value in network.state_dict().items() if _ENCODER.fullmatch(key)}
+    state = {key: value for key, value in convert_official(read_source(source)).items() if _ENCODER.fullmatch(key)}
     if network.global_pool == "avg":
         state = {key: value for key, value in state.items() if not key.startswith("norm.")}
     if "pos_embed" in state:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], network.patch_embed.grid)
-    problems = [f"{key} is missing" for key in own if key not in state]
-    problems += [f"{key} is not in the model" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(value.shape)}, not {tuple(own[key].shape)}"
-        for key, value in state.items()
-        if key in own and value.shape != own[key].shape
-    ]
-    if problems:
-        raise ZooError(
-            f"init_from: {source} does not fit the model: {problems[0]} ({len(problems)} keys differ in all)"
-        )
-    network.load_state_dict(state, strict=False)
-    rank_zero_info(f"encoder from {source}: {len(state)} tensors")
+    fill(network, state, source, lambda key: _ENCODER.fullmatch(key) is not None)
