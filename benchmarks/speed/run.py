@@ -94,8 +94,14 @@ def _table(record: dict[str, Any], section: str) -> list[str]:
     on_gpu = section == "step" and setting["device"].startswith("cuda")
     head = ["", "seconds (quartiles)", "images/s"]
     if section == "step":
-        head += [*(["tokens/s"] if work["tokens"] else []), "TFLOP/s", *(["share of peak"] if on_gpu else [])]
-        head += ["forward", "backward", "update"]
+        head += [
+            *(["tokens/s"] if work["tokens"] else []),
+            "TFLOP/s",
+            *(["share of peak"] if on_gpu else []),
+            "forward",
+            "backward",
+            "update",
+        ]
     on_cpu = not setting["device"].startswith("cuda")
     head += ["time over ours (quartiles)", *(["processor time over ours"] if on_cpu else [])]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

@@ -200,7 +200,7 @@ class MoCo(nn.Module):
     def logits(self, query: Tensor, keys: Tensor) -> Tensor:
         """Logits (N, 1 + K) of this process's queries (N, C), given the keys (R * N, C) of all."""
         own = keys.view(-1, *query.shape)[world()[0]]
-        queue = self.queue.clone()  # the backward pass wants it as it is now
+        queue = self.queue.to(query.dtype, copy=True)  # the backward pass wants it as it is now
         return info_nce_logits(query, own, queue, self.temperature)
 
     def enqueue(self, keys: Tensor) -> None:
