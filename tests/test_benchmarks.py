@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.claims import common
 from benchmarks.claims import mae as claim
+from benchmarks.claims import preact_resnet as preact_claim
 from benchmarks.environment import ROOT, command_line, environment
 from benchmarks.speed import harness, run
 from benchmarks.speed import mae as speed
@@ -217,6 +218,70 @@ def test_pretraining_reaches_the_fine_tuned_network(tmp_path: Path) -> None:
     key = next(k for k in mine if k.endswith("blocks.0.attn.qkv.weight"))
     theirs = next(v for k, v in saved.items() if k.endswith("blocks.0.attn.qkv.weight") and "decoder" not in k)
     assert torch.equal(mine[key], theirs)
+
+
+def test_preact_claim_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "preact.json"
+    arguments = ["--quick", "--data", "shapes", "--seeds", "2", "--work", str(tmp_path), "--out", str(out)]
+    assert preact_claim.main(arguments) == 0
+    record = json.loads(out.read_text())
+    assert len(record["claims"]) == 5
+    assert set(record["arms"]) == {"full_preact", "original", "scaling", "gating"}
+    for arm in record["arms"].values():
+        assert all(0 <= value <= 1 for value in arm["test_error"])
+        assert all(value > 0 for value in arm["gradient_spread"])
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("a finished part is not computed again")
+
+    monkeypatch.setattr(preact_claim, "run_arm", never)
+    assert preact_claim.main(arguments) == 0
+    assert json.loads(out.read_text())["arms"] == record["arms"]
+
+
+def test_preact_companions_measure_what_they_say() -> None:
+    settings = preact_claim.replace(preact_claim.Settings(), depth=38, widths=(4, 4, 4))
+    torch.manual_seed(0)
+    images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
+    spreads = {
+        arm: preact_claim.gradient_spread(preact_claim.make_task(settings, 10, arm).network, images, labels)
+        for arm in ("full_preact", "scaling")
+    }
+    assert spreads["scaling"] > spreads["full_preact"]
+    network = preact_claim.make_task(settings, 10, "full_preact").network
+    for stage in network.stages:
+        for unit in list(stage)[2:]:
+            torch.nn.init.zeros_(unit.conv2.weight)
+    before = [id(unit) for stage in network.stages for unit in stage]
+    growth = preact_claim.deletions(network, images, labels)
+    assert len(growth) == 3 * 5
+    assert [k for k, value in enumerate(growth) if value != 0] == [0, 5, 10]  # those that do nothing cost nothing
+    assert [id(unit) for stage in network.stages for unit in stage] == before
+
+
+def test_preact_speed_runs_with_its_peers(tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    arguments = [
+        "preact_resnet",
+        "--model",
+        "tiny",
+        "--batch",
+        "2",
+        "--repeats",
+        "1",
+        "--warmup",
+        "0",
+        "--only",
+        "step",
+    ]
+    assert run.main([*arguments, "--out", str(out)]) == 0
+    (path,) = out.glob("*.json")
+    record = json.loads(path.read_text())["step"]
+    assert [row["name"] for row in record["contenders"]] == ["zoo", "timm", "torchvision"]
+    flops, parameters = (list(record["work"]["detail"][key].values()) for key in ("flops", "parameters"))
+    assert max(flops) / min(flops) < 1.01
+    assert max(parameters) / min(parameters) < 1.01
+    assert "training step, tiny" in (out / "RESULTS.md").read_text()
 
 
 @pytest.mark.parametrize("path", SPEED_RESULTS, ids=lambda p: p.stem)

@@ -157,7 +157,7 @@ def test_wrong_names_and_folders_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, message in (
         (("shapez",), "'shapes'"),
-        (("cifar100",), "'cifar10'"),
+        (("cifar12",), "'cifar10'"),
         ((str(tmp_path / "photo"),), "photos"),
         ((str(tmp_path / "empty"),), "no known layout"),
         (("cifar10", str(tmp_path / "photos")), "1 classes, cifar10 has 10"),

@@ -262,3 +262,12 @@ def test_yaml_and_command_line_reach_the_declaration(tmp_path, monkeypatch) -> N
         save_config_callback=None,
     )
     assert cli.model.optim == Optim(base_lr=1.5e-4, betas=(0.9, 0.999), milestones=(60, 80), weight_decay=0.1)
+
+
+def test_a_constant_warm_up_starts_at_its_rate() -> None:
+    """0.01 for so many steps, then the full rate (ResNet on CIFAR)."""
+    declared = Optim(name="sgd", lr=0.1, schedule="step", milestones=(2.0,), warmup_steps=3, warmup_lr=0.01)
+    rates = [lr_at(declared, step / 4, 3.0, 0.1, 3 / 4) for step in range(10)]
+    assert rates == pytest.approx([0.01] * 3 + [0.1] * 5 + [0.01] * 2)
+    with pytest.raises(ZooError, match="warmup_lr"):
+        Optim(warmup_lr=0.0)

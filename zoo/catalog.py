@@ -36,11 +36,32 @@ class _Facts(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class Classifier(_Facts):
+    """What timm wants to know of a classifier, at the model's defaults.
+
+    `dataset` is the one it is made for, whose mean and deviation its images are normalised by. `stem` and `head` are
+    the names of its first convolution and of its last layer; `pool` is the side of what is pooled before that, in a
+    network that takes other sizes than `image_size` too.
+    """
+
+    dataset: str = "imagenet1k"
+    image_size: int
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
+    num_classes: int
+    stem: str
+    head: str
+    pool: int | None = None
+
+
 class ModelEntry(_Facts):
-    """A published size: the name of the function that builds it, and its number of parameters at its defaults."""
+    """A published size: the name of the function that builds it, and its number of parameters at its defaults.
+
+    A classifier with timm's protocol says so by `classifier`; :mod:`zoo.timm` registers it.
+    """
 
     name: str
     params: int
+    classifier: Classifier | None = None
     summary: str = ""
 
 

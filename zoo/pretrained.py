@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zoo import __version__, catalog, download
+from zoo import __version__, catalog, download, torch7
 from zoo.catalog import PaperCard, Preprocess, Weight
 from zoo.errors import ZooError, unknown
 from zoo.paths import cache_dir
@@ -393,7 +393,8 @@ def shapes(net: nn.Module) -> dict[str, torch.Size]:
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, by name: safetensors or PyTorch, out of wrappers such as ``{"model": ...}``.
+    """The tensors of a checkpoint file, by name: safetensors, PyTorch, out of wrappers such as ``{"model": ...}``, or
+    Torch7 (``.t7``), by place.
 
     A prefix that every key carries (``module.``, ``model.``) is taken off; of a checkpoint of ours, the network is
     taken (``network.``), not the metrics beside it. Nothing in the file is executed.
@@ -406,6 +407,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ZooError(f"no weights file {str(path)!r}")
     if _is_safetensors(path):
         return _without_prefix(_read_safetensors(path))
+    if path.suffix == ".t7":
+        return torch7.read_state_dict(path)
     content = _unpickle(path)
     state = _unwrap(content, path)
     if "pytorch-lightning_version" in content:

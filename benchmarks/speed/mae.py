@@ -347,6 +347,6 @@ def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
     """The pipelines from JPEG files to a batch, in this process (no workers), ours first."""
     side = MODELS[setting.model].img_size
     batch = LOADING_BATCH
-    with photos(setting) as (folder, name):
+    with photos(setting, 4 * LOADING_BATCH) as (folder, name):
         makers = (_zoo_loader, _official_loader, _timm_loader)
         yield [make(folder, side, batch) for make in makers], Work(batch, detail={"data": name, "crop": side})

@@ -451,3 +451,187 @@ class Mixing:
             raise ZooError(f"mixup and cutmix pair the samples of a batch: its size must be even, got {len(image)}")
         mixed, soft = self._mix(image.clone(), label)
         return {**batch, "image": mixed, "label": soft}
+
+
+# ------------------------------------------------------------------------------------------------ supervised training
+
+
+def short_side_to(height: int, width: int, side: int) -> tuple[int, int]:
+    """The size (height, width) of a picture resized so that its short side becomes `side`."""
+    if height <= width:
+        return side, max(side, round(side * width / height))
+    return max(side, round(side * height / width)), side
+
+
+def squared_aspect_crop_params(
+    height: int, width: int, scale: Sequence[float], ratio: Sequence[float], draws: Sequence[Sequence[float]]
+) -> tuple[int, int, int, int] | None:
+    """The random crop of fb.resnet.torch: `ratio` bounds a uniform r, and width / height is r * r or its inverse.
+
+    Args:
+        height, width: the picture's, in pixels.
+        scale: bounds of the crop's share of the area.
+        ratio: bounds of r.
+        draws: rows of five numbers in [0, 1): area, r, whether the sides are swapped, top, left; each is tried in turn.
+
+    Returns:
+        (top, left, height, width) in pixels, or None where no box fits.
+    """
+    for area, shape, swap, top, left in draws:
+        root = math.sqrt(height * width * (scale[0] + area * (scale[1] - scale[0])))
+        r = ratio[0] + shape * (ratio[1] - ratio[0])
+        w, h = math.floor(root * r + 0.5), math.floor(root / r + 0.5)
+        if swap < 0.5:
+            w, h = h, w
+        if 0 < h <= height and 0 < w <= width:
+            return int(top * (height - h + 0.99)), int(left * (width - w + 0.99)), h, w
+    return None
+
+
+class PadCropTrain(ImageTransform):
+    """Pad, cut out a random square of the picture's own size, flip: the augmentation of CIFAR.
+
+    Args:
+        size: side of the output in pixels.
+        padding: pixels on each side.
+        fill: "mean" pads with the mean colour, which is 0 once normalised; "zero" with black.
+    """
+
+    def __init__(self, size: int | None = None, padding: int = 4, fill: str = "mean") -> None:
+        super().__init__(size)
+        if fill not in ("mean", "zero"):
+            raise unknown("fill", fill, ("mean", "zero"))
+        if padding < 0:
+            raise ZooError(f"padding must not be negative, got {padding}")
+        self.padding, self.fill = padding, fill
+
+    def forward(self, image: Tensor) -> Tensor:
+        side, p = self.side, self.padding
+        draws = torch.rand(3).tolist()
+        image = resize(image, (side, side), self.interpolation)
+        colour = [round(255 * m) if self.fill == "mean" else 0 for m in self.mean]
+        padded = image.new_tensor(colour)[:, None, None].repeat(1, side + 2 * p, side + 2 * p)
+        padded[:, p : p + side, p : p + side] = image
+        top, left = int(draws[0] * (2 * p + 1)), int(draws[1] * (2 * p + 1))
+        image = padded[:, top : top + side, left : left + side]
+        return image.flip(-1) if draws[2] < 0.5 else image
+
+
+class ScaleTrain(ImageTransform):
+    """Scale augmentation (VGG, ResNet): the short side is drawn from a range, then a random square and flip.
+
+    Args:
+        size: side of the output in pixels.
+        short_side: bounds of the short side in pixels, both included.
+        interpolation: of the resize.
+    """
+
+    def __init__(
+        self, size: int | None = None, short_side: tuple[int, int] = (256, 480), interpolation: str = "bicubic"
+    ) -> None:
+        super().__init__(size, interpolation)
+        if not 0 < short_side[0] <= short_side[1]:
+            raise ZooError(f"short_side must rise and be positive, got {tuple(short_side)}")
+        self.short_side = short_side
+
+    def forward(self, image: Tensor) -> Tensor:
+        scale, top, left, flip = torch.rand(4).tolist()
+        side, (low, high) = self.side, self.short_side
+        if side > low:
+            raise ZooError(f"a crop of {side} pixels does not fit a short side of {low}: raise short_side")
+        target = low + int(scale * (high - low + 1))
+        height, width = short_side_to(image.shape[-2], image.shape[-1], target)
+        # The crop alone is resized: the same pixels as a crop of the resized picture, up to half a pixel at its edges.
+        factor = image.shape[-2] / height, image.shape[-1] / width
+        at = int(top * (height - side + 1)), int(left * (width - side + 1))
+        box = [round(at[0] * factor[0]), round(at[1] * factor[1]), round(side * factor[0]), round(side * factor[1])]
+        image = crop_resize(image, [box[0], box[1], max(1, box[2]), max(1, box[3])], side, self.interpolation)
+        return image.flip(-1) if flip < 0.5 else image
+
+
+class InceptionTrain(ImageTransform):
+    """Scale and aspect-ratio crop, colour jitter, lighting noise, flip: fb.resnet.torch's augmentation on ImageNet.
+
+    Args:
+        size: side of the output in pixels.
+        scale: bounds of the crop's share of the area.
+        ratio: bounds of the root of its width / height, or of the inverse.
+        jitter: brightness, contrast and saturation are blended by factors in [1 - jitter, 1 + jitter].
+        lighting: standard deviation of the noise along the principal components of colour (AlexNet).
+        interpolation: of the crop.
+    """
+
+    # Of ImageNet's colours: eigenvalues and, in columns, eigenvectors of RGB in [0, 1].
+    _VALUES = (0.2175, 0.0188, 0.0045)
+    _VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+    _LUMA = (0.299, 0.587, 0.114)
+
+    def __init__(
+        self,
+        size: int | None = None,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        jitter: float = 0.4,
+        lighting: float = 0.1,
+        interpolation: str = "bicubic",
+    ) -> None:
+        super().__init__(size, interpolation)
+        if not 0 <= jitter <= 1 or lighting < 0:
+            raise ZooError(f"jitter must lie in [0, 1] and lighting must not be negative, got {jitter} and {lighting}")
+        self.scale, self.ratio, self.jitter, self.lighting = scale, ratio, jitter, lighting
+
+    def forward(self, image: Tensor) -> Tensor:
+        draws = torch.rand(54).tolist()
+        rows = [draws[k : k + 5] for k in range(0, 50, 5)]
+        height, width = image.shape[-2:]
+        box = squared_aspect_crop_params(height, width, self.scale, self.ratio, rows)
+        if box is None:
+            short = min(height, width)
+            box = ((height - short) // 2, (width - short) // 2, short, short)
+        image = crop_resize(image, box, self.side, self.interpolation)
+        factors = [1 + self.jitter * (2 * draw - 1) for draw in draws[50:53]]
+        if self.jitter or self.lighting:
+            image = self.coloured(image, factors, torch.randn(3) * self.lighting)
+        return image.flip(-1) if draws[53] < 0.5 else image
+
+    def coloured(self, image: Tensor, factors: Sequence[float], alpha: Tensor) -> Tensor:
+        """Jitter and lighting of a uint8 (3, H, W) picture as a function of their draws.
+
+        By the three factors, brightness blends with black, contrast with the mean luma and saturation with the luma of
+        each pixel; as nothing is clamped in between they commute, and no order need be drawn. Then the colour
+        `vectors @ (alpha * values)` is added, and the result is clamped.
+        """
+        brightness, contrast, saturation = factors
+        pixels = image.to(torch.float32)
+        luma = torch.einsum("c,chw->hw", torch.tensor(self._LUMA), pixels)
+        pixels = torch.lerp(luma, pixels, saturation)
+        pixels = torch.lerp(luma.mean(), pixels, contrast).mul_(brightness)
+        shift = torch.tensor(self._VECTORS) @ (alpha * torch.tensor(self._VALUES)) * 255
+        return pixels.add_(shift[:, None, None]).round_().clamp_(0, 255).to(torch.uint8)
+
+
+class TenCrop(ImageTransform):
+    """Ten views of a picture for evaluation: centre and corners, and those of its mirror image.
+
+    Args:
+        size: side of the views in pixels.
+        crop_pct: `size` over the short side of the resized picture.
+        interpolation: of the resize.
+    """
+
+    random = False
+
+    def __init__(self, size: int | None = None, crop_pct: float = 224 / 256, interpolation: str = "bicubic") -> None:
+        super().__init__(size, interpolation)
+        if not 0 < crop_pct <= 1:
+            raise ZooError(f"crop_pct must lie in (0, 1], got {crop_pct}")
+        self.crop_pct = crop_pct
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        side = self.side
+        height, width = short_side_to(image.shape[-2], image.shape[-1], int(side / self.crop_pct))
+        image = resize(image, (height, width), self.interpolation)
+        down, right = height - side, width - side
+        places = ((math.ceil(down / 2), math.ceil(right / 2)), (0, 0), (0, right), (down, 0), (down, right))
+        both = (image, image.flip(-1))
+        return [view[..., top : top + side, left : left + side] for view in both for top, left in places]

@@ -23,8 +23,9 @@ from zoo.training.optim import Optim
 class Classification(BaseModule):
     """End-to-end training of a classifier, evaluated by top-1, top-5 and cross-entropy.
 
-    Batches hold `image` (B, C, S, S) and `label` (B,). Logs `{val,test}/top1`, `/top5` (fractions) and `/loss`, each
-    sample once on any number of processes.
+    Batches hold `image` (B, C, S, S) and `label` (B,). In evaluation they may hold `views` instead, a list of crops
+    (B, C, S, S) of each picture: the logits are averaged over them (as fb.resnet.torch sums them for its ten). Logs
+    `{val,test}/top1`, `/top5` (fractions) and `/loss`, each sample once on any number of processes.
 
     Args:
         network: gives logits (B, num_classes).
@@ -34,6 +35,7 @@ class Classification(BaseModule):
         cutmix: Beta parameter of CutMix, 0 for none.
         label_smoothing: of the training targets.
         init_from: where :meth:`setup` takes pre-trained weights from by :meth:`load_encoder`; null: from scratch.
+        channels_last: keep activations in the order (B, H, W, C), which most convolutions are faster in.
     """
 
     monitor = ("val/top1", "max")
@@ -47,9 +49,13 @@ class Classification(BaseModule):
         cutmix: float = 0.0,
         label_smoothing: float = 0.0,
         init_from: str | None = None,
+        channels_last: bool = False,
     ) -> None:
         super().__init__(optim)
         self.network = network
+        self.channels_last = channels_last
+        if channels_last:
+            network.to(memory_format=torch.channels_last)
         self.label_smoothing, self.init_from = label_smoothing, init_from
         self.mixing: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         if mixup or cutmix:
@@ -77,7 +83,15 @@ class Classification(BaseModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, S, S) to logits (B, num_classes)."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         return self.network(images)
+
+    def predict_logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits (B, num_classes) of a batch of `image`, or averaged over its `views`."""
+        if "image" in batch:
+            return self(batch["image"])
+        return torch.stack([self(view) for view in batch["views"]]).mean(dim=0)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         if self.mixing is not None:  # smooths the labels too
@@ -86,7 +100,7 @@ class Classification(BaseModule):
         return cross_entropy(self(batch["image"]), batch["label"], label_smoothing=self.label_smoothing)
 
     def _evaluate(self, batch: Mapping[str, Any], metrics: nn.ModuleDict, split: str) -> None:
-        logits = self(batch["image"])
+        logits = self.predict_logits(batch)
         metrics["accuracy"].update(logits, batch["label"])  # type: ignore[operator]
         metrics["loss"].update(cross_entropy(logits, batch["label"], reduction="none"))  # type: ignore[operator]
         self.log_dict(metrics["accuracy"], prog_bar=split == "val")  # type: ignore[arg-type]
@@ -100,7 +114,7 @@ class Classification(BaseModule):
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Class probabilities (B, num_classes)."""
-        return self(batch["image"]).softmax(dim=-1)
+        return self.predict_logits(batch).softmax(dim=-1)
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, D) of images (B, C, S, S)."""

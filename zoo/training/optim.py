@@ -48,6 +48,7 @@ class Optim:
         interval: whether the schedule moves with every step or with whole epochs.
         warmup_epochs: linear warm-up from 0, in epochs.
         warmup_steps: the same in optimiser steps; where given, `warmup_epochs` is not used.
+        warmup_lr: where given, the warm-up is this constant rate instead of a linear rise.
         min_lr: the floor of the cosine; layer decay scales it too.
         milestones: epochs at which the step schedule multiplies the rate by `gamma`.
         gamma: factor of the step schedule.
@@ -73,6 +74,7 @@ class Optim:
     interval: Interval = "step"
     warmup_epochs: float = 0.0
     warmup_steps: int | None = None
+    warmup_lr: float | None = None
     min_lr: float = 0.0
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
@@ -90,7 +92,7 @@ class Optim:
         for key in ("base_lr", "reference_batch"):
             if not getattr(self, key) > 0:
                 raise ZooError(f"optim.{key} must be positive, not {getattr(self, key)}")
-        for key in ("lr", "layer_decay", "global_batch"):
+        for key in ("lr", "layer_decay", "warmup_lr", "global_batch"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise ZooError(f"optim.{key} must be positive or null, not {getattr(self, key)}")
         for key in ("weight_decay", "warmup_epochs", "min_lr"):
@@ -112,7 +114,7 @@ def lr_at(optim: Optim, epoch: float, total_epochs: float, lr: float, warmup_epo
     if optim.interval == "epoch":
         epoch = math.floor(epoch)
     if epoch < warmup:
-        return lr * epoch / warmup
+        return lr * epoch / warmup if optim.warmup_lr is None else optim.warmup_lr
     if optim.schedule == "constant":
         return lr
     if optim.schedule == "step":
@@ -202,7 +204,7 @@ def build(model: nn.Module, optim: Optim, trainer: L.Trainer) -> Any:
     def factor(step: int) -> float:
         if step == 0:  # the number of batches is not known yet, and no schedule's start depends on it
             warm = bool(optim.warmup_epochs if optim.warmup_steps is None else optim.warmup_steps)
-            return 0.0 if warm else lr_at(optim, 0.0, 1.0, peak, 0.0) / peak
+            return (optim.warmup_lr or 0.0) / peak if warm else lr_at(optim, 0.0, 1.0, peak, 0.0) / peak
         epoch, total, warmup = _position(step, optim, trainer)
         return lr_at(optim, epoch, total, peak, warmup) / peak
 

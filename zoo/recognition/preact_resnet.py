@@ -1,0 +1,719 @@
+"""Identity Mappings in Deep Residual Networks.
+
+Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun. ECCV 2016, arXiv 1603.05027.
+
+A residual unit computes y = h(x) + F(x), x' = f(y). Where both the shortcut h and what follows the addition, f, are the
+identity, the signal and its gradient pass between any two units unchanged plus a sum: x_L = x_l + sum of F(x_i). The
+paper shows by ablation that scaling, gating, a 1x1 convolution or dropout on the shortcut hurt, and makes f the
+identity by moving batch normalisation and ReLU in front of each convolution ("full pre-activation"), which trains
+1001-layer networks on CIFAR and a 200-layer one on ImageNet.
+
+Conventions: images (B, C, H, W) normalised by the data set's mean and standard deviation; a unit has L convolutions
+(2 basic, 3 bottleneck), and `bn1` is the first batch normalisation met in it, `conv1` the first convolution.
+
+Deviations from the official Torch7 code, none of which changes a value:
+- Global average pooling instead of a window of 8x8 or 7x7, the same at the training size; other sizes are taken too.
+- Zero channels of shortcut type A are padded, not computed as 0 * x.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, pad, relu
+
+from zoo.errors import ZooError, unknown
+from zoo.nn.recompute import recompute
+from zoo.training import Classification, Optim
+
+__all__ = [
+    "PreActResNet",
+    "PreActResNetClassification",
+    "ResidualUnit",
+    "convert_official",
+    "preact_resnet18",
+    "preact_resnet20_cifar",
+    "preact_resnet32_cifar",
+    "preact_resnet34",
+    "preact_resnet44_cifar",
+    "preact_resnet50",
+    "preact_resnet56_cifar",
+    "preact_resnet101",
+    "preact_resnet110_cifar",
+    "preact_resnet152",
+    "preact_resnet164_cifar",
+    "preact_resnet200",
+    "preact_resnet1001_cifar",
+    "preact_resnet1202_cifar",
+    "preact_resnet_cifar",
+    "preact_resnet_imagenet",
+    "shortcut_and_branch",
+    "units_per_stage",
+]
+
+# ------------------------------------------------------------------------------------------------------- 1. equations
+
+
+class Order(NamedTuple):
+    """Where a unit's activations stand: before its first convolution, after its last, and after the addition.
+
+    Between two convolutions there is BN-ReLU in all of them (Fig. 4).
+    """
+
+    before: tuple[str, ...] = ()
+    end: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+UNITS = {
+    "original": Order(end=("bn",), after=("relu",)),
+    "bn_after_add": Order(after=("bn", "relu")),
+    "relu_before_add": Order(end=("bn", "relu")),
+    "relu_only_preact": Order(before=("relu",), end=("bn",)),
+    "full_preact": Order(before=("bn", "relu")),
+}
+Unit = Literal["original", "bn_after_add", "relu_before_add", "relu_only_preact", "full_preact"]
+Shortcut = Literal[
+    "identity", "constant_scaling", "exclusive_gating", "shortcut_only_gating", "conv1x1", "dropout"
+]  # Fig. 2
+SHORTCUTS = ("identity", "constant_scaling", "exclusive_gating", "shortcut_only_gating", "conv1x1", "dropout")
+
+
+def shortcut_and_branch(
+    x: Tensor, f: Tensor, kind: str, gate: Tensor | None = None, scale_x: float = 1.0, scale_f: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """What is added up in a unit (section 3.1, Fig. 2), from the shortcut's input x and the branch F(x), equal shapes.
+
+    Args:
+        kind: "constant_scaling": scale_x * x and scale_f * F. "exclusive_gating": (1 - g) * x and g * F with
+            g = sigmoid(gate). "shortcut_only_gating": (1 - g) * x and F. Else x and F as they are.
+        gate: the logit of g, of the shape of x.
+    """
+    if kind == "constant_scaling":
+        return scale_x * x, scale_f * f
+    if kind in ("exclusive_gating", "shortcut_only_gating"):
+        assert gate is not None
+        kept = (-gate).sigmoid() * x
+        return kept, gate.sigmoid() * f if kind == "exclusive_gating" else f
+    return x, f
+
+
+def units_per_stage(depth: int, block: str = "basic") -> int:
+    """n of a CIFAR network of three stages: depth 6n + 2 with basic units, 9n + 2 with bottlenecks.
+
+    Raises:
+        ZooError: a depth that is none of these.
+    """
+    layers = {"basic": 6, "bottleneck": 9}
+    if block not in layers:
+        raise unknown("block", block, layers)
+    n, rest = divmod(depth - 2, layers[block])
+    if rest or n < 1:
+        near = max(1, round((depth - 2) / layers[block])) * layers[block] + 2
+        raise ZooError(f"depth {depth} of a {block} CIFAR network must be {layers[block]}n + 2; the nearest is {near}")
+    return n
+
+
+# --------------------------------------------------------------------------------------------------------- 2. network
+
+
+def _conv(in_chans: int, out_chans: int, kernel: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(in_chans, out_chans, kernel, stride, kernel // 2, bias=bias)
+
+
+class ResidualUnit(nn.Module):
+    """One unit of Fig. 4 with a shortcut of Fig. 2.
+
+    Args:
+        in_chans: channels of x.
+        widths: output channels of each convolution; the last is the unit's.
+        kernels: their kernel sizes.
+        strides: their strides.
+        unit: order of the activations, a key of `UNITS`.
+        shortcut: what happens on the shortcut.
+        shortcut_type: where the shape changes: "A" subsamples and pads zero channels, "B" is a 1x1 convolution; "C" is
+            a 1x1 convolution in any unit, and the same as `shortcut` "conv1x1".
+        preact: "own": the shortcut takes x itself; "shared": it takes x behind the unit's first activation, too;
+            "none": that activation is left out (it stands in the stem).
+        scale_x, scale_f: of constant scaling.
+        gate_bias: initial bias of the gate, b_g.
+        dropout: rate on the shortcut under `shortcut` "dropout".
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        widths: Sequence[int],
+        kernels: Sequence[int] = (3, 3),
+        strides: Sequence[int] | None = None,
+        unit: str = "full_preact",
+        shortcut: str = "identity",
+        shortcut_type: str = "B",
+        preact: Literal["own", "shared", "none"] = "own",
+        scale_x: float = 1.0,
+        scale_f: float = 1.0,
+        gate_bias: float = 0.0,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        for what, name, known in (
+            ("unit", unit, UNITS),
+            ("shortcut", shortcut, SHORTCUTS),
+            ("shortcut_type", shortcut_type, "ABC"),
+        ):
+            if name not in known:
+                raise unknown(what, name, known)
+        strides = strides or (1,) * len(widths)
+        self.order, self.shortcut, self.preact = UNITS[unit], shortcut, preact
+        self.scale_x, self.scale_f, self.gate_bias, self.dropout = scale_x, scale_f, gate_bias, dropout
+        self.out_chans, self.stride, self.num_convs = widths[-1], math.prod(strides), len(widths)
+
+        leads = "bn" in self.order.before
+        norms = [in_chans if preact != "none" else 0] if leads else []
+        norms += widths[:-1] if leads else widths  # bn_after_add has its last one behind the addition
+        for i, width in enumerate(norms, 1):
+            if width:
+                setattr(self, f"bn{i}", nn.BatchNorm2d(width))
+        channels = in_chans
+        for i, (width, kernel, stride) in enumerate(zip(widths, kernels, strides, strict=True), 1):
+            setattr(self, f"conv{i}", _conv(channels, width, kernel, stride))
+            channels = width
+
+        changes = in_chans != self.out_chans or self.stride != 1
+        convolves = shortcut == "conv1x1" or shortcut_type == "C" or (shortcut_type == "B" and changes)
+        self.shortcut_conv = _conv(in_chans, self.out_chans, 1, self.stride) if convolves else None
+        if not convolves and self.out_chans < in_chans:
+            raise ZooError(f"shortcut type A pads channels: it cannot lead from {in_chans} to {self.out_chans}")
+        gated = shortcut.endswith("gating")
+        self.gate = _conv(in_chans, self.out_chans, 1, self.stride, bias=True) if gated else None
+
+    def _shaped(self, x: Tensor) -> Tensor:
+        """The shortcut's input in the shape of the unit's output."""
+        if self.shortcut_conv is not None:
+            return self.shortcut_conv(x)
+        if self.stride != 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        missing = self.out_chans - x.shape[1]
+        return pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+
+    def _activated(self, x: Tensor, steps: tuple[str, ...], norm: nn.Module | None) -> Tensor:
+        if "bn" in steps:
+            assert norm is not None
+            return relu(norm(x), inplace=True) if "relu" in steps else norm(x)
+        return relu(x) if "relu" in steps else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (B, in_chans, H, W) to (B, out_chans, H / stride, W / stride)."""
+        parts, order, last = self._modules, self.order, self.num_convs
+        leads = "bn" in order.before
+        f = x if self.preact == "none" else self._activated(x, order.before, parts.get("bn1"))
+        if self.preact == "shared":
+            x = f
+        for i in range(1, last + 1):
+            if i > 1:
+                f = relu(parts[f"bn{i if leads else i - 1}"](f), inplace=True)  # type: ignore[misc]
+            f = parts[f"conv{i}"](f)  # type: ignore[misc]
+        f = self._activated(f, order.end, parts.get(f"bn{last}"))
+
+        kept = self._shaped(x)
+        if self.shortcut == "dropout":
+            kept = dropout(kept, self.dropout, self.training)
+        elif self.shortcut not in ("identity", "conv1x1"):
+            gate = None if self.gate is None else self.gate(x)
+            kept, f = shortcut_and_branch(kept, f, self.shortcut, gate, self.scale_x, self.scale_f)
+        # A ReLU keeps its output for the backward pass; what a convolution or a normalisation gives may be overwritten.
+        y = f + kept if "relu" in order.end else f.add_(kept)
+        if order.after == ("relu",):
+            return relu(y, inplace=True)
+        return self._activated(y, order.after, parts.get(f"bn{last}"))
+
+
+class PreActResNet(nn.Module):
+    """A residual network of any of the paper's units for CIFAR (three stages) or ImageNet (four); timm's protocol.
+
+    Args:
+        depths: units of each stage; stages after the first halve the resolution.
+        widths: inner width of the units of each stage; a bottleneck puts out four times as much.
+        block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1).
+        unit, shortcut, shortcut_type, scale_x, scale_f, gate_bias, dropout: as of :class:`ResidualUnit`, in all units.
+        stride_in: the convolution of a bottleneck that strides: "3x3" (preresnet.lua) or "1x1" (resnet-pre-act.lua).
+        stem: "cifar": one 3x3 convolution; "imagenet": 7x7 with stride 2, BN, ReLU, 3x3 maximum with stride 2.
+        stem_width: output channels of the stem.
+        num_classes: 0 for no classifier (logits are the pooled features).
+        global_pool: "avg", or "" for none (then without a classifier).
+        grad_checkpointing: keep only the units' inputs for the backward pass, and compute the rest again.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (18, 18, 18),
+        widths: Sequence[int] = (16, 32, 64),
+        block: Literal["basic", "bottleneck"] = "basic",
+        unit: Unit = "full_preact",
+        shortcut: Shortcut = "identity",
+        shortcut_type: Literal["A", "B", "C"] = "B",
+        scale_x: float = 1.0,
+        scale_f: float = 1.0,
+        gate_bias: float = 0.0,
+        dropout: float = 0.5,
+        stride_in: Literal["1x1", "3x3"] = "3x3",
+        stem: Literal["cifar", "imagenet"] = "cifar",
+        stem_width: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        global_pool: str = "avg",
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        for what, name, known in (
+            ("block", block, ("basic", "bottleneck")),
+            ("unit", unit, UNITS),
+            ("stride_in", stride_in, ("1x1", "3x3")),
+            ("stem", stem, ("cifar", "imagenet")),
+        ):
+            if name not in known:
+                raise unknown(what, name, known)
+        if len(depths) != len(widths) or not depths or min(*depths, *widths) < 1:
+            raise ZooError(f"depths and widths must be positive, one a stage; got {list(depths)} and {list(widths)}")
+        order = UNITS[unit]
+        imagenet = stem == "imagenet"
+        self.grad_checkpointing = grad_checkpointing
+        self.conv1 = _conv(in_chans, stem_width, 7 if imagenet else 3, 2 if imagenet else 1)
+        # What a pre-activation unit does first, the stem leaves to it; but for ImageNet the pooling comes in between.
+        normalised = imagenet or "bn" not in order.before
+        self.bn1 = nn.BatchNorm2d(stem_width) if normalised else None
+        self.stem_relu = imagenet or not order.before
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if imagenet else None
+
+        basic = block == "basic"
+        channels, reduction = stem_width, 4 if imagenet else 1
+        self.feature_info = [{"num_chs": stem_width, "reduction": 2 if imagenet else 1, "module": "conv1"}]
+        stages = []
+        for s, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+            outs = (width, width) if basic else (width, width, 4 * width)
+            units = []
+            for u in range(depth):
+                stride = 2 if s and not u else 1
+                places = (0, 1) if basic or stride_in == "1x1" else (1, 0)
+                strides = [stride if i == places[0] else 1 for i in range(len(outs))]
+                # The first unit of a stage activates before it splits (appendix): preresnet.lua does so in any stage,
+                # resnet-pre-act.lua where the width changes, which is in any stage of its networks.
+                preact: Literal["own", "shared", "none"] = "own" if u else "none" if imagenet and not s else "shared"
+                units.append(
+                    ResidualUnit(
+                        channels,
+                        outs,
+                        (3, 3) if basic else (1, 3, 1),
+                        strides,
+                        unit,
+                        shortcut,
+                        shortcut_type,
+                        preact,
+                        scale_x,
+                        scale_f,
+                        gate_bias,
+                        dropout,
+                    )
+                )
+                channels = outs[-1]
+            stages.append(nn.Sequential(*units))
+            reduction *= 2 if s else 1
+            self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{s}"})
+        self.stages = nn.ModuleList(stages)
+        self.last = order.before
+        self.norm = nn.BatchNorm2d(channels) if "bn" in order.before else None
+        self.num_features = self.head_hidden_size = channels
+        self.reset_classifier(num_classes, global_pool)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Convolutions N(0, 2 / (k * k * out_chans)), as in He et al. 2015 by fan-out; gates start at their bias."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, ResidualUnit) and module.gate is not None and module.gate.bias is not None:
+                nn.init.constant_(module.gate.bias, module.gate_bias)
+
+    # ---- timm's protocol
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one for `num_classes` classes (0: none), and the pooling if given."""
+        if global_pool is not None:
+            if global_pool not in ("avg", ""):
+                raise ZooError(f"global_pool must be 'avg' or '', not {global_pool!r}")
+            self.global_pool = global_pool
+        if num_classes and not self.global_pool:
+            raise ZooError(f"a classifier of {num_classes} classes wants global_pool 'avg'")
+        self.num_classes = num_classes
+        self.fc: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        if isinstance(self.fc, nn.Linear):  # the weight is U(-1, 1) / sqrt(fan_in) in Torch7 and PyTorch
+            nn.init.zeros_(self.fc.bias)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that group the parameters by layer for layer-wise learning rates."""
+        blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^conv1|^bn1", "blocks": blocks}
+
+    def _stem(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The stem's output before its ReLU and pooling, and behind them.
+
+        The maximum is taken before the ReLU: the same numbers and gradients, from a quarter of the work.
+        """
+        inner = self.conv1(images)
+        if self.bn1 is not None:
+            inner = self.bn1(inner)
+        x = inner if self.maxpool is None else self.maxpool(inner)
+        return inner, relu(x, inplace=self.maxpool is not None) if self.stem_relu else x
+
+    def _stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        for unit in stage.children():
+            x = recompute(unit, x) if self.grad_checkpointing and self.training else unit(x)
+        return x
+
+    def _end(self, x: Tensor) -> Tensor:
+        """What pre-activation units leave to be done behind the last addition (appendix)."""
+        if self.norm is not None:
+            x = self.norm(x)
+        return relu(x, inplace=self.norm is not None) if self.last else x
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to activated features (B, num_features, h, w)."""
+        _, x = self._stem(images)
+        for stage in self.stages:
+            x = self._stage(stage, x)
+        return self._end(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features (B, D, h, w) to logits (B, num_classes), or to pooled features (B, D) with `pre_logits`."""
+        if self.global_pool:
+            x = x.mean(dim=(2, 3))
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(images))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features of the stem (0) and of the stages (1, 2, ...), as timm names them, before any further activation.
+
+        Args:
+            x: images (B, C, H, W).
+            indices: which; the last n for a number, all for None.
+            norm: the last stage's behind the final activation.
+            stop_early: compute no more than is asked for.
+            output_fmt: "NCHW", the only one there is.
+            intermediates_only: do not return the final features beside them.
+        """
+        if output_fmt != "NCHW":
+            raise ZooError(f"output_fmt must be 'NCHW', not {output_fmt!r}")
+        wanted = self._indices(indices)
+        found = []
+        inner, x = self._stem(x)
+        if 0 in wanted:
+            found.append(relu(inner) if self.stem_relu else inner)
+        for s, stage in enumerate(self.stages, 1):
+            if stop_early and s > max(wanted):
+                return found if intermediates_only else (x, found)
+            x = self._stage(stage, x)
+            if s in wanted:
+                found.append(self._end(x) if norm and s == len(self.stages) else x)
+        return found if intermediates_only else (self._end(x), found)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the intermediates `indices` do not need; returns them counted from the front."""
+        wanted = self._indices(indices)
+        self.stages = self.stages[: max(wanted)]
+        if prune_norm:
+            self.norm, self.last = None, ()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def _indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        count = len(self.stages) + 1
+        if indices is None or isinstance(indices, int):
+            indices = range(count - (count if indices is None else indices), count)
+        if not indices or not all(-count <= i < count for i in indices):
+            raise ZooError(f"there are intermediates 0 to {count - 1}, not {list(indices)}")
+        return sorted({i % count for i in indices})
+
+
+# ------------------------------------------------------------------------------------------------------------ 3. task
+
+
+class PreActResNetClassification(Classification):
+    """Supervised training and evaluation.
+
+    Args:
+        model: a published network, or null for a CIFAR network of `depth` and `block`. What is given of the following
+            overrides `model`'s.
+        depth: layers, 6n + 2 (basic) or 9n + 2 (bottleneck).
+        widths: inner width of each stage; the first is the stem's too.
+        block, unit, shortcut, shortcut_type, scale_x, scale_f, gate_bias, dropout, in_chans, grad_checkpointing: as of
+            :class:`PreActResNet`.
+        num_classes: taken from the data module by a recipe.
+        mixup, cutmix: Beta parameters, 0 for none.
+        label_smoothing: of the training targets.
+        channels_last: keep activations in the order (B, H, W, C).
+        optim: optimiser and schedule.
+    """
+
+    network: PreActResNet
+
+    def __init__(
+        self,
+        model: str | None = "preact_resnet164_cifar",
+        depth: int | None = None,
+        widths: list[int] | None = None,
+        block: Literal["basic", "bottleneck"] | None = None,
+        unit: Unit | None = None,
+        shortcut: Shortcut | None = None,
+        shortcut_type: Literal["A", "B", "C"] | None = None,
+        scale_x: float | None = None,
+        scale_f: float | None = None,
+        gate_bias: float | None = None,
+        dropout: float | None = None,
+        in_chans: int | None = None,
+        num_classes: int = 10,
+        grad_checkpointing: bool = False,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        label_smoothing: float = 0.0,
+        channels_last: bool = True,
+        optim: Optim = Optim(name="sgd", lr=0.1, nesterov=True, weight_decay=1e-4, no_decay="none"),  # noqa: B008
+    ) -> None:
+        given = {
+            "widths": widths,
+            "stem_width": widths[0] if widths else None,
+            "unit": unit,
+            "shortcut": shortcut,
+            "shortcut_type": shortcut_type,
+            "scale_x": scale_x,
+            "scale_f": scale_f,
+            "gate_bias": gate_bias,
+            "dropout": dropout,
+            "in_chans": in_chans,
+        }
+        options = {key: value for key, value in given.items() if value is not None}
+        options |= {"num_classes": num_classes, "grad_checkpointing": grad_checkpointing}
+        if model is None:
+            if depth is None:
+                raise ZooError("model: null wants a depth (6n + 2 with block basic, 9n + 2 with bottleneck)")
+            network = preact_resnet_cifar(depth, block or "basic", **options)
+        elif model not in MODELS:
+            raise unknown("model", model, MODELS)
+        elif depth is not None or block is not None:
+            raise ZooError(f"model {model} has its own depth and block; give model: null to choose them")
+        else:
+            network = MODELS[model](**options)
+        super().__init__(network, optim, num_classes, mixup, cutmix, label_smoothing, channels_last=channels_last)
+        self.save_hyperparameters()
+
+
+# ---------------------------------------------------------------------------------------------------------- 4. models
+
+
+def preact_resnet_cifar(depth: int, block: str = "basic", **overrides: Any) -> PreActResNet:
+    """A CIFAR network of `depth` layers: three stages of n units, 6n + 2 (basic) or 9n + 2 (bottleneck).
+
+    Basic networks are those of preresnet.lua with its default on CIFAR, shortcut type A; bottlenecks those of
+    resnet-pre-act.lua, whose first 1x1 convolution strides.
+    """
+    depths = (units_per_stage(depth, block),) * 3
+    own = {"stride_in": "1x1", "shortcut_type": "B" if block == "bottleneck" else "A"}
+    return PreActResNet(**{"depths": depths, "block": block, **own, **overrides})
+
+
+_IMAGENET = {
+    18: ((2, 2, 2, 2), "basic"),
+    34: ((3, 4, 6, 3), "basic"),
+    50: ((3, 4, 6, 3), "bottleneck"),
+    101: ((3, 4, 23, 3), "bottleneck"),
+    152: ((3, 8, 36, 3), "bottleneck"),
+    200: ((3, 24, 36, 3), "bottleneck"),
+}
+
+
+def preact_resnet_imagenet(depth: int, **overrides: Any) -> PreActResNet:
+    """An ImageNet network of preresnet.lua: 18 or 34 layers of basic units, 50, 101, 152 or 200 of bottlenecks."""
+    if depth not in _IMAGENET:
+        raise ZooError(f"depth {depth} of an ImageNet network must be one of {', '.join(map(str, _IMAGENET))}")
+    depths, block = _IMAGENET[depth]
+    own = {"widths": (64, 128, 256, 512), "stem": "imagenet", "stem_width": 64, "num_classes": 1000}
+    return PreActResNet(**{"depths": depths, "block": block, **own, **overrides})
+
+
+def preact_resnet20_cifar(**overrides: Any) -> PreActResNet:
+    """20 layers of basic units for CIFAR (n = 3)."""
+    return preact_resnet_cifar(20, **overrides)
+
+
+def preact_resnet32_cifar(**overrides: Any) -> PreActResNet:
+    """32 layers of basic units for CIFAR (n = 5)."""
+    return preact_resnet_cifar(32, **overrides)
+
+
+def preact_resnet44_cifar(**overrides: Any) -> PreActResNet:
+    """44 layers of basic units for CIFAR (n = 7)."""
+    return preact_resnet_cifar(44, **overrides)
+
+
+def preact_resnet56_cifar(**overrides: Any) -> PreActResNet:
+    """56 layers of basic units for CIFAR (n = 9)."""
+    return preact_resnet_cifar(56, **overrides)
+
+
+def preact_resnet110_cifar(**overrides: Any) -> PreActResNet:
+    """110 layers of basic units for CIFAR (n = 18), the network of the ablations."""
+    return preact_resnet_cifar(110, **overrides)
+
+
+def preact_resnet1202_cifar(**overrides: Any) -> PreActResNet:
+    """1202 layers of basic units for CIFAR (n = 200)."""
+    return preact_resnet_cifar(1202, **overrides)
+
+
+def preact_resnet164_cifar(**overrides: Any) -> PreActResNet:
+    """164 layers of bottlenecks for CIFAR (n = 18)."""
+    return preact_resnet_cifar(164, "bottleneck", **overrides)
+
+
+def preact_resnet1001_cifar(**overrides: Any) -> PreActResNet:
+    """1001 layers of bottlenecks for CIFAR (n = 111)."""
+    return preact_resnet_cifar(1001, "bottleneck", **overrides)
+
+
+def preact_resnet18(**overrides: Any) -> PreActResNet:
+    """18 layers of basic units for ImageNet."""
+    return preact_resnet_imagenet(18, **overrides)
+
+
+def preact_resnet34(**overrides: Any) -> PreActResNet:
+    """34 layers of basic units for ImageNet."""
+    return preact_resnet_imagenet(34, **overrides)
+
+
+def preact_resnet50(**overrides: Any) -> PreActResNet:
+    """50 layers of bottlenecks for ImageNet."""
+    return preact_resnet_imagenet(50, **overrides)
+
+
+def preact_resnet101(**overrides: Any) -> PreActResNet:
+    """101 layers of bottlenecks for ImageNet."""
+    return preact_resnet_imagenet(101, **overrides)
+
+
+def preact_resnet152(**overrides: Any) -> PreActResNet:
+    """152 layers of bottlenecks for ImageNet."""
+    return preact_resnet_imagenet(152, **overrides)
+
+
+def preact_resnet200(**overrides: Any) -> PreActResNet:
+    """200 layers of bottlenecks for ImageNet: 152 with 16 more units at 28x28."""
+    return preact_resnet_imagenet(200, **overrides)
+
+
+MODELS: dict[str, Callable[..., PreActResNet]] = {
+    f.__name__: f
+    for f in (
+        preact_resnet20_cifar,
+        preact_resnet32_cifar,
+        preact_resnet44_cifar,
+        preact_resnet56_cifar,
+        preact_resnet110_cifar,
+        preact_resnet164_cifar,
+        preact_resnet1001_cifar,
+        preact_resnet1202_cifar,
+        preact_resnet18,
+        preact_resnet34,
+        preact_resnet50,
+        preact_resnet101,
+        preact_resnet152,
+        preact_resnet200,
+    )
+}
+
+# ------------------------------------------------------------------------------------------------ 5. official weights
+
+_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_OURS = re.compile(
+    rf"(?:conv1\.weight|(?:bn1|norm)\.(?:{'|'.join(_NORM)})|fc\.(?:weight|bias)"
+    rf"|stages\.\d+\.\d+\.(?:conv\d\.weight|shortcut_conv\.weight|gate\.(?:weight|bias)|bn\d\.(?:{'|'.join(_NORM)})))"
+)
+_IN_UNIT = re.compile(r"(\d+)\.(\d+)\.(?:(0)|2\.0\.(\d)|0\.0\.(\d)|([02])\.1\.0)\.(\w+)")
+
+
+def convert_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A Torch7 network of preresnet.lua or resnet-pre-act.lua in our names.
+
+    The official keys are the 0-based places of a layer in its nested containers (``4.0.0.0.3.weight``). The counters
+    ``num_batches_tracked``, which Torch7 does not have, are added as 0. A state dict in our names passes unchanged.
+
+    Raises:
+        ZooError: a key that belongs to neither layout.
+    """
+    if "conv1.weight" in state_dict:
+        if foreign := [key for key in state_dict if not _OURS.fullmatch(key)]:
+            raise ZooError(f"not a pre-activation ResNet: {len(foreign)} unknown keys, such as {foreign[0]!r}")
+        return dict(state_dict)
+    imagenet = "12.weight" in state_dict
+    top = {"0": "conv1", "1": "bn1", "8": "norm", "12": "fc"} if imagenet else {"0": "conv1", "4": "norm", "8": "fc"}
+    first, stages = (4, 4) if imagenet else (1, 3)
+    converted: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        path, _, leaf = key.rpartition(".")
+        if path in top:
+            name: str | None = top[path]
+        else:
+            found = _IN_UNIT.fullmatch(key)
+            name = None
+            if found and first <= int(found[1]) < first + stages:
+                part = _part_of_unit(found, bare=imagenet and found[1] == "4" and found[2] == "0")
+                name = part and f"stages.{int(found[1]) - first}.{found[2]}.{part}"
+        ours = f"{name}.{leaf}"
+        if name is None or not _OURS.fullmatch(ours):
+            raise ZooError(f"not a pre-activation ResNet: unknown key {key!r}")
+        converted[ours] = value
+        if leaf == "running_var":
+            counter = torch.zeros((), dtype=torch.long, device=value.device)
+            converted.setdefault(f"{name}.num_batches_tracked", counter)
+    return converted
+
+
+def _part_of_unit(found: re.Match[str], bare: bool) -> str | None:
+    """The name of a unit's layer from its place; `bare` is the unit whose first activation stands in the stem."""
+    _, _, shared, behind_shared, in_branch, shortcut, _ = found.groups()
+    if shortcut is not None:
+        return "shortcut_conv"
+    if shared is not None:
+        return "bn1"
+    # A branch is BN-ReLU-conv over and over, without the first BN-ReLU where that is shared or missing.
+    if behind_shared is not None and not bare:
+        place = int(behind_shared) + 2
+    elif in_branch is not None:
+        place = int(in_branch) + (2 if bare else 0)
+    else:
+        return None
+    kind = {0: "bn", 2: "conv"}.get(place % 3)
+    return kind and f"{kind}{place // 3 + 1}"
