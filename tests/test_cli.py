@@ -634,3 +634,21 @@ def test_half_precision_of_a_recipe_only_where_the_processor_has_it(
     assert trainer.precision == ("32-true" if instructions == ["avx2"] else "bf16-mixed")
     _, _, trainer = zoo.load_recipe("half.yaml", {"trainer.precision": "bf16-mixed"})  # asked for
     assert trainer.precision == "bf16-mixed"
+
+
+def test_data_of_ones_own_takes_nothing_over_from_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pocket recipe's knobs and number of samples are those of its own dataset."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for count in range(6):
+            Image.new("RGB", (40, 30), (count, 0, 0)).save(tmp_path / "pets" / name / f"{count}.png")
+    _, data, _ = zoo.load_recipe("mae/pocket", {"data.dataset": "./pets"})
+    assert (data.num_classes, data.options, data.train_samples) == (2, {}, None)
+    _, data, _ = zoo.load_recipe("mae/pocket", {"data.dataset": "./pets", "data.train_samples": 5})
+    assert len(data.source("train")) == 5
+    _, data, _ = zoo.load_recipe("mae/pocket")
+    assert data.options
+    assert data.train_samples

@@ -344,10 +344,22 @@ class RecipeCLI(LightningCLI):
 
 def _build(subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool) -> RecipeCLI:
     path = catalog.recipe_path(str(recipe))
-    _check_recipe(path)
+    content = _check_recipe(path)
     name = recipe_name(path)
-    args = ["--config", str(path), *_nested_nulls(argv)]
+    args = ["--config", str(path), *_without_its_data(content, argv), *_nested_nulls(argv)]
     return RecipeCLI(name, subcommand, args, _set_by_hand(args), rich)
+
+
+# Settings of the data module that are about the recipe's own dataset.
+_OF_DATASET = ("options", "train_samples", "data_dir", "mean", "std")
+
+
+def _without_its_data(content: Mapping[str, Any], argv: Sequence[str]) -> list[str]:
+    """The options that take back what a recipe says about its dataset, where the user gives another one."""
+    if not any(word.partition("=")[0] in ("--data.dataset", "--data.init_args.dataset") for word in argv):
+        return []
+    stated = (content.get("data") or {}).get("init_args") or {}
+    return [f"--data.{key}=null" for key in _OF_DATASET if stated.get(key) is not None]
 
 
 def _nested_nulls(argv: Sequence[str]) -> list[str]:
@@ -369,13 +381,15 @@ def _nested_nulls(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _check_recipe(path: Path) -> None:
+def _check_recipe(path: Path) -> dict[str, Any]:
+    """The content of the recipe at `path`; a ZooError where it is none."""
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ZooError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "model" not in content:
         raise ZooError(f"{path}: not a recipe; it has no `model`")
+    return content
 
 
 def _set_by_hand(args: Sequence[str]) -> set[str]:
