@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from zoo.machine import cpu
+
 ROOT = Path(__file__).resolve().parents[1]
-_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 
 def package_version(name: str) -> str | None:
@@ -20,23 +21,6 @@ def package_version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def cpu() -> dict[str, Any]:
-    """The processor's kind, the cores this process may use and the vector instructions that decide its speed."""
-    info = Path("/proc/cpuinfo")
-    facts: dict[str, str] = {}
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            key, _, value = line.partition(":")
-            facts.setdefault(key.strip(), value.strip())
-    flags = set((facts.get("flags") or facts.get("Features") or "").split())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "kind": facts.get("model name") or platform.processor() or platform.machine(),
-        "cores": cores,
-        "instructions": [name for name in _INSTRUCTION_SETS if name in flags],
-    }
 
 
 def environment(*packages: str) -> dict[str, Any]:

@@ -171,6 +171,32 @@ def test_names_belong_to_one_paper(own: Any) -> None:
         catalog.list_models()
 
 
+def test_code_in_the_file_of_another_paper_and_a_converter_of_its_own(own: Any, tmp_path: Path) -> None:
+    import torch
+
+    from zoo.pretrained import convert_weights, create_model
+
+    own()
+    (tmp_path / "mine.py").write_text(
+        "import torch\nmine_small = zweit_small = lambda: torch.nn.Linear(1, 1, bias=False)\n"
+        "def convert_official(state):\n    return state\n"
+        "def convert_half(state):\n    return {'weight': state['whole'] / 2}\n"
+        "EXPORTS = {'double': lambda state: {'w': 2 * state['weight']}}\n"
+    )
+    torch.save({"whole": torch.tensor([[6.0]])}, tmp_path / "file.pth")
+    weight = {**WEIGHT, "name": "zweit_small.a", "urls": [str(tmp_path / "file.pth")], "converter": "convert_half"}
+    own(name="zweit", slug="zweit", module="mine", models=[{"name": "zweit_small", "params": 1}], weights=[weight])
+    card = catalog.paper("zweit")
+    assert card.source == (tmp_path / "mine.py").resolve()
+    assert card.import_name == "zoo.selfsup.mine"
+    assert create_model("zweit_small.a", pretrained=True).weight.item() == 3
+    assert create_model("zweit_small", weights=tmp_path / "file.pth").weight.item() == 3
+    out = convert_weights("zweit_small.a", tmp_path / "out.pth", to="double")
+    assert torch.load(out, weights_only=True)["w"].item() == 6
+    with pytest.raises(ZooError, match="unknown export format 'doubel'; did you mean 'double'"):
+        convert_weights("zweit_small.a", tmp_path / "out.pth", to="doubel")
+
+
 def test_an_edit_counts_at_once(own: Any, tmp_path: Path) -> None:
     own()
     assert catalog.paper("mine").title == "Mine"
@@ -261,7 +287,7 @@ class TestPaper:
                 continue
             keys = json.loads(manifest.read_text())["keys"]
             state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
-            converted = paper_module(card).convert_official(state)
+            converted = getattr(paper_module(card), weight.converter)(state)
             wanted = shapes(Architecture(card, weight.model, weight.overrides).on_meta())
             assert not mismatch(converted, wanted), weight.name
             checked += 1

@@ -577,6 +577,11 @@ def test_the_pocket_recipe_fits_resumes_and_tests(here: Path, capsys: pytest.Cap
     assert torch.load(newest / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
     assert main(["test", "mae/pocket", *small, "--ckpt_path", "last"]) == 0
     assert "score: test/loss" in capsys.readouterr().out
+    assert main(["validate", "mae/pocket", *small, "--ckpt_path", "last"]) == 0
+    assert "score: val/loss" in capsys.readouterr().out
+    assert main(["predict", "mae/pocket", *small, "--trainer.limit_predict_batches", "1", "--ckpt_path", "last"]) == 0
+    predictions = torch.load(re.search(r"predictions: (\S+)", capsys.readouterr().out)[1], weights_only=True)
+    assert predictions[0]["reconstruction"].shape == (256, 3, 64, 64)
 
 
 def test_explain_two_rows_of_a_leaderboard(capsys: pytest.CaptureFixture[str]) -> None:
@@ -614,3 +619,36 @@ def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "bash"]) == 0
     done = subprocess.run(["bash", "-c", script, "x", capsys.readouterr().out], capture_output=True, text=True)
     assert done.stdout.strip() == "__complete fit ma", done.stderr
+
+
+@pytest.mark.parametrize("instructions", [["avx2"], ["avx2", "avx512_bf16"], ["asimd", "bf16"]])
+def test_half_precision_of_a_recipe_only_where_the_processor_has_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch, instructions: list[str]
+) -> None:
+    monkeypatch.setattr("zoo.machine.cpu", lambda: {"instructions": instructions})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = yaml.safe_load((here / "toy.yaml").read_text())
+    config["trainer"]["precision"] = "bf16-mixed"
+    (here / "half.yaml").write_text(yaml.safe_dump(config))
+    _, _, trainer = zoo.load_recipe("half.yaml")
+    assert trainer.precision == ("32-true" if instructions == ["avx2"] else "bf16-mixed")
+    _, _, trainer = zoo.load_recipe("half.yaml", {"trainer.precision": "bf16-mixed"})  # asked for
+    assert trainer.precision == "bf16-mixed"
+
+
+def test_data_of_ones_own_takes_nothing_over_from_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pocket recipe's knobs and number of samples are those of its own dataset."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for count in range(6):
+            Image.new("RGB", (40, 30), (count, 0, 0)).save(tmp_path / "pets" / name / f"{count}.png")
+    _, data, _ = zoo.load_recipe("mae/pocket", {"data.dataset": "./pets"})
+    assert (data.num_classes, data.options, data.train_samples) == (2, {}, None)
+    _, data, _ = zoo.load_recipe("mae/pocket", {"data.dataset": "./pets", "data.train_samples": 5})
+    assert len(data.source("train")) == 5
+    _, data, _ = zoo.load_recipe("mae/pocket")
+    assert data.options
+    assert data.train_samples

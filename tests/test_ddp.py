@@ -14,9 +14,9 @@ import torch
 from tests.conftest import ROOT
 
 
-def _run(what: str, devices: int, out: Path) -> Path:
+def _run(what: str, devices: int, out: Path, script: str = "tests.ddp_mae") -> Path:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.ddp_mae", what, str(devices), str(out)]
+    command = [sys.executable, "-m", script, what, str(devices), str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     return out
@@ -35,3 +35,18 @@ def test_metrics_are_the_same_in_one_and_two_processes(tmp_path: Path) -> None:
     two = json.loads(_run("metric", 2, tmp_path / "two.json").read_text())
     assert one == pytest.approx(two, rel=1e-6)
     assert any("top1" in name for name in one)
+
+
+def test_moco_in_two_processes_is_what_its_equations_say(tmp_path: Path) -> None:
+    """One permutation for all ranks, keys back in their order, equal queues, averaged gradients, BatchNorm apart."""
+    done = [_run(what, 2, tmp_path / what, "tests.ddp_moco") for what in ("fit", "replay")]
+    ranks, expected = ([torch.load(f"{out}.{rank}", weights_only=True) for rank in range(2)] for out in done)
+    assert torch.equal(ranks[0]["state"]["queue"], ranks[1]["state"]["queue"])
+    assert torch.equal(ranks[0]["state"]["queue_ptr"], ranks[1]["state"]["queue_ptr"])
+    assert ranks[0]["state"]["queue_ptr"].item() == 5 * 8 % 24
+    for rank, wanted in zip(ranks, expected, strict=True):
+        assert len(rank["gradients"]) == len(rank["losses"]) == 5
+        torch.testing.assert_close(rank, wanted, rtol=1e-7, atol=1e-9)
+    for name, value in ranks[0]["state"].items():
+        apart = "running_" in name
+        assert torch.equal(value, ranks[1]["state"][name]) != apart, name

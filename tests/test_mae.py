@@ -179,7 +179,8 @@ def test_a_reconstruction_keeps_what_is_visible_and_undoes_the_standardisation()
     )
     sheet = network.picture(images, 0.75, noise)
     assert sheet.dtype == torch.uint8
-    assert sheet.shape == (3, 4 * 16 + 3, 4 * 16 + 3)
+    assert sheet.shape == (3, 4 * 128 + 3 * 4, 4 * 128 + 3 * 4)  # small images are shown enlarged
+    assert torch.equal(sheet[:, :128:8, :128:8], sheet[:, 7:128:8, 7:128:8])
 
 
 # --------------------------------------------------------------------------------------------------------- classifier

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo.errors import ZooError
+from zoo.ops.attention import attention
 from zoo.ops.masking import random_masking, take_tokens, tokens_at
 from zoo.ops.patches import patchify, unpatchify
 from zoo.ops.pos_embed import resize_pos_embed, sincos_2d
@@ -87,3 +88,20 @@ def test_a_position_table_of_the_same_grid_is_left_alone() -> None:
     assert resize_pos_embed(table[:, 1:], (8, 8), num_prefix=0).shape == (1, 64, 8)
     with pytest.raises(ZooError, match="no square grid"):
         resize_pos_embed(table, (6, 6), num_prefix=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_is_softmax_attention_in_every_dtype(dtype: torch.dtype) -> None:
+    """Fewer queries than keys, as in MAE's last decoder block; half precision takes another path on a CPU."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, length, 16).requires_grad_() for length in (5, 9, 9)]
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
+    out = attention(q, k, v)
+    wanted = ((inputs[0] / 4) @ inputs[1].mT).softmax(-1) @ inputs[2]
+    assert out.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
+    torch.testing.assert_close(out.float(), wanted, atol=tolerance, rtol=tolerance)
+    out.float().square().sum().backward()
+    wanted.square().sum().backward()
+    for mine, theirs in zip((q, k, v), inputs, strict=True):
+        torch.testing.assert_close(mine.grad.float(), theirs.grad, atol=4 * tolerance, rtol=4 * tolerance)

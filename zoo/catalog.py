@@ -88,8 +88,9 @@ class WeightMetric(_Facts):
 class Weight(_Facts):
     """A published checkpoint.
 
-    `model` is the function it loads into (default: `name` up to the first dot), called with `overrides`. Keys must
-    match one for one, but for `fresh` (parameters of the model that the file need not have: a new head) and `spare`
+    `model` is the function it loads into (default: `name` up to the first dot), called with `overrides`; `converter` is
+    the function of the paper's module that puts the file's keys into the model's names. Keys must match one for one,
+    but for `fresh` (parameters of the model that the file need not have: a new head) and `spare`
     (keys of the file that the model need not have), both patterns such as ``fc_norm.*``.
     """
 
@@ -103,6 +104,7 @@ class Weight(_Facts):
     kind: Literal["encoder", "full", "classifier"]
     target: Literal["norm_pix", "plain"] | None = None
     layout: str | None = None
+    converter: Annotated[str, Field(pattern=r"^convert_\w+$")] = "convert_official"
     overrides: dict[str, Any] = {}
     fresh: list[str] = []
     spare: list[str] = []
@@ -170,10 +172,14 @@ class Claim(_Facts):
 
 
 class PaperCard(_Facts):
-    """All that is known about a paper; ``zoo/<field>/<slug>.yaml``."""
+    """All that is known about a paper; ``zoo/<field>/<slug>.yaml``.
+
+    Its code is in ``<slug>.py`` beside it, or in that of another paper which `module` names.
+    """
 
     slug: str
     field: str
+    module: str | None = None
     title: str
     authors: list[str]
     year: int
@@ -210,9 +216,14 @@ class PaperCard(_Facts):
         return self._path
 
     @property
-    def module(self) -> str:
-        """The import name of the paper's module (a paper from ``ZOO_PAPERS`` is imported from its file)."""
-        return f"zoo.{self.field}.{self.slug}"
+    def source(self) -> Path:
+        """The file of the paper's code."""
+        return self._path.with_name(f"{self.module or self.slug}.py")
+
+    @property
+    def import_name(self) -> str:
+        """The import name of the paper's code (a paper from ``ZOO_PAPERS`` is imported from its file)."""
+        return f"zoo.{self.field}.{self.module or self.slug}"
 
     @property
     def is_own(self) -> bool:

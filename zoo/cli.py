@@ -103,7 +103,9 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("kind", nargs="?", default="papers", metavar="|".join(KINDS))
     one.add_argument("pattern", nargs="?", default="*", help="a part of the name, or a pattern with *")
     one.add_argument("--licence", help="weights only: those of this licence")
-    one.add_argument("--json", action="store_true")
+    form = one.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="papers only: the table of README")
+    form.add_argument("--json", action="store_true")
     one.set_defaults(do=_list)
 
     one = commands.add_parser("show", help="one paper, model, weight, recipe or dataset")
@@ -132,8 +134,9 @@ def _parser() -> tuple[_Parser, list[str]]:
 
     one = commands.add_parser("weights", help="published weights: get, verify, convert")
     one.add_argument("what", choices=["get", "verify", "convert"])
-    one.add_argument("name")
-    one.add_argument("-o", "--out", metavar="FILE", help="convert: where the safetensors file goes")
+    one.add_argument("name", help="published weights; convert --to: also a checkpoint of yours")
+    one.add_argument("-o", "--out", metavar="FILE", help="convert: the file, .safetensors, .pth or .pkl")
+    one.add_argument("--to", metavar="FORMAT", help="convert: into another library's layout (detectron2, ...)")
     one.set_defaults(do=_weights)
 
     one = commands.add_parser("data", help="look a dataset over before a run")
@@ -268,8 +271,13 @@ def _list(arguments: argparse.Namespace, extra: list[str]) -> int:
         raise unknown("kind", arguments.kind, KINDS)
     if arguments.licence and arguments.kind != "weights":
         raise ZooError("--licence filters weights: zoo list weights --licence MIT")
+    if arguments.markdown and (arguments.kind, arguments.pattern) != ("papers", "*"):
+        raise ZooError("--markdown is of all papers: zoo list papers --markdown")
     from zoo import show
 
+    if arguments.markdown:
+        print(show.papers_markdown(), end="")
+        return 0
     rows = show.listing(arguments.kind, arguments.pattern, arguments.licence)
     if arguments.json:
         return _print_json(rows)
@@ -348,8 +356,8 @@ def _parity(arguments: argparse.Namespace, extra: list[str]) -> int:
 
 
 def _weights(arguments: argparse.Namespace, extra: list[str]) -> int:
-    if arguments.out and arguments.what != "convert":
-        raise ZooError("-o goes with zoo weights convert")
+    if (arguments.out or arguments.to) and arguments.what != "convert":
+        raise ZooError("-o and --to go with zoo weights convert")
     from zoo import pretrained
 
     if arguments.what == "get":
@@ -357,8 +365,10 @@ def _weights(arguments: argparse.Namespace, extra: list[str]) -> int:
     elif arguments.what == "verify":
         print(f"{arguments.name}: {pretrained.verify_weights(arguments.name)}")
     else:
+        if arguments.to and not arguments.out:
+            raise ZooError("--to wants the file to write: -o FILE.pkl, .pth or .safetensors")
         out = Path(arguments.out or f"{arguments.name}.safetensors")
-        print(pretrained.convert_weights(arguments.name, out) or out)
+        print(pretrained.convert_weights(arguments.name, out, arguments.to) or out)
     return 0
 
 

@@ -20,4 +20,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ZooError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
     if near:
         return ZooError(f"unknown {kind} {name!r}; did you mean {near[0]!r}?")
-    return ZooError(f"unknown {kind} {name!r}; known: {', '.join(known) or 'none'}")
+    shown = known if len(known) <= 20 else [*known[:20], f"... ({len(known)} in all)"]
+    return ZooError(f"unknown {kind} {name!r}; known: {', '.join(shown) or 'none'}")

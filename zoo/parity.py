@@ -253,17 +253,20 @@ def run_cases(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the announcements of Lightning's trainer, and with this process's random state left as it was."""
+    """Without the announcements of Lightning's trainer, on one thread (cases are tiny, and threads that wait for each
+    other made some a hundred times slower on a busy machine), and with this process's random state left as it was."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    state = np.random.get_state()
+    state, threads = np.random.get_state(), torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             yield
     finally:
         np.random.set_state(state)
+        torch.set_num_threads(threads)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -45,10 +45,13 @@ def predict(
         ZooError: a missing or broken picture, unknown names, weights that do not match.
     """
     pictures = [read_image(path) for path in images]
-    if "." in model and weights is None and catalog.weight(model)[1].kind == "encoder":
+    kind = _entry(model).kind
+    if kind == "encoder" and ("." in model and weights is None):
         raise ZooError(f"{model} is an encoder without a head: it neither draws nor classifies")
     prepare = create_preprocess(model)
     net = create_model(model, pretrained=weights is None, weights=weights).eval()
+    if kind == "full" and not callable(getattr(net, "picture", None)):
+        raise ZooError(f"{model} neither draws nor classifies; use it from Python: zoo.create_model({model!r})")
     batch = torch.stack([prepare(picture) for picture in pictures])
     with torch.inference_mode(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -60,7 +63,7 @@ def predict(
 def _draw(net: nn.Module, model: str, batch: Tensor, images: Sequence[Path], out: Path | None) -> list[dict[str, Any]]:
     from torchvision.io import write_png
 
-    facts = _preprocess(model)
+    facts = _entry(model).preprocess
     if out is not None and out.suffix == ".png":
         groups, paths = [batch], [out]
     else:
@@ -99,11 +102,15 @@ def _classify(
     return results
 
 
-def _preprocess(model: str) -> catalog.Preprocess:
+def _entry(model: str) -> catalog.Weight:
+    """The published weights named, or the first of a model named without tag."""
     if "." in model:
-        return catalog.weight(model)[1].preprocess
+        return catalog.weight(model)[1]
     card, entry = catalog.model(model)
-    return next(weight.preprocess for weight in card.weights if weight.model == entry.name)
+    published = [weight for weight in card.weights if weight.model == entry.name]
+    if not published:
+        raise ZooError(f"{model!r} has no published weights, and so no preprocessing of their own")
+    return published[0]
 
 
 def _class_names(count: int) -> list[str] | None:

@@ -23,7 +23,7 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,8 +74,9 @@ def create_model(
     architecture = Architecture(card, model.name, dict(entry.overrides) if entry else {})
     net = architecture.build(**overrides)
     if weights is not None:
-        state = _convert(card, read_state_dict(_file_of(weights)), os.fspath(weights))
         known = [entry for entry in card.weights if entry.model == model.name]
+        converter = known[0].converter if known else "convert_official"
+        state = _convert(card, read_state_dict(_file_of(weights)), os.fspath(weights), converter)
         fresh, spare = [key for e in known for key in e.fresh], [key for e in known for key in e.spare]
         _load(net, state, architecture, overrides, os.fspath(weights), fresh, spare)
     elif pretrained and entry is not None:
@@ -146,7 +147,7 @@ def fetch_weights(name: str) -> Path:
             download.say(f"{converted} is older than the code, or was changed since it was stored; converting anew")
         original = download.fetch(entry.urls, folder / _file_name(entry), _published(entry))
         try:
-            state = _convert(card, read_state_dict(original.path), name)
+            state = _convert(card, read_state_dict(original.path), name, entry.converter)
         except ZooError:
             if not entry.sha256:  # what was recorded at first use is no checkpoint: do not hold on to it
                 download.forget(folder / _file_name(entry))
@@ -196,15 +197,63 @@ def verify_weights(name: str) -> str:
     return f"sha256 {record['source_sha256']} as {against}; {len(state)} tensors match {entry.model} key for key"
 
 
-def convert_weights(name: str, out: str | os.PathLike[str]) -> Path:
-    """Writes published weights, converted to our layout, as a safetensors file; returns its path."""
+def convert_weights(name: str, out: str | os.PathLike[str], to: str | None = None) -> Path:
+    """Writes published weights, or those of a checkpoint of a task of ours, for use elsewhere; returns the path.
+
+    Args:
+        name: published weights, or (with `to`) a checkpoint file of ours, whose task tells the paper.
+        out: the file, ``.safetensors``. With `to` also ``.pth``, or ``.pkl`` with NumPy arrays, as in detectron2's
+            model zoo; these two can hold more than tensors by name.
+        to: a format among the EXPORTS of the paper's module; None: our own layout.
+
+    Raises:
+        ZooError: unknown weights or format, or a file that cannot hold it.
+    """
     path = Path(out).expanduser()
-    if path.suffix != ".safetensors":
-        raise ZooError(f"{os.fspath(out)!r}: converted weights are written as .safetensors")
-    state = _read_safetensors(fetch_weights(name))
+    if path.suffix not in (".safetensors", ".pth", ".pkl")[: None if to else 1]:
+        kinds = ".safetensors, .pth or .pkl" if to else ".safetensors"
+        raise ZooError(f"{os.fspath(out)!r}: converted weights are written as {kinds}")
+    if Path(name).is_file():
+        module, state = _module_of_checkpoint(Path(name)), read_state_dict(name)
+    else:
+        module, state = paper_module(catalog.weight(name)[0]), _read_safetensors(fetch_weights(name))
+    content: dict[str, Any] = state
+    if to is not None:
+        exports = getattr(module, "EXPORTS", {})
+        if to not in exports:
+            raise unknown("export format", to, exports)
+        content = exports[to](state)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_safetensors(state, path)
+    _write_content(content, path)
     return path
+
+
+def _module_of_checkpoint(path: Path) -> ModuleType:
+    """The module that defines the task which a checkpoint of ours was saved from."""
+    content = {} if _is_safetensors(path) else _unpickle(path)
+    kind = str(content.get("zoo_task", "")) if isinstance(content, Mapping) else ""
+    if not kind.startswith("zoo."):
+        raise ZooError(f"{path}: not a checkpoint of a task of the zoo; name published weights instead")
+    return importlib.import_module(kind.rpartition(".")[0])
+
+
+def _write_content(content: Mapping[str, Any], path: Path) -> None:
+    if path.suffix == ".safetensors":
+        if not all(isinstance(value, Tensor) for value in content.values()):
+            raise ZooError(f"{path}: this format holds more than tensors by name; write .pkl or .pth")
+        _write_safetensors(content, path)
+        return
+    with download.replacing(path) as file:
+        if path.suffix == ".pth":
+            torch.save(dict(content), file)
+        else:
+            file.write_bytes(pickle.dumps(_as_numpy(content)))
+
+
+def _as_numpy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_numpy(entry) for key, entry in value.items()}
+    return value.numpy() if isinstance(value, Tensor) else value
 
 
 def forget_weights(name: str) -> None:
@@ -247,7 +296,7 @@ def _read_record(path: Path) -> dict[str, str]:
 
 def _converter(card: PaperCard) -> str:
     """Changes with the code that converts, so that copies made by older code are not used."""
-    source = card.path.with_suffix(".py").read_bytes()
+    source = card.source.read_bytes()
     return f"{__version__}-{hashlib.sha256(source).hexdigest()[:16]}"
 
 
@@ -280,9 +329,8 @@ def _names(entries: list[Weight]) -> str:
 def paper_module(card: PaperCard) -> ModuleType:
     """The paper's Python module, beside its card."""
     if not card.is_own:
-        return importlib.import_module(card.module)
-    name = f"zoo_papers_{card.slug}"
-    path = card.path.with_suffix(".py")
+        return importlib.import_module(card.import_name)
+    name, path = f"zoo_papers_{card.source.stem}", card.source
     loaded = sys.modules.get(name)
     if loaded is not None and loaded.__file__ == str(path):
         return loaded
@@ -369,6 +417,38 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return _without_prefix(state)
 
 
+def read_source(source: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors that a task is to be initialised from, before conversion: a checkpoint of ours (.ckpt), a published
+    file, or the converted copy of published weights given by name.
+
+    Raises:
+        ZooError: no such file or name, or nothing that can be read.
+    """
+    path = Path(source)
+    if not path.is_file():
+        if path.suffix in (".ckpt", ".pth", ".pt", ".safetensors") or len(path.parts) > 1:
+            raise ZooError(f"init_from: no file {os.fspath(source)!r}")
+        path = fetch_weights(os.fspath(source))
+    return read_state_dict(path)
+
+
+def fill(
+    net: nn.Module, state: Mapping[str, Tensor], source: str | os.PathLike[str], wanted: Callable[[str], bool]
+) -> None:
+    """Loads `state` into the entries of `net` whose names are `wanted`: into all of these, and with nothing left over.
+
+    Raises:
+        ZooError: a key or shape differs; the first difference is named.
+    """
+    from lightning.pytorch.utilities import rank_zero_info
+
+    own = {key: value.shape for key, value in net.state_dict().items() if wanted(key)}
+    if report := mismatch(state, own):
+        raise ZooError(f"init_from: {os.fspath(source)} does not fit the model: {report}")
+    net.load_state_dict(state, strict=False)
+    rank_zero_info(f"encoder from {os.fspath(source)}: {len(state)} tensors")
+
+
 def _is_safetensors(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(9)
@@ -451,9 +531,9 @@ def _file_of(weights: str | os.PathLike[str]) -> Path:
     return download.fetch([source], cache_dir() / "weights" / "others" / digest / _base_name(source)).path
 
 
-def _convert(card: PaperCard, state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def _convert(card: PaperCard, state: dict[str, Tensor], name: str, converter: str) -> dict[str, Tensor]:
     try:
-        converted: dict[str, Tensor] = paper_module(card).convert_official(state)
+        converted: dict[str, Tensor] = getattr(paper_module(card), converter)(state)
     except (KeyError, ValueError, RuntimeError) as error:
         raise ZooError(f"{name}: not a layout of {card.slug}'s checkpoints ({_one_line(error)})") from error
     return converted

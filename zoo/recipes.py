@@ -40,6 +40,7 @@ import zoo
 from zoo import catalog
 from zoo.datacheck import checked_hash
 from zoo.errors import ZooError
+from zoo.machine import cpu_has_bfloat16
 from zoo.paths import share
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -107,7 +108,7 @@ class PlainProgress(ProgressBar):
             return
         self._last = now
         of = f"/{int(total)}" if total != float("inf") else ""
-        print(" ".join([what, f"batch {batch}{of}", *_numbers(_scalars(metrics))]), flush=True)
+        print(" ".join([what, f"batch {batch}{of}", *_numbers(_scalars(metrics, latest=True))]), flush=True)
 
     def _epoch(self, trainer: Trainer) -> str:
         last = f"/{trainer.max_epochs}" if trainer.max_epochs not in (None, -1) else ""
@@ -204,16 +205,16 @@ def _numbers(metrics: Mapping[str, Any]) -> list[str]:
     return [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in metrics.items()]
 
 
-def _scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """`metrics` as numbers, once each: Lightning also has some of them as `_step` and `_epoch`."""
+def _scalars(metrics: Mapping[str, Any], latest: bool = False) -> dict[str, Any]:
+    """`metrics` as numbers, once each: of those that Lightning keeps as `_step` and `_epoch` the mean of the epoch, or
+    the `latest` step's."""
     found: dict[str, Any] = {}
-    for key, value in metrics.items():
+    for key in sorted(metrics, key=lambda key: key.endswith("_step") == latest):  # the wanted one comes last
         name = key.removesuffix("_step").removesuffix("_epoch")
-        if key == "v_num" or key.startswith(("lr-", "time/", "train/lr")) or (name != key and name in metrics):
-            continue
-        if not (key.endswith("_step") and name in found):
+        if key != "v_num" and not key.startswith(("lr-", "time/", "train/lr")):
+            value = metrics[key]
             found[name] = value.item() if isinstance(value, torch.Tensor) else value
-    return found
+    return {name: found[name] for key in metrics if (name := key.removesuffix("_step").removesuffix("_epoch")) in found}
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -232,6 +233,7 @@ class RecipeCLI(LightningCLI):
 
     def __init__(self, name: str, subcommand: str, args: list[str], unlinked: set[str], rich: bool) -> None:
         self.recipe, self.what, self.unlinked, self.rich = name, subcommand, unlinked, rich
+        self.words = args
         self.folder = Path()
         self.checkpoint: ModelCheckpoint | None = None
         super().__init__(
@@ -288,8 +290,21 @@ class RecipeCLI(LightningCLI):
         if logger is None or logger is True:
             logger = self._loggers() if self.what == "fit" and not config["fast_dev_run"] else False
         return super().instantiate_trainer(
-            **kwargs, callbacks=callbacks, logger=logger, default_root_dir=str(self.folder), enable_model_summary=False
+            **kwargs,
+            callbacks=callbacks,
+            logger=logger,
+            precision=self._precision(config),
+            default_root_dir=str(self.folder),
+            enable_model_summary=False,
         )
+
+    def _precision(self, config: Mapping[str, Any]) -> Any:
+        """A recipe's bf16-mixed is float32 on a CPU that would have to emulate it, unless the user asks for it."""
+        asked = any(word.partition("=")[0] == "--trainer.precision" for word in self.words)
+        on_cpu = config["accelerator"] == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        if config["precision"] == "bf16-mixed" and on_cpu and not asked and not cpu_has_bfloat16():
+            return "32-true"
+        return config["precision"]
 
     def _fit_callbacks(self, config: Mapping[str, Any], given: list[Callback]) -> list[Callback]:
         from zoo.training.callbacks import default_callbacks
@@ -329,10 +344,22 @@ class RecipeCLI(LightningCLI):
 
 def _build(subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool) -> RecipeCLI:
     path = catalog.recipe_path(str(recipe))
-    _check_recipe(path)
+    content = _check_recipe(path)
     name = recipe_name(path)
-    args = ["--config", str(path), *_nested_nulls(argv)]
+    args = ["--config", str(path), *_without_its_data(content, argv), *_nested_nulls(argv)]
     return RecipeCLI(name, subcommand, args, _set_by_hand(args), rich)
+
+
+# Settings of the data module that are about the recipe's own dataset.
+_OF_DATASET = ("options", "train_samples", "data_dir", "mean", "std")
+
+
+def _without_its_data(content: Mapping[str, Any], argv: Sequence[str]) -> list[str]:
+    """The options that take back what a recipe says about its dataset, where the user gives another one."""
+    if not any(word.partition("=")[0] in ("--data.dataset", "--data.init_args.dataset") for word in argv):
+        return []
+    stated = (content.get("data") or {}).get("init_args") or {}
+    return [f"--data.{key}=null" for key in _OF_DATASET if stated.get(key) is not None]
 
 
 def _nested_nulls(argv: Sequence[str]) -> list[str]:
@@ -354,13 +381,15 @@ def _nested_nulls(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _check_recipe(path: Path) -> None:
+def _check_recipe(path: Path) -> dict[str, Any]:
+    """The content of the recipe at `path`; a ZooError where it is none."""
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ZooError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "model" not in content:
         raise ZooError(f"{path}: not a recipe; it has no `model`")
+    return content
 
 
 def _set_by_hand(args: Sequence[str]) -> set[str]:
@@ -607,6 +636,7 @@ def _quiet(debug: bool = False) -> Iterator[None]:
                 ".*Experiment logs directory.*",
                 ".*callbacks used to create the checkpoint need to be provided.*",
                 ".*treespec.*",
+                ".*in eval mode at the start of training.*",
                 ".*is not supported by the `ModelSummary`.*",
                 ".*`LightningCLI`.*args.*",
             ):

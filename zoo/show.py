@@ -93,6 +93,21 @@ def _paper_line(card: catalog.PaperCard) -> dict[str, Any]:
     }
 
 
+def papers_markdown() -> str:
+    """The papers as the Markdown table that README shows, every cell from a card, a case folder or a result file."""
+    columns = ("paper", "title", "field", "models", "weights", "parity cases", "claim in miniature", "leaderboard rows")
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for slug in catalog.list_papers():
+        card = catalog.paper(slug)
+        title = f"[{card.title}](https://arxiv.org/abs/{card.arxiv}), {card.year}" if card.arxiv else card.title
+        cases = len(list((share("parity/cases") / slug).glob("*.json")))
+        result = claim_result(card.claim.result) if card.claim else None
+        claim = "" if result is None else "held" if result["held"] else "not held"
+        cells = [f"`{slug}`", title, card.field, len(card.models), len(card.weights), cases, claim]
+        lines.append("| " + " | ".join(str(cell) for cell in [*cells, len(card.leaderboard)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def print_listing(kind: str, rows: list[dict[str, Any]], pattern: str = "*") -> None:
     if not rows:
         known = [row["name"] for row in listing(kind)]
@@ -222,17 +237,31 @@ def _print_paper(facts: Mapping[str, Any]) -> None:
         _heading(f"Claim in miniature (zoo claim {card.slug})")
         console.print(Text(card.claim.statement))
         console.print(Text("arms: " + ", ".join(card.claim.arms)))
-        for line in _claim_result(card.claim.result):
+        for line in _claim_lines(claim_result(card.claim.result)):
             console.print(Text(line))
 
 
-def _claim_result(name: str) -> list[str]:
+def claim_result(name: str) -> dict[str, Any] | None:
+    """The result file of a claim, None where it has not been run."""
     path = share("benchmarks") / "claims" / "results" / Path(name).name
-    if not path.is_file():
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _claim_lines(result: Mapping[str, Any] | None) -> list[str]:
+    """A line for each sub-claim with its effect and 95 % interval, and how it was measured."""
+    if result is None:
         return ["not run yet"]
-    result = json.loads(path.read_text(encoding="utf-8"))
-    simple = {key: value for key, value in result.items() if isinstance(value, str | int | float | bool)}
-    return [f"result: {key} {_cell(value)}" for key, value in simple.items()]
+    lines = []
+    for part in result["claims"]:
+        effect = part["effect"]
+        interval = "" if effect["low"] is None else f" [{effect['low']:.3g}, {effect['high']:.3g}]"
+        lines.append(f"{part['verdict']}: {part['statement']}: {effect['mean']:.3g}{interval} {part['unit']}")
+    settings, environment = result["settings"], result["environment"]
+    lines.append(
+        f"measured over {settings['seeds']} seeds on {settings.get('dataset', 'embedded data')} in"
+        f" {result['seconds'] / 60:.0f} min, {environment['cpu']['kind']}, {environment['date']}: {result['command']}"
+    )
+    return lines
 
 
 def _print_recipe(facts: Mapping[str, Any]) -> None:

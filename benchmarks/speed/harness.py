@@ -236,6 +236,24 @@ def forever(loader: Any, image: Callable[[Any], Tensor]) -> Iterator[Tensor]:
             yield image(batch)
 
 
+def revision(checkout: Path) -> str:
+    """The commit of a checkout, read from its files."""
+    git = checkout / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        if head.startswith("ref: "):
+            reference = head[5:]
+            loose = git / reference
+            if loose.is_file():
+                head = loose.read_text().strip()
+            else:
+                lines = (git / "packed-refs").read_text().splitlines()
+                head = next(line.split()[0] for line in lines if line.endswith(" " + reference))
+        return head[:12]
+    except (OSError, StopIteration):
+        return "unknown"
+
+
 def _draw_jpegs(folder: Path, count: int) -> None:
     """Smooth coloured noise at a common photo size, where no photos are given."""
     from PIL import Image
@@ -249,8 +267,8 @@ def _draw_jpegs(folder: Path, count: int) -> None:
 
 
 @contextlib.contextmanager
-def photos(setting: Setting, batch: int) -> Iterator[tuple[Path, str]]:
-    """A folder of classes with JPEG files, enough for a batch of `batch`, and what it is."""
+def photos(setting: Setting, count: int = 256) -> Iterator[tuple[Path, str]]:
+    """A folder of classes with JPEG files (at least `count`), and what it is."""
     sample = ROOT.parent / "shared" / "data" / "imagenet_sample"
     if setting.data is not None:
         yield setting.data, setting.data.name
@@ -258,5 +276,5 @@ def photos(setting: Setting, batch: int) -> Iterator[tuple[Path, str]]:
         yield sample, "imagenet_sample"
     else:
         with tempfile.TemporaryDirectory() as folder:
-            _draw_jpegs(Path(folder), 4 * batch)
+            _draw_jpegs(Path(folder), count)
             yield Path(folder), "drawn 500x375 JPEGs"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.environment import package_version
-from benchmarks.speed.harness import Loader, Setting, Trainer, Work, count_flops, forever, photos
+from benchmarks.speed.harness import Loader, Setting, Trainer, Work, count_flops, forever, photos, revision
 from zoo.errors import ZooError
 
 MASK_RATIO = 0.75
@@ -167,29 +167,11 @@ def official(size: Size, setting: Setting, fused_attention: bool) -> Trainer:
     attention = "today's timm blocks" if fused_attention else "attention written out, as in the timm it was written for"
     return Trainer(
         "official" if fused_attention else "official, 2021 attention",
-        _revision(setting.official),
+        revision(setting.official),
         lambda images: network(images, MASK_RATIO)[0],
         optimizer,
         f"facebookresearch/mae, {attention}; torch.optim.AdamW defaults as in its script",
     )
-
-
-def _revision(checkout: Path) -> str:
-    """The commit of a checkout, read from its files."""
-    git = checkout / ".git"
-    try:
-        head = (git / "HEAD").read_text().strip()
-        if head.startswith("ref: "):
-            reference = head[5:]
-            loose = git / reference
-            if loose.is_file():
-                head = loose.read_text().strip()
-            else:
-                lines = (git / "packed-refs").read_text().splitlines()
-                head = next(line.split()[0] for line in lines if line.endswith(" " + reference))
-        return head[:12]
-    except (OSError, StopIteration):
-        return "unknown"
 
 
 def transformers_vit_mae(size: Size, setting: Setting) -> Trainer:
@@ -365,6 +347,6 @@ def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
     """The pipelines from JPEG files to a batch, in this process (no workers), ours first."""
     side = MODELS[setting.model].img_size
     batch = LOADING_BATCH
-    with photos(setting, LOADING_BATCH) as (folder, name):
+    with photos(setting, 4 * LOADING_BATCH) as (folder, name):
         makers = (_zoo_loader, _official_loader, _timm_loader)
         yield [make(folder, side, batch) for make in makers], Work(batch, detail={"data": name, "crop": side})

@@ -167,6 +167,6 @@ def _timm_loader(folder: Path, side: int, batch: int) -> Loader:
 def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
     """The pipelines from JPEG files to a batch, in this process (no workers), ours first."""
     side, batch = MODELS[setting.model].img_size, LOADING_BATCH
-    with photos(setting, batch) as (folder, name):
+    with photos(setting, 4 * batch) as (folder, name):
         makers = (_zoo_loader, _torchvision_loader, _timm_loader)
         yield [make(folder, side, batch) for make in makers], Work(batch, detail={"data": name, "crop": side})

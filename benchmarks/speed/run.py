@@ -94,7 +94,14 @@ def _table(record: dict[str, Any], section: str) -> list[str]:
     on_gpu = section == "step" and setting["device"].startswith("cuda")
     head = ["", "seconds (quartiles)", "images/s"]
     if section == "step":
-        head += ["tokens/s", "TFLOP/s", *(["share of peak"] if on_gpu else []), "forward", "backward", "update"]
+        head += [
+            *(["tokens/s"] if work["tokens"] else []),
+            "TFLOP/s",
+            *(["share of peak"] if on_gpu else []),
+            "forward",
+            "backward",
+            "update",
+        ]
     on_cpu = not setting["device"].startswith("cuda")
     head += ["time over ours (quartiles)", *(["processor time over ours"] if on_cpu else [])]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -106,7 +113,8 @@ def _table(record: dict[str, Any], section: str) -> list[str]:
             f"{row['images_per_second']:.1f}",
         ]
         if section == "step":
-            cells += [f"{row['tokens_per_second']:.0f}" if "tokens_per_second" in row else "", f"{row['tflops']:.3f}"]
+            cells += [f"{row['tokens_per_second']:.0f}"] if work["tokens"] else []
+            cells += [f"{row['tflops']:.3f}"]
             if on_gpu:
                 share = row["share_of_peak"]
                 cells += ["" if share is None else f"{100 * share:.1f} %"]

@@ -291,6 +291,125 @@ class EvalResizeCrop(ImageTransform):
         return f"{super().extra_repr()}, crop_pct={self.crop_pct:g}, crop_mode={self.crop_mode!r}"
 
 
+# ------------------------------------------------------------------------------------------- views for self-supervision
+
+
+class ContrastiveAugment(ImageTransform):
+    """The augmentation of contrastive learning: random resized crop, colour jitter, grayscale, blur, flip.
+
+    The defaults are those of MoCo v2 and SimSiam. Colours are jittered as torchvision does, on uint8; the blur is
+    Pillow's (a few box filters).
+
+    Args:
+        size: side of the output in pixels.
+        scale: bounds of the crop's share of the area.
+        jitter: strength of brightness, contrast, saturation and hue.
+        jitter_prob: chance that the colours are jittered.
+        gray_prob: chance that the picture turns gray.
+        gray_first: turn gray before the jitter, as MoCo v1 does, not after it.
+        blur_prob: chance of a Gaussian blur.
+        blur_sigma: bounds of its radius in pixels.
+        interpolation: of the crop.
+    """
+
+    def __init__(
+        self,
+        size: int | None = None,
+        scale: tuple[float, float] = (0.2, 1.0),
+        jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
+        jitter_prob: float = 0.8,
+        gray_prob: float = 0.2,
+        gray_first: bool = False,
+        blur_prob: float = 0.5,
+        blur_sigma: tuple[float, float] = (0.1, 2.0),
+        interpolation: str = "bilinear",
+    ) -> None:
+        super().__init__(size, interpolation)
+        if not 0 < scale[0] <= scale[1] or min(*jitter, jitter_prob, gray_prob, blur_prob) < 0 or jitter[3] > 0.5:
+            raise ZooError(
+                "scale must rise and be positive, jitter and chances must not be negative, and hue at most 0.5; got"
+                f" scale {scale}, jitter {jitter}, chances {jitter_prob}, {gray_prob} and {blur_prob}"
+            )
+        self.scale, self.jitter, self.blur_sigma = scale, jitter, blur_sigma
+        self.jitter_prob, self.gray_prob, self.blur_prob, self.gray_first = (
+            jitter_prob,
+            gray_prob,
+            blur_prob,
+            gray_first,
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        draws = torch.rand(45).tolist()
+        rows = [draws[k : k + 4] for k in range(0, 40, 4)]
+        box = random_resized_crop_params(image.shape[-2], image.shape[-1], self.scale, (3 / 4, 4 / 3), rows)
+        image = crop_resize(image, box, self.side, self.interpolation)
+        flip, jitter, gray, blur, radius = draws[40:]
+        gray_now = gray < self.gray_prob
+        if gray_now and self.gray_first:
+            image = _grayscale(image)
+        if jitter < self.jitter_prob:
+            image = color_jitter(image, self.jitter)
+        if gray_now and not self.gray_first:
+            image = _grayscale(image)
+        if blur < self.blur_prob:
+            image = box_blur(image, self.blur_sigma[0] + radius * (self.blur_sigma[1] - self.blur_sigma[0]))
+        return image.flip(-1) if flip < 0.5 else image
+
+
+class TwoViews(ImageTransform):
+    """Two views of a picture, each by the same random transform; batches then hold `views` instead of `image`."""
+
+    def __init__(self, transform: ImageTransform) -> None:
+        super().__init__()
+        self.transform = transform
+        self.random = bool(getattr(transform, "random", True))
+        self.foreign_random = bool(getattr(transform, "foreign_random", True))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return [self.transform(image), self.transform(image)]
+
+
+def color_jitter(image: Tensor, strength: Sequence[float]) -> Tensor:
+    """Jitters brightness, contrast, saturation and hue of a uint8 (3, H, W) picture, in random order.
+
+    The first three factors are uniform in [max(0, 1 - s), 1 + s], the shift of the hue in [-s, s]; a strength of 0
+    leaves that property alone.
+    """
+    from torchvision.transforms.v2 import functional
+
+    steps = (
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+        functional.adjust_hue,
+    )
+    draws = torch.rand(4).tolist()
+    for which in torch.randperm(4).tolist():
+        s = strength[which]
+        if s:
+            low = -s if which == 3 else max(0.0, 1 - s)
+            high = s if which == 3 else 1 + s
+            image = steps[which](image, low + draws[which] * (high - low))
+    return image
+
+
+def _grayscale(image: Tensor) -> Tensor:
+    from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+    return rgb_to_grayscale(image, num_output_channels=3)
+
+
+def box_blur(image: Tensor, sigma: float) -> Tensor:
+    """Blurs a uint8 (3, H, W) picture as Pillow's GaussianBlur does: by box filters that approach the Gaussian."""
+    from PIL import ImageFilter
+    from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+    return pil_to_tensor(to_pil_image(image).filter(ImageFilter.GaussianBlur(sigma)))
+
+
+# --------------------------------------------------------------------------------------------------------------- mixing
+
+
 class Mixing:
     """Mixup and CutMix on a batch, by timm; draws from NumPy's generator, which the task seeds for each step.
 

@@ -1,7 +1,7 @@
 """The plain Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929): blocks, patch embedding, classifier.
 
 Parameter names are those of timm and of the official MAE, MoCo v3 and DeiT releases. LayerNorm eps 1e-6, qkv with
-bias, exact GELU. Attention is `scaled_dot_product_attention`.
+bias, exact GELU.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Literal
 import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import ZooError
+from zoo.ops.attention import attention
 
 NORM_EPS = 1e-6
 
@@ -41,7 +42,7 @@ class Attention(nn.Module):
             weights, biases = self.qkv.weight.split([dim, 2 * dim]), self.qkv.bias.split([dim, 2 * dim])
             q = linear(x[:, -last:], weights[0], biases[0]).reshape(batch, last, *heads).transpose(1, 2)
             k, v = linear(x, weights[1], biases[1]).reshape(batch, length, 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

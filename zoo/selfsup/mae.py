@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -35,6 +34,7 @@ from zoo.nn.vit import NORM_EPS, Block, PatchEmbed, VisionTransformer, init_as_l
 from zoo.ops.masking import Masking, random_masking, take_tokens, tokens_at
 from zoo.ops.patches import patchify, unpatchify
 from zoo.ops.pos_embed import resize_pos_embed, sincos_2d
+from zoo.pretrained import fill, read_source
 from zoo.training import BaseModule, Classification, LinearClassification, Optim, probe_head
 
 __all__ = [
@@ -252,7 +252,7 @@ class MaskedAutoencoder(nn.Module):
     ) -> Tensor:
         """A uint8 sheet (3, H, W): a row an image; columns original, masked, reconstruction, reconstruction + visible.
 
-        `mean` and `std` are those by which `images` (B, C, S, S) were normalised.
+        `mean` and `std` are those by which `images` (B, C, S, S) were normalised. Small images are shown enlarged.
         """
         views = [images, *self.reconstruct(images, mask_ratio, noise)]
         seen = views[1].abs().amax(dim=1, keepdim=True) > 0
@@ -261,7 +261,9 @@ class MaskedAutoencoder(nn.Module):
         )
         pixels = [(view * scale + shift).clamp(0, 1) for view in views]
         pixels[1] = torch.where(seen, pixels[1], 0.5)
-        gap = max(1, images.shape[-1] // 32)
+        zoom = max(1, 128 // images.shape[-1])
+        pixels = [view.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) for view in pixels]
+        gap = max(1, pixels[0].shape[-1] // 32)
         framed = [nn.functional.pad(view, (0, gap, 0, gap), value=1.0) for view in pixels]
         sheet = torch.cat(list(torch.cat(framed, dim=3)), dim=1)[:, :-gap, :-gap]
         return (sheet * 255).round().to(torch.uint8).expand(3, -1, -1)
@@ -622,33 +624,9 @@ def load_encoder(network: VisionTransformer, source: str | Path) -> None:
     Raises:
         ZooError: the file is missing, or its encoder is not of this network's shape.
     """
-    from zoo.pretrained import fetch_weights, read_state_dict
-
-    path = Path(source)
-    if not path.is_file():
-        if path.suffix in (".ckpt", ".pth", ".pt", ".safetensors") or len(path.parts) > 1:
-            raise ZooError(f"init_from: no file {str(source)!r}")
-        path = Path(fetch_weights(str(source)))
-    state = read_state_dict(path)
-    prefix = "network."
-    if any(key.startswith(prefix) for key in state):  # a checkpoint of ours also holds its metrics
-        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    state = {key: value for key, value in convert_official(state).items() if _ENCODER.fullmatch(key)}
-    own = {key: value for key, value in network.state_dict().items() if _ENCODER.fullmatch(key)}
+    state = {key: value for key, value in convert_official(read_source(source)).items() if _ENCODER.fullmatch(key)}
     if network.global_pool == "avg":
         state = {key: value for key, value in state.items() if not key.startswith("norm.")}
     if "pos_embed" in state:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], network.patch_embed.grid)
-    problems = [f"{key} is missing" for key in own if key not in state]
-    problems += [f"{key} is not in the model" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(value.shape)}, not {tuple(own[key].shape)}"
-        for key, value in state.items()
-        if key in own and value.shape != own[key].shape
-    ]
-    if problems:
-        raise ZooError(
-            f"init_from: {source} does not fit the model: {problems[0]} ({len(problems)} keys differ in all)"
-        )
-    network.load_state_dict(state, strict=False)
-    rank_zero_info(f"encoder from {source}: {len(state)} tensors")
+    fill(network, state, source, lambda key: _ENCODER.fullmatch(key) is not None)

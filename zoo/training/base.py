@@ -42,7 +42,8 @@ class BaseModule(L.LightningModule):
       `seed_everything`: a step is a pure function of its position, so a resumed run repeats the uninterrupted one.
       Evaluation batches are seeded without the epoch, so that two epochs are compared on the same draws.
     - `train/loss` and `train/lr` are logged from what `training_step` returns.
-    - A checkpoint with non-finite weights is refused, and holds plain types only (it loads with weights_only=True).
+    - A checkpoint with non-finite weights is refused, and holds plain types only (it loads with weights_only=True);
+      `zoo_task` names the task's class.
 
     A subclass that overrides one of the hooks below calls super.
 
@@ -95,6 +96,7 @@ class BaseModule(L.LightningModule):
                 f"non-finite weights at step {self.trainer.global_step} ({broken[0]}, {len(broken)} tensors in all);"
                 " nothing was saved and the last good checkpoint is kept"
             )
+        checkpoint["zoo_task"] = f"{type(self).__module__}.{type(self).__qualname__}"
         for key in checkpoint:
             if key.endswith("hyper_parameters"):
                 checkpoint[key] = _plain(checkpoint[key])

@@ -145,6 +145,7 @@ class LinearClassification(Classification):
         self.network.requires_grad_(False)
         self.classifier = classifier
         self.network.set_submodule(classifier, head)
+        self.train()  # the trainer keeps the modes that it finds
 
     def trainable(self) -> nn.Module:
         return self.network.get_submodule(self.classifier)

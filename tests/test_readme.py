@@ -1,0 +1,77 @@
+"""README tells the truth: its table is generated, its pictures exist, its commands run."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+import zoo
+from tests.conftest import ROOT
+from zoo import show
+from zoo.cli import main
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+COMMANDS = [line.partition("  #")[0] for block in BLOCKS[2:] for line in block.splitlines() if line.startswith("zoo ")]
+RUNS = [words for command in COMMANDS if (words := shlex.split(command)[1:])[0] in ("fit", "validate", "test")]
+LOOKS = [words for command in COMMANDS if (words := shlex.split(command)[1:]) not in RUNS and words[0] != "parity"]
+
+
+def test_the_two_commands_set_everything_up() -> None:
+    """CI runs these blocks as they stand (see .ci/run); each is one line from nothing to the result."""
+    job, tests = (block.strip() for block in BLOCKS[:2])
+    assert "\n" not in job + tests
+    assert all(command.startswith("python3 -m venv .venv && ") for command in (job, tests))
+    assert job.endswith("zoo fit mae/pocket")
+    assert "pytest" in tests
+
+
+def test_the_table_of_papers_is_the_catalogs() -> None:
+    table = re.search(r"<!-- papers -->\n(.*?)<!-- /papers -->", README, re.DOTALL)
+    assert table is not None
+    assert table[1].strip() == show.papers_markdown().strip(), "run: zoo list papers --markdown"
+
+
+def test_links_lead_to_files() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert any(link.endswith(".png") for link in links)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_weights_it_loads_are_known() -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert {ast.unparse(call.func) for call in calls} == {"zoo.create_model", "zoo.create_preprocess"}
+    names = {n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    assert names
+    assert names <= set(zoo.list_weights())
+
+
+@pytest.mark.parametrize("words", RUNS, ids=" ".join)
+def test_a_run_takes_its_options(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    last = tmp_path / "runs" / words[1] / "1" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    (tmp_path / "my_folder").mkdir()
+    with pytest.raises(SystemExit) as end:
+        main([*words, *["--print_config"] * ("--print_config" not in words)])
+    assert end.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    for key, value in zip(words[2::2], words[3::2], strict=False):
+        if key.startswith("--trainer."):
+            assert str(config["trainer"][key.removeprefix("--trainer.")]) == value
+
+
+@pytest.mark.parametrize("words", LOOKS, ids=" ".join)
+def test_a_look_around_works(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--quick"] if words[0] == "data" else []
+    assert main([*words, *quick]) == 0
+    assert capsys.readouterr().out.strip()
