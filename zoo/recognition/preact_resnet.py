@@ -94,7 +94,8 @@ def shortcut_and_branch(
     """
     if kind == "constant_scaling":
         return scale_x * x, scale_f * f
-    if gate is not None and kind in ("exclusive_gating", "shortcut_only_gating"):
+    if kind in ("exclusive_gating", "shortcut_only_gating"):
+        assert gate is not None, "a gated shortcut wants the logit of its gate"
         kept = (-gate).sigmoid() * x
         return kept, gate.sigmoid() * f if kind == "exclusive_gating" else f
     return x, f
