@@ -217,7 +217,9 @@ def test_scripted_and_traced_networks_compute_the_same(name: str, unit: str) -> 
     images = _images(net)
     expected = net(images)
     torch.testing.assert_close(torch.jit.script(net)(images), expected)
-    torch.testing.assert_close(torch.fx.symbolic_trace(net)(images), expected)
+    traced = torch.fx.symbolic_trace(net)
+    torch.testing.assert_close(traced(images), expected)
+    torch.testing.assert_close(torch.jit.script(traced)(images), expected)
 
 
 def test_optimizers_and_transforms_of_timm_take_them() -> None:

@@ -16,8 +16,8 @@ Deviations from the official Torch7 code, none of which changes a value:
 - Zero channels of shortcut type A are padded, not computed as 0 * x.
 """
 
-from __future__ import annotations
-
+# Annotations are not postponed here: torch.fx writes them into traced code, where TorchScript must be able to read
+# them.
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
