@@ -95,14 +95,15 @@ def _paper_line(card: catalog.PaperCard) -> dict[str, Any]:
 
 def papers_markdown() -> str:
     """The papers as the Markdown table that README shows, every cell from a card, a case folder or a result file."""
-    columns = ("paper", "title", "field", "models", "weights", "parity cases", "claim in miniature", "leaderboard rows")
+    columns = ("paper", "title", "field", "models", "weights", "parity cases", "claims in miniature", "leaderboard rows")
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for slug in catalog.list_papers():
         card = catalog.paper(slug)
         title = f"[{card.title}](https://arxiv.org/abs/{card.arxiv}), {card.year}" if card.arxiv else card.title
         cases = len(list((share("parity/cases") / slug).glob("*.json")))
         result = claim_result(card.claim.result) if card.claim else None
-        claim = "" if result is None else "held" if result["held"] else "not held"
+        held = [] if result is None else [part["held"] for part in result["claims"]]
+        claim = f"{sum(held)} of {len(held)} held" if held else ""
         cells = [f"`{slug}`", title, card.field, len(card.models), len(card.weights), cases, claim]
         lines.append("| " + " | ".join(str(cell) for cell in [*cells, len(card.leaderboard)]) + " |")
     return "\n".join(lines) + "\n"
