@@ -95,7 +95,7 @@ def _paper_line(card: catalog.PaperCard) -> dict[str, Any]:
 
 def papers_markdown() -> str:
     """The papers as the Markdown table that README shows, every cell from a card, a case folder or a result file."""
-    columns = ("paper", "title", "field", "models", "weights", "parity cases", "claims in miniature", "leaderboard rows")
+    columns = ("paper", "title", "field", "models", "weights", "parity cases", "claims held", "leaderboard rows")
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for slug in catalog.list_papers():
         card = catalog.paper(slug)
@@ -103,7 +103,7 @@ def papers_markdown() -> str:
         cases = len(list((share("parity/cases") / slug).glob("*.json")))
         result = claim_result(card.claim.result) if card.claim else None
         held = [] if result is None else [part["held"] for part in result["claims"]]
-        claim = f"{sum(held)} of {len(held)} held" if held else ""
+        claim = f"{sum(held)} of {len(held)}" if held else ""
         cells = [f"`{slug}`", title, card.field, len(card.models), len(card.weights), cases, claim]
         lines.append("| " + " | ".join(str(cell) for cell in [*cells, len(card.leaderboard)]) + " |")
     return "\n".join(lines) + "\n"
