@@ -6,11 +6,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -304,3 +306,46 @@ def show(record: dict[str, Any]) -> None:
         effect = claim["effect"]
         spread = "" if effect["low"] is None else f" [{effect['low']:+.4g}, {effect['high']:+.4g}]"
         print(f"  {claim['verdict']:9} {claim['statement']}: {effect['mean']:+.4g}{spread} {claim['unit']}")
+
+
+def run_arms(
+    paper: str,
+    statement: str,
+    given: Any,
+    kind: Callable[..., Any],
+    quick: dict[str, Any],
+    arms: list[str],
+    one_arm: Callable[[Any, World, int, str], dict[str, Any]],
+    conclude: Callable[[list[dict[str, dict[str, Any]]]], list[SubClaim]],
+) -> int:
+    """All seeds and arms, each computed or taken from the store, and the result file."""
+    warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    dataset, folder = choose_data(given.data, given.data_dir)
+    settings = replace(kind(dataset=dataset), **(quick if given.quick else {}))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(given.threads)
+    seeds: list[dict[str, dict[str, Any]]] = []
+    try:
+        store = Store(given.work / paper, asdict(settings) | {"threads": given.threads})
+        world = open_world(dataset, folder, settings.img_size, settings.train_images, settings.test_images)
+        for seed in range(given.seeds):
+            seeds.append({})
+            for arm in arms:
+                found = store.part(f"seed{seed}_{arm}", lambda s=seed, a=arm: one_arm(settings, world, s, a))
+                seeds[-1][arm] = found
+                told = ", ".join(f"{key} {value:.4g}" for key, value in found.items() if isinstance(value, float))
+                print(f"seed {seed} {arm}: {told}", flush=True)
+    finally:
+        torch.set_num_threads(threads)
+    parts = [found for seed in seeds for found in seed.values()]
+    numbers = {arm: {key: [seed[arm][key] for seed in seeds] for key in seeds[0][arm]} for arm in arms}
+    options = {"seeds": given.seeds, "threads": given.threads, "quick": given.quick}
+    record = result(paper, statement, asdict(settings) | options, numbers, conclude(seeds), parts)
+    out = result_path(paper, given)
+    write(record, out)
+    show(record)
+    if given.quick:
+        print("a quick run tries the program; its numbers say nothing")
+    print(f"written: {out}")
+    return 0

@@ -9,12 +9,10 @@ are judged by nearest neighbours. Real data (CIFAR-10) where it is found, the em
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
-import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -29,19 +27,13 @@ from torch.nn.functional import affine_grid, conv2d, grid_sample, pad
 from benchmarks.claims.common import (
     Batches,
     Diary,
-    Store,
     SubClaim,
     World,
-    choose_data,
     in_batches,
     labelled,
-    open_world,
     parser,
-    result,
-    result_path,
-    show,
+    run_arms,
     train,
-    write,
 )
 from zoo.metrics.knn import KNNAccuracy
 from zoo.selfsup.moco import MoCoPretraining
@@ -257,50 +249,7 @@ def conclude(seeds: list[dict[str, dict[str, Any]]]) -> list[SubClaim]:
 
 def main(argv: list[str] | None = None) -> int:
     given = parser(__doc__).parse_args(argv)
-    return run("moco", STATEMENT, given, Settings, QUICK, list(ARMS), one_arm, conclude)
-
-
-def run(
-    paper: str,
-    statement: str,
-    given: Any,
-    kind: Callable[..., Any],
-    quick: dict[str, Any],
-    arms: list[str],
-    one_arm: Callable[[Any, World, int, str], dict[str, Any]],
-    conclude: Callable[[list[dict[str, dict[str, Any]]]], list[SubClaim]],
-) -> int:
-    """All seeds and arms, each computed or taken from the store, and the result file."""
-    warnings.filterwarnings("ignore", module="lightning")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    dataset, folder = choose_data(given.data, given.data_dir)
-    settings = replace(kind(dataset=dataset), **(quick if given.quick else {}))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(given.threads)
-    seeds: list[dict[str, dict[str, Any]]] = []
-    try:
-        store = Store(given.work / paper, asdict(settings) | {"threads": given.threads})
-        world = open_world(dataset, folder, settings.img_size, settings.train_images, settings.test_images)
-        for seed in range(given.seeds):
-            seeds.append({})
-            for arm in arms:
-                found = store.part(f"seed{seed}_{arm}", lambda s=seed, a=arm: one_arm(settings, world, s, a))
-                seeds[-1][arm] = found
-                told = ", ".join(f"{key} {value:.4g}" for key, value in found.items() if isinstance(value, float))
-                print(f"seed {seed} {arm}: {told}", flush=True)
-    finally:
-        torch.set_num_threads(threads)
-    parts = [found for seed in seeds for found in seed.values()]
-    numbers = {arm: {key: [seed[arm][key] for seed in seeds] for key in seeds[0][arm]} for arm in arms}
-    options = {"seeds": given.seeds, "threads": given.threads, "quick": given.quick}
-    record = result(paper, statement, asdict(settings) | options, numbers, conclude(seeds), parts)
-    out = result_path(paper, given)
-    write(record, out)
-    show(record)
-    if given.quick:
-        print("a quick run tries the program; its numbers say nothing")
-    print(f"written: {out}")
-    return 0
+    return run_arms("moco", STATEMENT, given, Settings, QUICK, list(ARMS), one_arm, conclude)
 
 
 if __name__ == "__main__":

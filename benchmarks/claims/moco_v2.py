@@ -19,8 +19,8 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import lightning as L
 import torch
 
-from benchmarks.claims.common import SubClaim, World, in_batches, labelled, parser
-from benchmarks.claims.moco import Augmentation, optimiser, pretrain, run
+from benchmarks.claims.common import SubClaim, World, in_batches, labelled, parser, run_arms
+from benchmarks.claims.moco import Augmentation, optimiser, pretrain
 from zoo.selfsup.moco import MoCoPretraining, MoCoV2Pretraining
 from zoo.training import Optim
 from zoo.training.probe import fit_probe
@@ -115,7 +115,7 @@ def conclude(seeds: list[dict[str, dict[str, Any]]]) -> list[SubClaim]:
 
 def main(argv: list[str] | None = None) -> int:
     given = parser(__doc__).parse_args(argv)
-    return run("moco_v2", STATEMENT, given, Settings, QUICK, list(ARMS), one_arm, conclude)
+    return run_arms("moco_v2", STATEMENT, given, Settings, QUICK, list(ARMS), one_arm, conclude)
 
 
 if __name__ == "__main__":
