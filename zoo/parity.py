@@ -129,6 +129,44 @@ def load_filled(network: nn.Module, case: Case, convert: Callable[[dict[str, Ten
     return network
 
 
+_PRECISION: dict[str, Any] = {
+    "float64": "64-true",
+    "float32": "32-true",
+    "bfloat16": "bf16-true",
+    "float16": "16-true",
+}
+
+
+def fit(case: Case, module: Any, data: Any, callback: Any, max_epochs: int, **options: Any) -> Any:
+    """Trains a task on a case's batches with Lightning's trainer, in the case's dtype and on its device; the trainer.
+
+    Args:
+        case: says dtype and device.
+        module: the LightningModule, filled already.
+        data: a LightningDataModule that gives the case's batches in order.
+        callback: keeps what the case compares.
+        max_epochs: the length that the schedule sees.
+        options: further ones of the trainer.
+    """
+    import lightning as L
+
+    trainer = L.Trainer(
+        accelerator=torch.device(case["device"]).type,
+        devices=1,
+        precision=_PRECISION[case["dtype"]],
+        max_epochs=max_epochs,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **options,
+    )
+    trainer.fit(module, datamodule=data)
+    return trainer
+
+
 def digest(tensor: Any) -> dict[str, Any]:
     """Shape, mean, standard deviation, L2 norm and 16 evenly spaced elements, as plain JSON."""
     if isinstance(tensor, Tensor):

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from zoo.data.transforms import one_draw_crop_params
 from zoo.nn.vit import VisionTransformer
 from zoo.ops.pos_embed import resize_pos_embed
-from zoo.parity import Case, dtype_of, filled_inputs, load_filled
+from zoo.parity import Case, dtype_of, filled_inputs, fit, load_filled
 from zoo.selfsup.mae import (
     MAEFineTuning,
     MAELinearProbe,
@@ -28,7 +28,6 @@ from zoo.training import LARS, BaseModule, Optim, lr_at, param_groups, probe_hea
 SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 DECODER = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
 BATCH_NAMES = {"imgs": "image", "labels": "label", "mask_noise": "mask_noise"}
-PRECISION = {"float64": "64-true", "float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true"}
 
 
 def run(case: Case) -> dict[str, Tensor]:
@@ -186,21 +185,8 @@ def _fit(case: Case, module: BaseModule) -> tuple[dict[str, Tensor], Any]:
     network: Any = module.network
     load_filled(network, case, convert_official)
     record = Record(train["iterations"])
-    trainer = L.Trainer(
-        accelerator=torch.device(case["device"]).type,
-        devices=1,
-        precision=PRECISION[case["dtype"]],  # type: ignore[arg-type]
-        max_epochs=train["epochs"],
-        accumulate_grad_batches=train["accum_iter"],
-        gradient_clip_val=train.get("clip_grad"),
-        callbacks=[record],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, datamodule=Batches(inputs, train))
+    clipping = {"accumulate_grad_batches": train["accum_iter"], "gradient_clip_val": train.get("clip_grad")}
+    trainer = fit(case, module, Batches(inputs, train), record, train["epochs"], **clipping)
     rates = torch.tensor(record.rates, dtype=torch.float64)
     (optimizer,) = trainer.optimizers
     network.to(case["device"], dtype_of(case)).eval()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zoo.metrics.knn import knn_scores
 from zoo.nn.batchnorm import SplitBatchNorm
-from zoo.parity import Case, dtype_of, filled_inputs, filled_state, load_filled
+from zoo.parity import Case, dtype_of, filled_inputs, filled_state, fit, load_filled
 from zoo.selfsup.moco import (
     MoCo,
     MoCoPretraining,
@@ -27,7 +27,6 @@ from zoo.selfsup.moco import (
 from zoo.training import Optim, lr_at
 
 BLOCKS = {"BasicBlock": "resnet18", "Bottleneck": "resnet50"}
-PRECISION = {"float64": "64-true", "float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true"}
 
 
 def run(case: Case) -> dict[str, Tensor]:
@@ -212,19 +211,7 @@ def train_run(case: Case) -> dict[str, Tensor]:
     task = kind(**_options(config["model"]), optim=_optim(train))
     load_filled(task.network, case, convert_official)
     record = Record(train["iterations"])
-    trainer = L.Trainer(
-        accelerator=torch.device(case["device"]).type,
-        devices=1,
-        precision=PRECISION[case["dtype"]],  # type: ignore[arg-type]
-        max_epochs=train["epochs"],
-        callbacks=[record],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(task, datamodule=Batches(inputs, train))
+    fit(case, task, Batches(inputs, train), record, train["epochs"])
     network = task.network.to(case["device"], dtype_of(case)).eval()
     after = {name.removeprefix("after:"): value for name, value in _after(network, case).items()}
     with torch.no_grad():

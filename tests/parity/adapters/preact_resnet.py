@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from zoo.parity import Case, dtype_of, filled_inputs, filled_state, load_filled
+from zoo.parity import Case, dtype_of, filled_inputs, filled_state, fit, load_filled
 from zoo.recognition.preact_resnet import (
     PreActResNet,
     PreActResNetClassification,
@@ -21,7 +21,6 @@ from zoo.recognition.preact_resnet import (
 )
 from zoo.training import Optim
 
-PRECISION = {"float64": "64-true", "float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true"}
 IMAGENET_EPOCHS_A_STEP, CIFAR_MILESTONES = 30, (80, 121)  # 0-based, as our epochs are
 
 
@@ -131,19 +130,7 @@ def train_run(case: Case) -> dict[str, Tensor]:
     module.network = net
     load_filled(net, case, convert_official)
     record = Resumed(train)
-    trainer = L.Trainer(
-        accelerator=torch.device(case["device"]).type,
-        devices=1,
-        precision=PRECISION[case["dtype"]],  # type: ignore[arg-type]
-        max_epochs=len(train["epochs"]),
-        callbacks=[record],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, datamodule=Batches(inputs, train))
+    fit(case, module, Batches(inputs, train), record, len(train["epochs"]))
     net.to(case["device"], dtype_of(case)).eval()
     tracked = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     ours = {official: _ours(official, case) for official in (*config["track"], *config["track_buffers"])}
