@@ -30,10 +30,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zoo import __version__, catalog, download, torch7
+from zoo import __version__, catalog, download, pickles, torch7
 from zoo.catalog import PaperCard, Preprocess, Weight
 from zoo.errors import ZooError, unknown
 from zoo.paths import cache_dir
@@ -42,7 +43,9 @@ if TYPE_CHECKING:
     from torchvision.transforms import v2
 
 ADAPTABLE = ("img_size", "num_classes", "in_chans")  # overrides that weights of another value are adapted to
-WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "model_ema", "ema_params", "ema", "params")
+WRAPPERS = (
+    "state_dict", "model", "model_state", "model_state_dict", "model_ema", "ema_params", "ema", "params", "blobs",
+)  # fmt: skip
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.")  # of DataParallel, torch.compile, Lightning modules
 
 
@@ -393,8 +396,8 @@ def shapes(net: nn.Module) -> dict[str, torch.Size]:
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, by name: safetensors, PyTorch, out of wrappers such as ``{"model": ...}``, or
-    Torch7 (``.t7``), by place.
+    """The tensors of a checkpoint file, by name: safetensors, PyTorch, out of wrappers such as ``{"model": ...}``,
+    pickled NumPy arrays of Caffe2, Detectron and detectron2 (``.pkl``), or Torch7 (``.t7``), by place.
 
     A prefix that every key carries (``module.``, ``model.``) is taken off; of a checkpoint of ours, the network is
     taken (``network.``), not the metrics beside it. Nothing in the file is executed.
@@ -409,6 +412,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         return _without_prefix(_read_safetensors(path))
     if path.suffix == ".t7":
         return torch7.read_state_dict(path)
+    if pickles.is_array_pickle(path):
+        return _without_prefix(_unwrap(pickles.read(path), path))
     content = _unpickle(path)
     state = _unwrap(content, path)
     if "pytorch-lightning_version" in content:
@@ -426,7 +431,7 @@ def read_source(source: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = Path(source)
     if not path.is_file():
-        if path.suffix in (".ckpt", ".pth", ".pt", ".safetensors") or len(path.parts) > 1:
+        if path.suffix in (".ckpt", ".pth", ".pt", ".pkl", ".safetensors") or len(path.parts) > 1:
             raise ZooError(f"init_from: no file {os.fspath(source)!r}")
         path = fetch_weights(os.fspath(source))
     return read_state_dict(path)
@@ -501,7 +506,11 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     while isinstance(content, Mapping):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
-            tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+            tensors = {
+                str(key): torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                for key, value in content.items()
+                if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf")
+            }
             if tensors:
                 return tensors
             break
