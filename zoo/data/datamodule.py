@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from zoo.data.loader import EpochSampler, ExactSampler, Key, TrainLoader
+from zoo.data.base import SALT, Batch, SeededDataModule, at_least_one, key_parts, own_randomness, sample_seeds
+from zoo.data.loader import Key
 from zoo.data.shapes import hash64
 from zoo.data.sources import ManyReader, Part, Source, describe, open_source
 from zoo.data.transforms import EvalResizeCrop, ImageTransform
 from zoo.errors import ZooError
 
-_SALT = {"train": 0, "val": 1, "test": 2, "predict": 3}
 _BLOCK = 1 << 18  # bytes of pictures normalised together
-Batch = dict[str, Any]
-
-
-@contextmanager
-def _own_randomness(foreign: bool) -> Iterator[None]:
-    """Give the global generators back as they were: what data loading draws must not move what training draws."""
-    state = torch.default_generator.get_state()
-    python, numpy = (random.getstate(), np.random.get_state()) if foreign else (None, None)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state)
-        if python is not None and numpy is not None:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 class SampleSet(Dataset):
@@ -78,8 +60,8 @@ class SampleSet(Dataset):
     def __getitems__(self, keys: Sequence[int | Key]) -> Batch:
         """The batch {"image" float32 (B, 3, S, S), "label" (B,), "index" (B,)} of some keys; where the transform gives
         a list, {"views" list of (B, 3, S, S)} instead of the image."""
-        full = np.array([(key, 0, 0) if isinstance(key, int) else key for key in keys], dtype=np.int64).reshape(-1, 3)
-        index = full[:, 0]
+        parts = key_parts(keys)
+        index = parts[:, 0]
         images: Sequence[Tensor] | Tensor
         if isinstance(self.source, ManyReader):
             many = self.source.read_many(index.tolist())
@@ -87,9 +69,9 @@ class SampleSet(Dataset):
         else:
             rows = [self.source[i] for i in index.tolist()]
             images, label = [row["image"] for row in rows], torch.tensor([row["label"] for row in rows])
-        seeds = hash64(self.seed, self.salt, full[:, 1], index, full[:, 2]).tolist() if self._random else []
+        seeds = sample_seeds(self.seed, self.salt, parts) if self._random else []
         after = getattr(self.transform, "after_normalize", None)
-        with _own_randomness(self._foreign):
+        with own_randomness(self._foreign):
             done = []
             for n, image in enumerate(images):
                 if seeds:
@@ -125,17 +107,11 @@ class SampleSet(Dataset):
         return out
 
 
-def _same(batch: Batch) -> Batch:
-    return batch  # SampleSet has batched already
-
-
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(SeededDataModule):
     """Labelled pictures for training and evaluation. Batches: image (B, 3, S, S) float32, label (B,), index (B,) int64;
     under a transform that gives a list, `views`, a list of such images, instead of image.
 
-    Two runs with the same seed see the same samples, augmented the same way, in the same order, whatever the workers,
-    and a run resumed anywhere goes on as if it had not stopped. Evaluation covers each sample once on any number of
-    devices.
+    Order, randomness, resuming and evaluation are :class:`~zoo.data.base.SeededDataModule`'s.
 
     Args:
         dataset: a card's name (``zoo list datasets``), a folder, or ``hf://org/name``; see :mod:`zoo.data.sources`.
@@ -159,9 +135,6 @@ class ImageDataModule(LightningDataModule):
         ZooError: an unknown data set or option, a missing folder, a size or count that makes no sense.
     """
 
-    # Where there are more devices than samples, some have nothing to evaluate.
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(
         self,
         dataset: str = "shapes",
@@ -179,23 +152,16 @@ class ImageDataModule(LightningDataModule):
         mean: list[float] | None = None,
         std: list[float] | None = None,
     ) -> None:
-        super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True
-        counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "image_size": image_size}
-        counts |= {"train_samples": train_samples, "repeats": repeats}
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ZooError(f"data.{name} must be at least 1, got {value}")
+        at_least_one(batch_size=batch_size, image_size=image_size, train_samples=train_samples)
+        about = describe(dataset, data_dir, **(options or {}))
+        super().__init__(batch_size, eval_batch_size, num_workers, repeats, seed, about.in_memory)
         self.dataset, self.data_dir, self.options = dataset, data_dir, dict(options or {})
-        about = describe(dataset, data_dir, **self.options)
         self.num_classes, self.class_names = about.num_classes, about.class_names
         self.image_size = image_size or about.image_size
         self.mean, self.std = tuple(mean or about.mean), tuple(std or about.std)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ZooError(f"mean and std need three numbers each, std positive; got {self.mean} and {self.std}")
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.train_samples, self.repeats = train_samples, repeats
-        self._seed, self._num_workers, self._in_memory = seed, num_workers, about.in_memory
+        self.train_samples = train_samples
         self.train_transform = self._bound(train_transform)
         self.eval_transform = self._bound(eval_transform)
         self._sources: dict[str, Source] = {}
@@ -206,32 +172,6 @@ class ImageDataModule(LightningDataModule):
             if isinstance(part, ImageTransform):
                 part.bind(self.image_size, self.mean)
         return transform
-
-    # -------------------------------------------------------------------------------------------------- the machine
-
-    @property
-    def seed(self) -> int:
-        """What order and augmentation start from."""
-        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
-
-    @property
-    def num_workers(self) -> int:
-        """Loading processes of each loader on each device."""
-        if self._num_workers is not None:
-            return self._num_workers
-        if self._in_memory:
-            return 0
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        devices = self.trainer.num_devices if self.trainer is not None else 1
-        return min(8, max(0 if cores == 1 else 1, cores // devices - 1))
-
-    def _place(self) -> dict[str, int]:
-        """This process's rank and the number of processes."""
-        if self.trainer is not None:
-            return {"rank": self.trainer.global_rank, "world": self.trainer.world_size}
-        return {"rank": 0, "world": 1}
-
-    # -------------------------------------------------------------------------------------------------- the pictures
 
     def source(self, split: str) -> Source:
         """The pictures behind a split ("train", "val", "test", "predict"), before any transform; opened once."""
@@ -253,53 +193,10 @@ class ImageDataModule(LightningDataModule):
         """The transformed split; `train_transform` chooses between the two transforms, by default as the split asks."""
         use_train = split == "train" if train_transform is None else train_transform
         transform = self.train_transform if use_train else self.eval_transform
-        return SampleSet(self.source(split), transform, self.mean, self.std, self.seed, _SALT[split])
+        return SampleSet(self.source(split), transform, self.mean, self.std, self.seed, SALT[split])
 
     def prepare_data(self) -> None:
         """Download a set of the hub, in one process a node."""
         local = self.dataset == "shapes" or self.data_dir is not None or Path(self.dataset).expanduser().exists()
         if not local:
             open_source(self.dataset, "predict", **self.options)
-
-    def _loader_options(self, samples: SampleSet) -> dict[str, Any]:
-        workers = min(self.num_workers, max(1, len(samples)))
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return {
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
-            "pin_memory": on_gpu,
-            "collate_fn": _same,
-        }
-
-    def train_dataloader(self) -> TrainLoader:
-        """Shuffled, augmented, equally long on all devices; an incomplete last batch is dropped."""
-        samples = self.samples("train")
-        sampler = EpochSampler(len(samples), self.seed, self.repeats, **self._place())
-        if not len(sampler):
-            raise ZooError(
-                f"{self.dataset}: {len(samples)} training samples are too few for {sampler.num_replicas} devices"
-            )
-        return TrainLoader(
-            samples,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=len(sampler) >= self.batch_size,
-            **self._loader_options(samples),
-        )
-
-    def _eval_loader(self, split: str) -> DataLoader:
-        samples = self.samples(split)
-        sampler = ExactSampler(len(samples), **self._place())
-        return DataLoader(samples, batch_size=self.eval_batch_size, sampler=sampler, **self._loader_options(samples))
-
-    def val_dataloader(self) -> DataLoader:
-        """Each validation sample once."""
-        return self._eval_loader("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """Each test sample once."""
-        return self._eval_loader("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        """The test split, or all of a set without splits (a folder of pictures)."""
-        return self._eval_loader("predict")
