@@ -1,7 +1,8 @@
-"""Metrics that torchmetrics does not have."""
+"""Metrics that torchmetrics does not have (or not to the last digit)."""
 
 from __future__ import annotations
 
+from zoo.metrics.coco import CocoAP
 from zoo.metrics.knn import KNNAccuracy, knn_scores
 
-__all__ = ["KNNAccuracy", "knn_scores"]
+__all__ = ["CocoAP", "KNNAccuracy", "knn_scores"]
