@@ -18,9 +18,8 @@ def crop_masks(masks: Tensor, index: Tensor, boxes: Tensor, size: int) -> Tensor
 
     RoIAlign with as many samples as a cell has pixels, then a threshold of one half.
     """
-    boxes = at_least_float32(boxes)
-    rois = torch.cat([index[:, None].to(boxes.dtype), boxes], dim=1)
-    return roi_align(masks[:, None].to(boxes.dtype), rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5
+    rois = torch.cat([index[:, None], boxes], dim=1).float()  # float32 whatever the network has, as in detectron2
+    return roi_align(masks[:, None].float(), rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5
 
 
 def crop_polygons(polygons: Sequence[Sequence[np.ndarray]], boxes: Tensor, size: int) -> Tensor:

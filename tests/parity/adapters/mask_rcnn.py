@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 
-from zoo.detection.mask_rcnn import MaskRCNN, convert_official
+from zoo.detection.mask_rcnn import MaskRCNN, MaskRCNNDetection, convert_official
 from zoo.nn.detection.backbone import FPNConfig, ResNetConfig
 from zoo.nn.detection.roi_heads import (
     BoxHeadConfig,
@@ -23,7 +24,8 @@ from zoo.nn.detection.rpn import AnchorGenerator, RPNConfig
 from zoo.ops.boxes import decode_boxes, encode_boxes, match, pairwise_iou, permutation, pyramid_levels, sample_labels
 from zoo.ops.keypoints import heatmaps_to_keypoints
 from zoo.ops.masks import crop_masks, crop_polygons, paste_masks
-from zoo.parity import Case, dtype_of, filled_inputs, load_filled
+from zoo.parity import Case, dtype_of, filled_inputs, fit, load_filled
+from zoo.training import Optim, param_groups
 
 NORMS = {"": None, "FrozenBN": "frozen_bn", "BN": "bn", "SyncBN": "bn", "nnSyncBN": "bn", "GN": "gn"}
 POOLINGS = {"ROIAlignV2": "align", "ROIAlign": "align_unshifted", "ROIPool": "pool"}
@@ -31,9 +33,177 @@ POOLINGS = {"ROIAlignV2": "align", "ROIAlign": "align_unshifted", "ROIPool": "po
 
 def run(case: Case) -> dict[str, Tensor]:
     config, entry = case["config"], case["official"]["entry"]
-    if entry.startswith("detectron2.modeling.meta_arch"):
+    if "SimpleTrainer" in entry:
+        return train_run(case)
+    if "meta_arch" in entry:
         return train(case) if config["training"] else evaluate(case)
     return box_ops(case)
+
+
+# ---------------------------------------------------------------------------------------------- detectron2's settings
+
+# Those of the base config mask_rcnn_R_50_FPN_1x, for runs, whose cases give the differences from a base config only.
+DEFAULTS: dict[str, Any] = {
+    "MASK_ON": True,
+    "KEYPOINT_ON": False,
+    "PIXEL_MEAN": [103.53, 116.28, 123.675],
+    "PIXEL_STD": [1.0, 1.0, 1.0],
+    "BACKBONE.FREEZE_AT": 2,
+    "FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+    "FPN.OUT_CHANNELS": 256,
+    "FPN.NORM": "",
+    "FPN.FUSE_TYPE": "sum",
+    "PROPOSAL_GENERATOR.MIN_SIZE": 0,
+    "ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [512]],
+    "ANCHOR_GENERATOR.ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
+    "ANCHOR_GENERATOR.OFFSET": 0.0,
+    "RPN.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
+    "RPN.BOUNDARY_THRESH": -1,
+    "RPN.IOU_THRESHOLDS": [0.3, 0.7],
+    "RPN.IOU_LABELS": [0, -1, 1],
+    "RPN.BATCH_SIZE_PER_IMAGE": 256,
+    "RPN.POSITIVE_FRACTION": 0.5,
+    "RPN.BBOX_REG_LOSS_TYPE": "smooth_l1",
+    "RPN.BBOX_REG_LOSS_WEIGHT": 1.0,
+    "RPN.BBOX_REG_WEIGHTS": [1.0, 1.0, 1.0, 1.0],
+    "RPN.SMOOTH_L1_BETA": 0.0,
+    "RPN.LOSS_WEIGHT": 1.0,
+    "RPN.PRE_NMS_TOPK_TRAIN": 2000,
+    "RPN.PRE_NMS_TOPK_TEST": 1000,
+    "RPN.POST_NMS_TOPK_TRAIN": 1000,
+    "RPN.POST_NMS_TOPK_TEST": 1000,
+    "RPN.NMS_THRESH": 0.7,
+    "RPN.CONV_DIMS": [-1],
+    "ROI_HEADS.NAME": "StandardROIHeads",
+    "ROI_HEADS.NUM_CLASSES": 80,
+    "ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+    "ROI_HEADS.IOU_THRESHOLDS": [0.5],
+    "ROI_HEADS.IOU_LABELS": [0, 1],
+    "ROI_HEADS.BATCH_SIZE_PER_IMAGE": 512,
+    "ROI_HEADS.POSITIVE_FRACTION": 0.25,
+    "ROI_HEADS.SCORE_THRESH_TEST": 0.05,
+    "ROI_HEADS.NMS_THRESH_TEST": 0.5,
+    "ROI_HEADS.PROPOSAL_APPEND_GT": True,
+    "ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": "smooth_l1",
+    "ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": 1.0,
+    "ROI_BOX_HEAD.BBOX_REG_WEIGHTS": [10.0, 10.0, 5.0, 5.0],
+    "ROI_BOX_HEAD.SMOOTH_L1_BETA": 0.0,
+    "ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+    "ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 0,
+    "ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignV2",
+    "ROI_BOX_HEAD.NUM_FC": 2,
+    "ROI_BOX_HEAD.FC_DIM": 1024,
+    "ROI_BOX_HEAD.NUM_CONV": 0,
+    "ROI_BOX_HEAD.CONV_DIM": 256,
+    "ROI_BOX_HEAD.NORM": "",
+    "ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": False,
+    "ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": False,
+    "ROI_BOX_HEAD.USE_FED_LOSS": False,
+    "ROI_BOX_HEAD.USE_SIGMOID_CE": False,
+    "ROI_BOX_CASCADE_HEAD.IOUS": [0.5, 0.6, 0.7],
+    "ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": [[10.0, 10.0, 5.0, 5.0], [20.0, 20.0, 10.0, 10.0], [30.0, 30.0, 15.0, 15.0]],
+    "ROI_MASK_HEAD.POOLER_RESOLUTION": 14,
+    "ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": 0,
+    "ROI_MASK_HEAD.POOLER_TYPE": "ROIAlignV2",
+    "ROI_MASK_HEAD.NUM_CONV": 4,
+    "ROI_MASK_HEAD.CONV_DIM": 256,
+    "ROI_MASK_HEAD.NORM": "",
+    "ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": False,
+    "ROI_KEYPOINT_HEAD.POOLER_RESOLUTION": 14,
+    "ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO": 0,
+    "ROI_KEYPOINT_HEAD.POOLER_TYPE": "ROIAlignV2",
+    "ROI_KEYPOINT_HEAD.CONV_DIMS": [512] * 8,
+    "ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 17,
+    "ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": True,
+    "ROI_KEYPOINT_HEAD.LOSS_WEIGHT": 1.0,
+    "RESNETS.DEPTH": 50,
+    "RESNETS.NUM_GROUPS": 1,
+    "RESNETS.NORM": "FrozenBN",
+    "RESNETS.WIDTH_PER_GROUP": 64,
+    "RESNETS.STRIDE_IN_1X1": True,
+    "RESNETS.RES5_DILATION": 1,
+    "RESNETS.RES2_OUT_CHANNELS": 256,
+    "RESNETS.STEM_OUT_CHANNELS": 64,
+}
+_ONE_LEVEL = {
+    "FPN.IN_FEATURES": [],
+    "ANCHOR_GENERATOR.SIZES": [[32, 64, 128, 256, 512]],
+    "RPN.PRE_NMS_TOPK_TRAIN": 12000,
+    "RPN.PRE_NMS_TOPK_TEST": 6000,
+    "RPN.POST_NMS_TOPK_TRAIN": 2000,
+}
+
+
+def _normed(norm: str) -> dict[str, Any]:
+    heads = {"FPN.NORM": norm, "ROI_BOX_HEAD.NORM": norm, "ROI_MASK_HEAD.NORM": norm, "RESNETS.NORM": norm}
+    return {**heads, "ROI_BOX_HEAD.NUM_FC": 1, "ROI_BOX_HEAD.NUM_CONV": 4}
+
+
+# How the other base configs differ, by words of their names.
+DIFFERENCES: dict[str, dict[str, Any]] = {
+    "faster_rcnn": {"MASK_ON": False},
+    "R_101_": {"RESNETS.DEPTH": 101},
+    "_C4": {
+        **_ONE_LEVEL,
+        "RPN.IN_FEATURES": ["res4"],
+        "ROI_HEADS.NAME": "Res5ROIHeads",
+        "ROI_HEADS.IN_FEATURES": ["res4"],
+        "ROI_BOX_HEAD.POOLER_RESOLUTION": 14,
+        "ROI_BOX_HEAD.NUM_FC": 0,
+        "ROI_MASK_HEAD.NUM_CONV": 0,
+    },
+    "_DC5": {
+        **_ONE_LEVEL,
+        "RPN.IN_FEATURES": ["res5"],
+        "ROI_HEADS.IN_FEATURES": ["res5"],
+        "RESNETS.RES5_DILATION": 2,
+    },
+    "X_101_32x8d": {
+        "PIXEL_STD": [57.375, 57.12, 58.395],
+        "RESNETS.DEPTH": 101,
+        "RESNETS.NUM_GROUPS": 32,
+        "RESNETS.WIDTH_PER_GROUP": 8,
+        "RESNETS.STRIDE_IN_1X1": False,
+    },
+    "keypoint_rcnn": {
+        "MASK_ON": False,
+        "KEYPOINT_ON": True,
+        "RPN.POST_NMS_TOPK_TRAIN": 1500,
+        "ROI_HEADS.NUM_CLASSES": 1,
+        "ROI_BOX_HEAD.SMOOTH_L1_BETA": 0.5,
+    },
+    "cascade": {
+        "RPN.POST_NMS_TOPK_TRAIN": 2000,
+        "ROI_HEADS.NAME": "CascadeROIHeads",
+        "ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+    },
+    "cls_agnostic": {"ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True, "ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True},
+    "giou": {
+        "RPN.BBOX_REG_LOSS_TYPE": "giou",
+        "RPN.BBOX_REG_LOSS_WEIGHT": 2.0,
+        "ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": "giou",
+        "ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": 10.0,
+    },
+    "Cityscapes/": {"ROI_HEADS.NUM_CLASSES": 8},
+    "_gn": {**_normed("GN"), "RESNETS.STRIDE_IN_1X1": False},
+    "_syncbn": _normed("SyncBN"),
+    "scratch": {"BACKBONE.FREEZE_AT": 0, "RESNETS.STRIDE_IN_1X1": False},
+    "9x": {"PIXEL_STD": [57.375, 57.12, 58.395]},
+}
+
+
+def resolve(base_config: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a base config, given by its path, with overrides."""
+    settings = dict(DEFAULTS)
+    for word, changes in DIFFERENCES.items():
+        if word in base_config:
+            settings |= changes
+    settings |= {name.removeprefix("MODEL."): value for name, value in overrides.items() if name.startswith("MODEL.")}
+    model: dict[str, Any] = {}
+    for name, value in settings.items():
+        part, _, leaf = name.rpartition(".")
+        (model.setdefault(part, {}) if part else model)[leaf] = value
+    return {"MODEL": model, "TEST.DETECTIONS_PER_IMAGE": overrides.get("TEST.DETECTIONS_PER_IMAGE", 100)}
 
 
 # ------------------------------------------------------------------------------------------------------- the network
@@ -48,8 +218,8 @@ def _ours(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name.replace("res", "c") for name in names)
 
 
-def _network(resolved: Mapping[str, Any]) -> MaskRCNN:
-    """The network that detectron2's settings describe."""
+def _options(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the network that detectron2's settings describe."""
     model = resolved["MODEL"]
     trunk, fpn, anchors, rpn = (model[key] for key in ("RESNETS", "FPN", "ANCHOR_GENERATOR", "RPN"))
     roi, box, mask, keypoint = (
@@ -64,7 +234,7 @@ def _network(resolved: Mapping[str, Any]) -> MaskRCNN:
     def pool(head: Mapping[str, Any]) -> PoolConfig:
         return PoolConfig(head["POOLER_RESOLUTION"], head["POOLER_SAMPLING_RATIO"], POOLINGS[head["POOLER_TYPE"]])
 
-    return MaskRCNN(
+    return dict(
         num_classes=roi["NUM_CLASSES"],
         design=design,
         resnet=ResNetConfig(
@@ -215,7 +385,7 @@ def _gradients(network: MaskRCNN, case: Case) -> dict[str, Tensor]:
 def train(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
     resolved, sizes = config["resolved"], config["image_sizes"]
-    network = load_filled(_network(resolved), case, convert_official).train()
+    network = load_filled(MaskRCNN(**_options(resolved)), case, convert_official).train()
     batch = _batch([inputs[f"image{n}"] for n in range(len(sizes))], resolved, case)
     batch["target"] = _targets(config, sizes, case, None)
     losses = network(batch, inputs["perm_uniform"])
@@ -228,7 +398,7 @@ def train(case: Case) -> dict[str, Tensor]:
 def evaluate(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
     resolved, sizes = config["resolved"], config["image_sizes"]
-    network = load_filled(_network(resolved), case, convert_official).eval()
+    network = load_filled(MaskRCNN(**_options(resolved)), case, convert_official).eval()
     batch = _batch([inputs[f"image{n}"] for n in range(len(sizes))], resolved, case)
     features, proposals = network.propose(batch)
     outputs = {f"feature_{name.replace('c', 'res')}": x for name, x in features.items()}
@@ -247,6 +417,98 @@ def evaluate(case: Case) -> dict[str, Tensor]:
             outputs |= {f"keypoints{n}": found["keypoints"], f"keypoint_logits{n}": found["heatmaps"]}
             outputs[f"final_keypoints{n}"] = final["keypoints"]
     return outputs
+
+
+# ------------------------------------------------------------------------------------------- whole runs, by the trainer
+
+
+class Batches(L.LightningDataModule):
+    """The batches of a case, one an iteration, as an epoch."""
+
+    def __init__(self, batches: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.batches, self.batch_size = batches, len(batches[0]["image"])
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.batches)
+
+    def train_dataloader(self) -> Batches:
+        return self
+
+
+class Record(L.Callback):
+    """The losses and the learning rate of every step."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.parts: list[dict[str, Tensor]] = []
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        self.losses.append(outputs["loss"].detach())
+        logged = {key.removeprefix("train/"): value for key, value in trainer.callback_metrics.items()}
+        self.parts.append({key: value.clone() for key, value in logged.items() if key.startswith("loss_")})
+
+
+def train_run(case: Case) -> dict[str, Tensor]:
+    config, inputs = case["config"], filled_inputs(case)
+    model, solver = config["model"], config["effective"]["SOLVER"]
+    resolved = model.get("resolved") or resolve(model["base_config"], model["overrides"])
+    sizes, count = model["image_sizes"], solver["MAX_ITER"]
+    clip = solver["CLIP_GRADIENTS"]
+    by_norm = clip["ENABLED"] and clip["CLIP_TYPE"] == "norm"
+    optim = Optim(
+        name="sgd",
+        lr=solver["BASE_LR"],
+        momentum=solver["MOMENTUM"],
+        nesterov=solver["NESTEROV"],
+        weight_decay=solver["WEIGHT_DECAY"],
+        no_decay="norm" if solver["WEIGHT_DECAY_NORM"] == 0 else "none",
+        schedule="step",
+        milestone_steps=tuple(solver["STEPS"]),
+        gamma=solver["GAMMA"],
+        warmup_steps=solver["WARMUP_ITERS"],
+        warmup_factor=solver["WARMUP_FACTOR"],
+    )
+    options = _options(resolved)
+    task = MaskRCNNDetection(
+        model=None, **options, optim=optim, clip_each=clip["CLIP_VALUE"] if by_norm else None
+    )
+    load_filled(task.network, case, convert_official)
+    batches = []
+    for k in range(count):
+        batch = _batch([inputs[f"image{n}_{k}"] for n in range(len(sizes))], resolved, case)
+        targets = _targets(model, sizes, case, k)
+        batches.append({**batch, "target": targets, "noise": inputs[f"perm_uniform_{k}"]})
+    record = Record()
+    by_value = {"gradient_clip_val": clip["CLIP_VALUE"], "gradient_clip_algorithm": "value"}
+    fit(case, task, Batches(batches), record, 1, **(by_value if clip["ENABLED"] and not by_norm else {}))
+    network = task.network.to(case["device"], dtype_of(case)).eval()
+    names = _official_names(case)
+    groups = param_groups(network, optim)
+    decays = {names[name]: group["weight_decay"] for group in groups for name in group["names"]}
+    with torch.no_grad():
+        features = network.backbone(_batch([inputs["image_eval"]], resolved, case)["image"])
+        logits, deltas = network.rpn.head([features[name] for name in network.rpn.levels])
+    levels = {name: k for k, name in enumerate(network.rpn.levels)}
+    outputs: dict[str, Tensor] = {f"eval_{name.replace('c', 'res')}": x for name, x in features.items()}
+    outputs |= {f"eval_logits_{name.replace('c', 'res')}": logits[k] for name, k in levels.items()}
+    outputs |= {f"eval_deltas_{name.replace('c', 'res')}": deltas[k] for name, k in levels.items()}
+    return {
+        **outputs,
+        "loss": torch.stack(record.losses),
+        **{f"loss:{name}": torch.stack([parts[name] for parts in record.parts]) for name in record.parts[0]},
+        "lr": torch.tensor(record.rates, dtype=torch.float64),
+        "weight_decay_by_sorted_name": torch.tensor([decays[name] for name in sorted(decays)], dtype=torch.float64),
+        **{f"param:{names[name]}": p.detach() for name, p in network.named_parameters()},
+        **{f"param:{names[name]}": b for name, b in network.named_buffers() if name in names},
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- functions
