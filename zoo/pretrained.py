@@ -96,8 +96,8 @@ def create_model(
 def create_preprocess(name: str, size: int | None = None) -> v2.Compose:
     """The transform that weights expect: PIL image or uint8 tensor (..., 3, H, W) to float (..., 3, size, size).
 
-    A detector's keeps the picture's proportions: (3, H, W) to (3, h, w). `size` replaces the published size, for a model created with another ``img_size``. For a model named without tag,
-    all its weights must agree.
+    A detector's keeps the picture's proportions: (3, H, W) to (3, h, w). `size` replaces the published size, for a
+    model created with another ``img_size``. For a model named without tag, all its weights must agree.
     """
     if "." in name:
         facts = catalog.weight(name)[1].preprocess
