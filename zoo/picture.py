@@ -184,7 +184,7 @@ def draw_objects(picture: Tensor, found: Mapping[str, Tensor], names: Sequence[s
     count = len(found["boxes"])
     if not count:
         return drawn
-    line = max(1, round(min(picture.shape[-2:]) / 250))
+    line = max(2, round(min(picture.shape[-2:]) / 250))
     colors = _colors(count)
     # Large objects first, so that small ones stay on top.
     sides = found["boxes"][:, 2:] - found["boxes"][:, :2]
@@ -214,7 +214,7 @@ def _draw_keypoints(drawn: Tensor, points: Tensor, colors: Sequence[tuple[int, i
     for place, color in zip(points, colors, strict=True):
         seen = place[:, 2] >= _KEYPOINT_SCORE
         drawn = draw_keypoints(
-            drawn, place[None, :, :2], connectivity=lines, colors=color, radius=2 * line, width=line,
+            drawn, place[None, :, :2], connectivity=lines, colors=color, radius=line + 1, width=line,
             visibility=seen[None],
         )  # fmt: skip
     return drawn
