@@ -109,6 +109,11 @@ class MaskRCNN(RCNN):
         self.num_classes, self.design = num_classes, design
 
     @property
+    def size_divisibility(self) -> int:
+        """What the sides of a padded batch must be multiples of."""
+        return max(self.backbone.bottom_up.strides.values()) if self.design == "fpn" else 1  # type: ignore[union-attr]
+
+    @property
     def iou_types(self) -> tuple[str, ...]:
         """What COCO measures of it: "bbox", and "segm" or "keypoints"."""
         heads = (("segm", self.roi_heads.mask_head), ("keypoints", self.roi_heads.keypoint_head))
@@ -127,6 +132,7 @@ class MaskRCNNDetection(Detection):
         design, resnet, fpn, rpn, roi, box, mask, keypoint: override the model's; of a part, the fields given only.
         init_from: where :meth:`setup` takes weights from: the name of published weights, a file, or a checkpoint. Of a
             classifier the trunk is filled; of a detector everything but layers of another number of classes.
+        oks_sigmas: of the keypoints, as in COCO's OKS; null for COCO's 17.
         clip_each: bound of the norm of each parameter's own gradient; null for none.
         optim: optimiser and schedule.
     """
@@ -146,6 +152,7 @@ class MaskRCNNDetection(Detection):
         mask: dict[str, Any] | None = None,
         keypoint: dict[str, Any] | None = None,
         init_from: str | None = None,
+        oks_sigmas: list[float] | None = None,
         clip_each: float | None = None,
         optim: Optim = Optim(  # noqa: B008
             name="sgd", base_lr=0.02, reference_batch=16, weight_decay=1e-4, no_decay="norm", schedule="step"
@@ -156,7 +163,7 @@ class MaskRCNNDetection(Detection):
         parts = {"design": design, "resnet": resnet, "fpn": fpn, "rpn": rpn, "roi": roi, "box": box, "mask": mask}
         given = {name: part for name, part in {**parts, "keypoint": keypoint}.items() if part is not None}
         network = (MaskRCNN if model is None else MODELS[model])(num_classes=num_classes, **given)
-        super().__init__(network, optim, network.iou_types, clip_each, init_from)
+        super().__init__(network, optim, network.iou_types, oks_sigmas, clip_each, init_from)
         self.save_hyperparameters()
 
     def load_weights(self, source: str) -> None:
@@ -193,18 +200,18 @@ _CASCADE: dict[str, Any] = {
 }
 
 
-def _scratch(norm: str) -> dict[str, Any]:
-    """Networks that train from random weights normalise everywhere, have four convolutions in the box head, and their
-    stride in the 3x3 convolution."""
-    return {
-        "resnet": {"norm": norm, "freeze": 0, "stride_in_1x1": False},
-        "fpn": {"norm": norm},
-        "box": {"convs": 4, "fcs": 1, "norm": norm},
-        "mask": {"norm": norm},
-    }
-
-
-_LSJ: dict[str, Any] = {**_scratch("bn"), "rpn": {"conv_channels": (-1, -1)}}
+# Networks that are normalised everywhere have four convolutions in the box head.
+_GN: dict[str, Any] = {
+    "fpn": {"norm": "gn"},
+    "box": {"convs": 4, "fcs": 1, "norm": "gn"},
+    "mask": {"norm": "gn"},
+}
+_LSJ: dict[str, Any] = {
+    "fpn": {"norm": "bn"},
+    "rpn": {"conv_channels": (-1, -1)},
+    "box": {"convs": 4, "fcs": 1, "norm": "bn"},
+    "mask": {"norm": "bn"},
+}
 
 
 def _merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,17 +299,17 @@ def mask_rcnn_x101_32x8d_fpn(**overrides: Any) -> MaskRCNN:
 
 def mask_rcnn_r50_fpn_gn(**overrides: Any) -> MaskRCNN:
     """Mask R-CNN, ResNet-50-FPN with GroupNorm everywhere and a box head of four convolutions."""
-    return _build({"depth": 50}, _scratch("gn"), overrides)
+    return _build({"depth": 50, "norm": "gn", "stride_in_1x1": False}, _GN, overrides)
 
 
 def mask_rcnn_r50_fpn_lsj(**overrides: Any) -> MaskRCNN:
     """Mask R-CNN, ResNet-50-FPN with BatchNorm everywhere: the baselines of large-scale jitter."""
-    return _build({"depth": 50}, _LSJ, overrides)
+    return _build({**_R50, "norm": "bn", "freeze": 0}, _LSJ, overrides)
 
 
 def mask_rcnn_r101_fpn_lsj(**overrides: Any) -> MaskRCNN:
     """Mask R-CNN, ResNet-101-FPN with BatchNorm everywhere: the baselines of large-scale jitter."""
-    return _build({"depth": 101}, _LSJ, overrides)
+    return _build({**_R101, "norm": "bn", "freeze": 0}, _LSJ, overrides)
 
 
 def cascade_mask_rcnn_r50_fpn(**overrides: Any) -> MaskRCNN:
@@ -333,6 +340,11 @@ def resnet50_msra_trunk(**overrides: Any) -> ResNetBackbone:
 def resnet101_msra_trunk(**overrides: Any) -> ResNetBackbone:
     """The ResNet-101 trunk (stride in the 1x1 convolutions, frozen BatchNorm) that detectors start from."""
     return ResNetBackbone(configured(ResNetConfig, {**_R101, **overrides}))
+
+
+def resnet50_gn_trunk(**overrides: Any) -> ResNetBackbone:
+    """The ResNet-50 trunk with GroupNorm that detectors with GroupNorm start from."""
+    return ResNetBackbone(configured(ResNetConfig, {"norm": "gn", "stride_in_1x1": False, **overrides}))
 
 
 def resnext101_32x8d_trunk(**overrides: Any) -> ResNetBackbone:

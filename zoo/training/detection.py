@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Detection(BaseModule):
         network: the detector.
         optim: optimiser and schedule.
         iou_types: what is evaluated, of "bbox", "segm" and "keypoints".
+        oks_sigmas: of the keypoints, as in COCO's OKS; null for COCO's 17.
         clip_each: bound of the norm of each parameter's own gradient; null for none.
         init_from: where :meth:`setup` takes pre-trained weights from by :meth:`load_weights`; null: from scratch.
     """
@@ -40,13 +41,14 @@ class Detection(BaseModule):
         network: nn.Module,
         optim: Optim,
         iou_types: tuple[str, ...] = ("bbox",),
+        oks_sigmas: Sequence[float] | None = None,
         clip_each: float | None = None,
         init_from: str | None = None,
     ) -> None:
         super().__init__(optim)
         self.network = network
         self.clip_each, self.init_from = clip_each, init_from
-        self.val_metric, self.test_metric = CocoAP(iou_types=iou_types), CocoAP(iou_types=iou_types)
+        self.val_metric, self.test_metric = (CocoAP(iou_types=iou_types, sigmas=oks_sigmas) for _ in range(2))
 
     def trainable(self) -> nn.Module:
         return self.network

@@ -61,7 +61,7 @@ class RCNN(nn.Module):
         Args:
             batch: `image` (B, 3, H, W), normalised, then padded at the right and bottom; `size` (B, 2), height and
                 width of each image inside the padding; in training `target`, a list of dicts with `boxes` (N, 4) and
-                `labels` (N,), and `masks` (N, h, w) or `keypoints` (N, K, 3) for those heads; in evaluation
+                `labels` (N,), and for those heads `masks` (N, h, w) or `polygons`, `keypoints` (N, K, 3); in evaluation
                 `original_size` (B, 2), whose pixels the detections are in (default: `size`).
             noise: uniform numbers, as many as the largest set that samples are drawn from; the n first, sorted, are
                 every permutation of n. From torch's global generator where it is not given.

@@ -29,7 +29,7 @@ from zoo.ops.boxes import (
     sample_labels,
 )
 from zoo.ops.keypoints import heatmaps_to_keypoints, keypoint_cells
-from zoo.ops.masks import crop_masks
+from zoo.ops.masks import crop_masks, crop_polygons
 
 Pooling = Literal["align", "align_unshifted", "pool"]
 Detection = dict[str, Tensor]
@@ -272,8 +272,12 @@ class MaskHead(nn.Sequential):
             return logits.sum() * 0  # the parameters stay in the graph of every process
         wanted = []
         for image, target in enumerate(targets):
-            mine = regions.image == image
-            wanted.append(crop_masks(target["masks"], regions.index[mine], regions.boxes[mine], logits.shape[-1]))
+            mine, size = regions.image == image, logits.shape[-1]
+            index, boxes = regions.index[mine], regions.boxes[mine]
+            if "polygons" in target:
+                wanted.append(crop_polygons([target["polygons"][n] for n in index.tolist()], boxes, size))
+            else:
+                wanted.append(crop_masks(target["masks"], index, boxes, size))
         chosen = at_least_float32(self.of_class(logits, regions.labels))
         return binary_cross_entropy_with_logits(chosen, torch.cat(wanted).to(chosen.dtype))
 
@@ -444,7 +448,7 @@ class RoIHeads(nn.Module):
             features: the backbone's maps.
             proposals: of each image.
             sizes: (height, width) of each image inside the padding.
-            targets: dicts with `boxes`, `labels`, and `masks` or `keypoints` where there are such heads.
+            targets: dicts with `boxes`, `labels`, and `masks` (or `polygons`) or `keypoints` where there are such heads.
             permute: draws the samples; for each image in turn, the objects' permutation, then the backgrounds'.
         """
         boxes = [found.boxes for found in proposals]
