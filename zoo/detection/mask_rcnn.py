@@ -11,8 +11,8 @@ Conventions: boxes (x1, y1, x2, y2) in continuous pixels; K classes 0..K-1, the 
 ResNet and p2..p6 of the pyramid, of stride 4 to 64. Numerics and training are detectron2's, whose published weights
 load and give the published boxes; where they differ from the paper, the card's ledger says so.
 
-Where the parts are: RoIAlign's use in :mod:`zoo.nn.detection.roi_heads` (:class:`RoIPooler`), L = L_cls + L_box + L_mask
-in its heads, proposals in :mod:`zoo.nn.detection.rpn`, backbones in :mod:`zoo.nn.detection.backbone`.
+Where the parts are: RoIAlign (RoIPooler), the heads and their losses in :mod:`zoo.nn.detection.roi_heads`, proposals in
+:mod:`zoo.nn.detection.rpn`, backbones in :mod:`zoo.nn.detection.backbone`.
 
 Deviations from detectron2's code, none of which changes a value beyond rounding:
 - Frozen BatchNorm is folded into the convolution before it, in training too.
@@ -111,7 +111,8 @@ class MaskRCNN(RCNN):
     @property
     def size_divisibility(self) -> int:
         """What the sides of a padded batch must be multiples of."""
-        return max(self.backbone.bottom_up.strides.values()) if self.design == "fpn" else 1  # type: ignore[union-attr]
+        backbone: Any = self.backbone
+        return max(backbone.bottom_up.strides.values()) if self.design == "fpn" else 1
 
     @property
     def iou_types(self) -> tuple[str, ...]:
@@ -160,8 +161,18 @@ class MaskRCNNDetection(Detection):
     ) -> None:
         if model is not None and model not in MODELS:
             raise unknown("model", model, MODELS)
-        parts = {"design": design, "resnet": resnet, "fpn": fpn, "rpn": rpn, "roi": roi, "box": box, "mask": mask}
-        given = {name: part for name, part in {**parts, "keypoint": keypoint}.items() if part is not None}
+        parts: dict[str, Any] = {
+            "design": design,
+            "resnet": resnet,
+            "fpn": fpn,
+            "rpn": rpn,
+            "roi": roi,
+            "box": box,
+            "mask": mask,
+        }
+        given: dict[str, Any] = {
+            name: part for name, part in {**parts, "keypoint": keypoint}.items() if part is not None
+        }
         network = (MaskRCNN if model is None else MODELS[model])(num_classes=num_classes, **given)
         super().__init__(network, optim, network.iou_types, oks_sigmas, clip_each, init_from)
         self.save_hyperparameters()
@@ -370,17 +381,17 @@ _LEAF = r"(?:(norm)\.)?(weight|bias|running_mean|running_var|num_batches_tracked
 _STEM = re.compile(rf"stem\.conv1\.{_LEAF}")
 _BLOCK = re.compile(rf"res([2-5])\.(\d+)\.(?:conv([123])|shortcut)\.{_LEAF}")
 _PYRAMID = re.compile(rf"backbone\.fpn_(lateral|output)(\d)\.{_LEAF}")
-_CONV_NORM = re.compile(rf"(roi_heads\.(?:box_head(?:\.\d)?\.conv\d|mask_head\.mask_fcn\d))\.{_LEAF}")
+_CONV_NORM = re.compile(rf"roi_heads\.(?:box_head(?:\.(\d))?\.(conv\d)|(mask_head\.mask_fcn\d))\.{_LEAF}")
 _RPN = re.compile(
     r"proposal_generator\.rpn_head\.(?:(conv)(?:\.conv(\d))?|(objectness_logits|anchor_deltas))\.(weight|bias)"
 )
+_BOX = re.compile(r"roi_heads\.(box_head|box_predictor)(?:\.(\d))?\.((?:fc\d|cls_score|bbox_pred)\.(?:weight|bias))")
 _SAME = re.compile(
-    r"roi_heads\.(?:box_head(?:\.\d)?\.fc\d|box_predictor(?:\.\d)?\.(?:cls_score|bbox_pred)"
-    r"|mask_head\.(?:deconv|predictor)|keypoint_head\.(?:conv_fcn\d+|score_lowres))\.(?:weight|bias)"
+    r"roi_heads\.(?:mask_head\.(?:deconv|predictor)|keypoint_head\.(?:conv_fcn\d+|score_lowres))\.(?:weight|bias)"
 )
 _OURS = re.compile(r"(?:backbone|rpn\.head|roi_heads)\..+")
-_NOT_WEIGHTS = re.compile(r"pixel_(?:mean|std)|proposal_generator\.anchor_generator\.cell_anchors\.\d")
-_CLASS_LAYERS = re.compile(r"roi_heads\.(?:box_predictor(?:\.\d)?\.\w+|mask_head\.predictor)\.(?:weight|bias)")
+_NOT_WEIGHTS = re.compile(r"pixel_(?:mean|std)|(?:proposal_generator\.)?anchor_generator\.cell_anchors\.\d")
+_CLASS_LAYERS = re.compile(r"roi_heads\.(?:box_predictors\.\d\.\w+|mask_head\.predictor)\.(?:weight|bias)")
 
 _BGR_MEAN = (103.53, 116.28, 123.675)
 _ANCHOR_SIZES = (32.0, 64.0, 128.0, 256.0, 512.0)
@@ -412,8 +423,10 @@ def _our_name(key: str) -> str:
         kind, level, norm, leaf = match.groups()
         return f"backbone.{kind}.{'c' if kind == 'lateral' else 'p'}{level}.{int(bool(norm))}.{leaf}"
     if match := _CONV_NORM.fullmatch(key):
-        layer, norm, leaf = match.groups()
-        return f"{layer}.{int(bool(norm))}.{leaf}"
+        stage, conv, mask, norm, leaf = match.groups()
+        return f"roi_heads.{mask or f'box_heads.{stage or 0}.{conv}'}.{int(bool(norm))}.{leaf}"
+    if match := _BOX.fullmatch(key):
+        return f"roi_heads.{match[1]}s.{match[2] or 0}.{match[3]}"
     if match := _RPN.fullmatch(key):
         conv, index, layer, leaf = match.groups()
         return f"rpn.head.conv.{2 * int(index or 0)}.{leaf}" if conv else f"rpn.head.{layer}.{leaf}"
@@ -527,4 +540,9 @@ def load_weights(network: MaskRCNN, source: str | Path) -> None:
     }
     # A frozen BatchNorm counts no batches.
     state = {key: value for key, value in state.items() if key in own or not key.endswith("num_batches_tracked")}
-    fill(network, state, source, lambda key: key.startswith((f"{prefix}conv1.", f"{prefix}bn1.", f"{prefix}layer", "roi_heads.res5.")))
+    fill(
+        network,
+        state,
+        source,
+        lambda key: key.startswith((f"{prefix}conv1.", f"{prefix}bn1.", f"{prefix}layer", "roi_heads.res5.")),
+    )

@@ -1,7 +1,7 @@
 """Boxes as detectors use them: overlap, coding, anchors, matching, sampling, losses.
 
-Boxes are (x1, y1, x2, y2) in continuous pixels, width x2 - x1 (no +1). Conventions and numerics are detectron2's: anchors
-are never rounded and lie on the cells' top-left corners, the order is (level, row, column, size, ratio).
+Boxes are (x1, y1, x2, y2) in continuous pixels, width x2 - x1 (no +1). Conventions and numerics are detectron2's:
+anchors are never rounded and lie on the cells' top-left corners, the order is (level, row, column, size, ratio).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def cell_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...], device: to
 
 
 def grid_anchors(cells: Tensor, grid: Sequence[int], stride: int, offset: float = 0.0) -> Tensor:
-    """Anchors (H * W * A, 4) of a map of `grid` (H, W) cells, `stride` pixels apart, in the order (row, column, anchor).
+    """Anchors (H * W * A, 4) of a map of `grid` (H, W) cells, `stride` pixels apart, ordered by row, column, anchor.
 
     `offset` is the place of a cell's centre in strides; 0 puts it at the cell's top-left corner.
     """

@@ -101,7 +101,11 @@ DEFAULTS: dict[str, Any] = {
     "ROI_BOX_HEAD.USE_FED_LOSS": False,
     "ROI_BOX_HEAD.USE_SIGMOID_CE": False,
     "ROI_BOX_CASCADE_HEAD.IOUS": [0.5, 0.6, 0.7],
-    "ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": [[10.0, 10.0, 5.0, 5.0], [20.0, 20.0, 10.0, 10.0], [30.0, 30.0, 15.0, 15.0]],
+    "ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": [
+        [10.0, 10.0, 5.0, 5.0],
+        [20.0, 20.0, 10.0, 10.0],
+        [30.0, 30.0, 15.0, 15.0],
+    ],
     "ROI_MASK_HEAD.POOLER_RESOLUTION": 14,
     "ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": 0,
     "ROI_MASK_HEAD.POOLER_TYPE": "ROIAlignV2",
@@ -234,10 +238,10 @@ def _options(resolved: Mapping[str, Any]) -> dict[str, Any]:
     def pool(head: Mapping[str, Any]) -> PoolConfig:
         return PoolConfig(head["POOLER_RESOLUTION"], head["POOLER_SAMPLING_RATIO"], POOLINGS[head["POOLER_TYPE"]])
 
-    return dict(
-        num_classes=roi["NUM_CLASSES"],
-        design=design,
-        resnet=ResNetConfig(
+    return {
+        "num_classes": roi["NUM_CLASSES"],
+        "design": design,
+        "resnet": ResNetConfig(
             depth=trunk["DEPTH"],
             norm=NORMS[trunk["NORM"]],
             stem_channels=trunk["STEM_OUT_CHANNELS"],
@@ -248,13 +252,13 @@ def _options(resolved: Mapping[str, Any]) -> dict[str, Any]:
             dilation=trunk["RES5_DILATION"],
             freeze=model["BACKBONE"]["FREEZE_AT"],
         ),
-        fpn=FPNConfig(
+        "fpn": FPNConfig(
             inputs=_ours(fpn["IN_FEATURES"]),
             channels=fpn["OUT_CHANNELS"],
             norm=NORMS[fpn["NORM"]],
             fuse=fpn["FUSE_TYPE"],
         ),
-        rpn=RPNConfig(
+        "rpn": RPNConfig(
             levels=_ours(rpn["IN_FEATURES"]),
             sizes=_tuples(anchors["SIZES"]),
             ratios=_tuples(anchors["ASPECT_RATIOS"]),
@@ -275,7 +279,7 @@ def _options(resolved: Mapping[str, Any]) -> dict[str, Any]:
             loss_weight=rpn["LOSS_WEIGHT"],
             box_loss_weight=rpn["BBOX_REG_LOSS_WEIGHT"],
         ),
-        roi=RoIConfig(
+        "roi": RoIConfig(
             levels=_ours(roi["IN_FEATURES"]),
             thresholds=_tuples(roi["IOU_THRESHOLDS"]),
             labels=_tuples(roi["IOU_LABELS"]),
@@ -286,7 +290,7 @@ def _options(resolved: Mapping[str, Any]) -> dict[str, Any]:
             nms_threshold=roi["NMS_THRESH_TEST"],
             detections=resolved["TEST.DETECTIONS_PER_IMAGE"],
         ),
-        box=BoxHeadConfig(
+        "box": BoxHeadConfig(
             pool=pool(box),
             convs=box["NUM_CONV"],
             conv_channels=box["CONV_DIM"],
@@ -303,7 +307,7 @@ def _options(resolved: Mapping[str, Any]) -> dict[str, Any]:
             cascade_ious=_tuples(cascade.get("IOUS", [])),
             cascade_weights=_tuples(cascade.get("BBOX_REG_WEIGHTS", [])),
         ),
-        mask=MaskHeadConfig(
+        "mask": MaskHeadConfig(
             pool=pool(mask),
             convs=mask["NUM_CONV"],
             channels=mask["CONV_DIM"],
@@ -312,7 +316,7 @@ def _options(resolved: Mapping[str, Any]) -> dict[str, Any]:
         )
         if model["MASK_ON"]
         else None,
-        keypoint=KeypointHeadConfig(
+        "keypoint": KeypointHeadConfig(
             pool=pool(keypoint),
             keypoints=keypoint["NUM_KEYPOINTS"],
             channels=_tuples(keypoint["CONV_DIMS"]),
@@ -321,7 +325,7 @@ def _options(resolved: Mapping[str, Any]) -> dict[str, Any]:
         )
         if model["KEYPOINT_ON"]
         else None,
-    )
+    }
 
 
 def _batch(images: Sequence[Tensor], resolved: Mapping[str, Any], case: Case) -> dict[str, Any]:
@@ -404,9 +408,7 @@ def evaluate(case: Case) -> dict[str, Tensor]:
     outputs = {f"feature_{name.replace('c', 'res')}": x for name, x in features.items()}
     for n, found in enumerate(proposals):
         outputs |= {f"proposals{n}": found.boxes, f"proposal_logits{n}": found.logits}
-    for n, (found, size, original) in enumerate(
-        zip(network.detect(batch), sizes, config["output_sizes"], strict=True)
-    ):
+    for n, (found, size, original) in enumerate(zip(network.detect(batch), sizes, config["output_sizes"], strict=True)):
         outputs |= {f"boxes{n}": found["boxes"], f"scores{n}": found["scores"], f"classes{n}": found["labels"]}
         final = network.postprocess(found, size, original)
         outputs[f"final_boxes{n}"] = final["boxes"]
@@ -477,9 +479,7 @@ def train_run(case: Case) -> dict[str, Tensor]:
         warmup_factor=solver["WARMUP_FACTOR"],
     )
     options = _options(resolved)
-    task = MaskRCNNDetection(
-        model=None, **options, optim=optim, clip_each=clip["CLIP_VALUE"] if by_norm else None
-    )
+    task = MaskRCNNDetection(model=None, **options, optim=optim, clip_each=clip["CLIP_VALUE"] if by_norm else None)
     load_filled(task.network, case, convert_official)
     batches = []
     for k in range(count):

@@ -63,7 +63,14 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     shift = norm.bias - norm.running_mean * scale
     weight = conv.weight * scale[:, None, None, None]
-    return conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+    return conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
+    if downsample is None:
+        return x
+    conv, norm = downsample.children()
+    return conv_norm(conv, norm, x)  # type: ignore[arg-type]
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -72,7 +79,7 @@ class BasicBlock(resnet.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         out = relu_(conv_norm(self.conv1, self.bn1, x))
         out = conv_norm(self.conv2, self.bn2, out)
-        return relu_(out.add_(x if self.downsample is None else conv_norm(*self.downsample, x)))
+        return relu_(out.add_(_shortcut(self.downsample, x)))
 
 
 class Bottleneck(resnet.Bottleneck):
@@ -87,7 +94,7 @@ class Bottleneck(resnet.Bottleneck):
         out = relu_(conv_norm(self.conv1, self.bn1, x))
         out = relu_(conv_norm(self.conv2, self.bn2, out))
         out = conv_norm(self.conv3, self.bn3, out)
-        return relu_(out.add_(x if self.downsample is None else conv_norm(*self.downsample, x)))
+        return relu_(out.add_(_shortcut(self.downsample, x)))
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ def resnet_stage(config: ResNetConfig, stage: int, blocks: int | None = None) ->
 
 
 class ResNetBackbone(nn.Module):
-    """The stages of a ResNet up to the last of the `outputs`; parameter names are torchvision's (conv1, bn1, layer1..4).
+    """The stages of a ResNet up to the last of the `outputs`, with torchvision's parameter names (conv1, layer1, ...).
 
     Args:
         config: the network.

@@ -33,7 +33,7 @@ def configured(kind: type[Config], value: Config | Mapping[str, Any]) -> Config:
             raise unknown(f"option of {kind.__name__}", name, fields)
         default = fields[name].default
         if dataclasses.is_dataclass(default):
-            entry = configured(type(default), entry)  # type: ignore[arg-type]
+            entry = configured(type(default), entry)
         given[name] = _tuples(entry)
     return kind(**given)
 

@@ -273,7 +273,7 @@ class MaskHead(nn.Sequential):
         wanted = []
         for image, target in enumerate(targets):
             mine, size = regions.image == image, logits.shape[-1]
-            index, boxes = regions.index[mine], regions.boxes[mine]
+            index, boxes = regions.matched[mine], regions.boxes[mine]
             if "polygons" in target:
                 wanted.append(crop_polygons([target["polygons"][n] for n in index.tolist()], boxes, size))
             else:
@@ -318,14 +318,14 @@ class KeypointHead(nn.Sequential):
 class Regions(NamedTuple):
     """Labelled regions of a batch: R boxes, image after image.
 
-    `index` is the object of its image that a region is matched to, `truth` that object's box; both count for objects
+    `matched` is the object of its image that a region is matched to, `truth` that object's box; both count for objects
     only, that is where `labels` is a class, not the background (K) nor -1.
     """
 
     image: Tensor
     boxes: Tensor
     labels: Tensor
-    index: Tensor
+    matched: Tensor
     truth: Tensor
 
     @property
@@ -350,7 +350,7 @@ class ScaleGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.scale, None
 
 
@@ -394,18 +394,25 @@ class RoIHeads(nn.Module):
     def _build_box(self, channels: int, strides: Sequence[int]) -> None:
         box = self.box
         self.box_pooler = RoIPooler(strides, box.pool)
-        if not box.cascade_ious:
-            self.box_head = BoxHead(channels, box)
-            self.box_predictor = BoxPredictor(self.box_head.out_features, self.num_classes, box, box.weights)
-            return
-        if not box.class_agnostic or len(box.cascade_ious) != len(box.cascade_weights):
-            raise ZooError("a cascade wants class-agnostic boxes, and as many cascade_weights as cascade_ious")
-        heads = [BoxHead(channels, box) for _ in box.cascade_ious]
-        self.box_head = nn.ModuleList(heads)  # type: ignore[assignment]
-        self.box_predictor = nn.ModuleList(  # type: ignore[assignment]
-            BoxPredictor(head.out_features, self.num_classes, box, weights)
-            for head, weights in zip(heads, box.cascade_weights, strict=True)
+        if box.cascade_ious and not box.class_agnostic:
+            raise ZooError("a cascade wants class-agnostic boxes: set box.class_agnostic")
+        if len(box.cascade_ious) != len(box.cascade_weights):
+            raise ZooError("a cascade wants as many box.cascade_weights as box.cascade_ious")
+        weights = box.cascade_weights or (box.weights,)
+        heads = [BoxHead(channels, box) for _ in weights]
+        self.box_heads = nn.ModuleList(heads)
+        self.box_predictors = nn.ModuleList(
+            BoxPredictor(head.out_features, self.num_classes, box, stage)
+            for head, stage in zip(heads, weights, strict=True)
         )
+
+    def _box_features(self, stage: int, maps: Sequence[Tensor], rois: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a stage's predictor sees of `rois` (R, 5), and features that other heads share with it, if any."""
+        x, stages = self.box_pooler(maps, rois), len(self.box_heads)
+        if stages > 1:
+            # The stages' losses are summed, but the maps are to feel their mean.
+            x = ScaleGradient.apply(x, 1.0 / stages)
+        return self.box_heads[stage](x), None
 
     # -- training
 
@@ -448,7 +455,7 @@ class RoIHeads(nn.Module):
             features: the backbone's maps.
             proposals: of each image.
             sizes: (height, width) of each image inside the padding.
-            targets: dicts with `boxes`, `labels`, and `masks` (or `polygons`) or `keypoints` where there are such heads.
+            targets: dicts with `boxes`, `labels`, and for such heads `masks` (or `polygons`) and `keypoints`.
             permute: draws the samples; for each image in turn, the objects' permutation, then the backgrounds'.
         """
         boxes = [found.boxes for found in proposals]
@@ -469,46 +476,38 @@ class RoIHeads(nn.Module):
     def _box_losses(
         self, maps: Sequence[Tensor], regions: Regions, sizes: Sizes, targets: Sequence[Mapping[str, Any]]
     ) -> tuple[dict[str, Tensor], Regions, Tensor | None]:
-        """The losses, the regions for the other heads, and features that these share with the box head, if any."""
-        if self.box.cascade_ious:
-            return self._cascade_losses(maps, regions, sizes, targets), regions, None
-        predictor = self.box_predictor
-        logits, deltas = predictor(self.box_head(self.box_pooler(maps, regions.rois)))
-        losses = predictor.losses(logits, deltas, regions)
-        if self.box.train_on_predictions:
-            with torch.no_grad():
-                predicted = predictor.boxes(deltas, regions.boxes)
-                which = regions.labels.clamp(0, predicted.shape[1] - 1)
-                regions = regions._replace(boxes=predicted[torch.arange(len(which), device=which.device), which])
-        return losses, regions, None
+        """The losses, the regions for the other heads, and features that these share with the box head, if any.
 
-    def _cascade_losses(
-        self, maps: Sequence[Tensor], regions: Regions, sizes: Sizes, targets: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Tensor]:
-        """Every stage refines all boxes of the one before, labelled anew (Cascade R-CNN, section 4)."""
+        Every later stage of a cascade refines all boxes of the one before, labelled anew (Cascade R-CNN, section 4).
+        """
         losses: dict[str, Tensor] = {}
-        stages = len(self.box.cascade_ious)
-        for k, predictor in enumerate(self.box_predictor):
+        current, predicted, stages = regions, regions.boxes[:, None], len(self.box_predictors)
+        shared: Tensor | None = None
+        predictor: Any
+        for k, predictor in enumerate(self.box_predictors):
             if k:
-                split = [boxes[regions.image == n] for n in range(len(sizes))]
-                clipped = [clip_boxes(found, size) for found, size in zip(split, sizes, strict=True)]
-                clipped = [found[nonempty(found)] for found in clipped]
-                regions = self.label(clipped, targets, (self.box.cascade_ious[k],), (0, 1), None)
-            # Its losses are summed, so that each stage weighs a third of a mean in the features' gradient.
-            x = ScaleGradient.apply(self.box_pooler(maps, regions.rois), 1.0 / stages)
-            logits, deltas = predictor(self.box_head[k](x))
-            found = predictor.losses(logits, deltas, regions)
-            losses.update({f"{name}_stage{k}": loss for name, loss in found.items()})
-            boxes = predictor.boxes(deltas.detach(), regions.boxes)[:, 0]
-        return losses
+                boxes = predicted[:, 0]
+                refined = [clip_boxes(boxes[current.image == n], size) for n, size in enumerate(sizes)]
+                refined = [found[nonempty(found)] for found in refined]
+                current = self.label(refined, targets, (self.box.cascade_ious[k],), (0, 1), None)
+            x, shared = self._box_features(k, maps, current.rois)
+            logits, deltas = predictor(x)
+            suffix = f"_stage{k}" if stages > 1 else ""
+            found = predictor.losses(logits, deltas, current)
+            losses.update({f"{name}{suffix}": loss for name, loss in found.items()})
+            with torch.no_grad():
+                if stages > 1 or self.box.train_on_predictions:
+                    predicted = predictor.boxes(deltas, current.boxes)
+        if self.box.train_on_predictions and stages == 1:
+            which = regions.labels.clamp(0, predicted.shape[1] - 1)
+            regions = regions._replace(boxes=predicted[torch.arange(len(which), device=which.device), which])
+        return losses, regions, shared
 
-    def _keypoint_loss(
-        self, maps: Sequence[Tensor], regions: Regions, targets: Sequence[Mapping[str, Any]]
-    ) -> Tensor:
+    def _keypoint_loss(self, maps: Sequence[Tensor], regions: Regions, targets: Sequence[Mapping[str, Any]]) -> Tensor:
         """Regions without a visible keypoint inside them are left out."""
         head: Any = self.keypoint_head
         config: KeypointHeadConfig = head.config
-        per_image = [target["keypoints"][regions.index[regions.image == n]] for n, target in enumerate(targets)]
+        per_image = [target["keypoints"][regions.matched[regions.image == n]] for n, target in enumerate(targets)]
         keypoints, boxes = torch.cat(per_image).to(regions.boxes.dtype), regions.boxes[:, None]
         places = keypoints[..., :2]
         inside = ((places >= boxes[..., :2]) & (places <= boxes[..., 2:])).all(dim=2)
@@ -520,9 +519,7 @@ class RoIHeads(nn.Module):
 
     # -- evaluation
 
-    def detect(
-        self, features: Mapping[str, Tensor], proposals: Sequence[Proposals], sizes: Sizes
-    ) -> list[Detection]:
+    def detect(self, features: Mapping[str, Tensor], proposals: Sequence[Proposals], sizes: Sizes) -> list[Detection]:
         """What is reported of each image, in the pixels of the network's input.
 
         Returns:
@@ -539,23 +536,17 @@ class RoIHeads(nn.Module):
 
     def _predict(self, maps: Sequence[Tensor], proposals: Sequence[Proposals], sizes: Sizes) -> tuple[Tensor, Tensor]:
         """Boxes (R, K or 1, 4) and probabilities (R, K + 1) of all proposals, image after image."""
-        boxes = [found.boxes for found in proposals]
-        if not self.box.cascade_ious:
-            logits, deltas = self.box_predictor(self.box_features(maps, rois_of(boxes)))
-            return self.box_predictor.boxes(deltas, torch.cat(boxes)), self.box_predictor.probabilities(logits)
-        scores, counts = [], [len(found) for found in boxes]
-        for k, predictor in enumerate(self.box_predictor):
+        boxes, scores = [found.boxes for found in proposals], []
+        counts, predicted = [len(found) for found in boxes], torch.cat(boxes)[:, None]
+        predictor: Any
+        for k, predictor in enumerate(self.box_predictors):
             if k:
-                split = refined[:, 0].split(counts)
+                split = predicted[:, 0].split(counts)
                 boxes = [clip_boxes(found, size) for found, size in zip(split, sizes, strict=True)]
-            logits, deltas = predictor(self.box_head[k](self.box_pooler(maps, rois_of(boxes))))
-            refined = predictor.boxes(deltas, torch.cat(boxes))
+            logits, deltas = predictor(self._box_features(k, maps, rois_of(boxes))[0])
+            predicted = predictor.boxes(deltas, torch.cat(boxes))
             scores.append(predictor.probabilities(logits))
-        return refined, torch.stack(scores).mean(dim=0)
-
-    def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """What the box predictor sees of `rois` (R, 5)."""
-        return self.box_head(self.box_pooler(maps, rois))
+        return predicted, torch.stack(scores).mean(dim=0)
 
     def _select(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Detection:
         finite = boxes.flatten(1).isfinite().all(dim=1) & scores.isfinite().all(dim=1)
@@ -621,20 +612,15 @@ class Res5RoIHeads(RoIHeads):
             raise ZooError("a C4 network has no cascade")
         self.box_pooler = RoIPooler(strides, self.box.pool)
         self.res5 = resnet_stage(self.resnet, 5, blocks=3)
-        self.box_predictor = BoxPredictor(self.resnet.channels * 8, self.num_classes, self.box, self.box.weights)
+        predictor = BoxPredictor(self.resnet.channels * 8, self.num_classes, self.box, self.box.weights)
+        self.box_predictors = nn.ModuleList([predictor])
 
     def _mask_head(self, channels: int, mask: MaskHeadConfig) -> MaskHead:
         return MaskHead(self.resnet.channels * 8, self.num_classes, mask)
 
-    def _box_losses(
-        self, maps: Sequence[Tensor], regions: Regions, sizes: Sizes, targets: Sequence[Mapping[str, Any]]
-    ) -> tuple[dict[str, Tensor], Regions, Tensor | None]:
-        shared = self.res5(self.box_pooler(maps, regions.rois))
-        logits, deltas = self.box_predictor(shared.mean(dim=(2, 3)))
-        return self.box_predictor.losses(logits, deltas, regions), regions, shared
-
-    def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        return self._mask_features(maps, rois).mean(dim=(2, 3))
+    def _box_features(self, stage: int, maps: Sequence[Tensor], rois: Tensor) -> tuple[Tensor, Tensor | None]:
+        shared = self._mask_features(maps, rois)
+        return shared.mean(dim=(2, 3)), shared
 
     def _mask_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         return self.res5(self.box_pooler(maps, rois))
