@@ -34,7 +34,7 @@ def predict(
     objects, one that gives logits (B, K) classifies.
 
     Args:
-        model: a model, with the tag of its weights where it has several.
+        model: a model, with or without the tag of its weights; without, the first that its card lists are taken.
         images: picture files.
         out: of a model that draws: a ``.png`` for one sheet of all images, or a folder (default: this one) for one
             file an image. Of a detector: a ``.png`` (of one image), a folder, or a ``.json`` for the result alone. Of a
@@ -53,7 +53,10 @@ def predict(
         ZooError: a missing or broken picture, unknown names, weights that do not match.
     """
     pictures = [read_image(path, upright=True) for path in images]
-    kind = _entry(model).kind
+    published = _entry(model)
+    kind = published.kind
+    if weights is None and kind == "full":
+        model = published.name
     if kind == "encoder" and ("." in model and weights is None):
         raise ZooError(f"{model} is an encoder without a head: it neither draws nor classifies")
     prepare = create_preprocess(model)

@@ -570,7 +570,8 @@ class DetectionDataModule(SeededDataModule):
             :class:`~zoo.data.shapes.Knobs`; else annotations and images of :func:`~zoo.data.coco.find_coco`.
 
     Attributes:
-        num_classes, class_names, keypoint_names: known as soon as the module is made.
+        num_classes, class_names, keypoint_names: known as soon as the module is made; without `data_dir`, a carded set's
+            classes are the card's.
 
     Raises:
         ZooError: an unknown set or option, a json that is missing or damaged, pictures that are not there.
@@ -622,32 +623,42 @@ class DetectionDataModule(SeededDataModule):
         if eval_transforms is None:
             self.eval_transforms = [] if drawn else [ResizeShortestEdge([800])]
         self._layout = None if drawn else self._find()
-        source = self._open("train" if drawn or "train" in self._parts() else "val")[0]
-        self.class_names, self.keypoint_names = source.class_names, source.keypoint_names
+        self.class_names, self.keypoint_names = self._names()
         self.num_classes = len(self.class_names)
-        if keypoints and not self.keypoint_names:
+        if keypoints and self._layout is not None and not self.keypoint_names:
             raise ZooError(f"{dataset} has no keypoints; for COCO set data.options.annotations to person_keypoints")
 
-    def _find(self) -> CocoLayout:
+    def _find(self) -> CocoLayout | None:
+        """Where the set lies; None where it has a card and nobody has said yet."""
         for name in self.options:
             if name not in _COCO_OPTIONS:
                 raise unknown(f"option of {self.dataset}", name, _COCO_OPTIONS)
-        place = self.data_dir or self.dataset
         if self.data_dir is None and not Path(self.dataset).expanduser().exists():
             from zoo import catalog
 
             known = [name for name in catalog.list_datasets() if "detection" in catalog.data_card(name).task]
-            if self.dataset in known and self.dataset != "shapes":
-                raise ZooError(f"{self.dataset} is read from a folder: set data.data_dir to where it lies")
-            raise unknown("dataset", self.dataset, known)
+            if self.dataset not in known:
+                raise unknown("dataset", self.dataset, known)
+            return None
+        place = self.data_dir or self.dataset
         return find_coco(place, self.options.get("annotations"), self.options.get("images"))
 
-    def _parts(self) -> list[str]:
-        return list(self._layout.parts) if self._layout is not None else []
+    def _names(self) -> tuple[list[str], list[str]]:
+        """Of classes and keypoints: the set's own or, as long as nobody has said where it lies, the card's."""
+        if self._layout is None and self.dataset != "shapes":
+            from zoo import catalog
+
+            card = catalog.data_card(self.dataset)
+            return card.class_names or [str(k) for k in range(card.num_classes or 0)], []
+        first = "train" if self._layout is None or "train" in self._layout.parts else "val"
+        source = self._open(first)[0]
+        return source.class_names, source.keypoint_names
 
     def _open(self, split: str) -> tuple[RecordSource, np.ndarray]:
         if self._layout is not None:
             return self._layout.open(split)
+        if self.dataset != "shapes":
+            raise ZooError(f"{self.dataset} is read from a folder: set data.data_dir to where it lies")
         part = "test" if split == "predict" else split
         if part not in _LENGTH:
             raise unknown("split", split, (*_LENGTH, "predict"))
