@@ -316,14 +316,17 @@ class CocoLayout:
         raise ZooError(f"the images of {file} are not found: there is no {name} in {places[0]} nor near it")
 
 
-def find_coco(place: str | os.PathLike[str], annotations: str | None = None, images: str | None = None) -> CocoLayout:
+def find_coco(
+    place: str | os.PathLike[str], annotations: str | None = None, images: str | None = None, name: str = "instances"
+) -> CocoLayout:
     """What is in COCO's format at a path.
 
     Args:
         place: a folder or one json.
-        annotations: a word of the names of the wanted json files, such as "instances" or "person_keypoints"; without
-            it those of instances, or the only ones.
+        annotations: a word of the names of the wanted json files, such as "person_keypoints"; without it those with
+            `name` in theirs, or the only ones.
         images: the folder of the pictures, where it is not found by itself.
+        name: of the set.
 
     Raises:
         ZooError: nothing there, or several files for one split.
@@ -341,7 +344,7 @@ def find_coco(place: str | os.PathLike[str], annotations: str | None = None, ima
             found.setdefault(part or _part_of(file.stem), []).append(file)
     if not found:
         raise ZooError(f"{root} has no json of annotations, neither there nor in annotations/, train/, val/ or test/")
-    parts = {part: _one(files, annotations) for part, files in found.items()}
+    parts = {part: _one(files, annotations, name) for part, files in found.items()}
     chosen = {part: file for part, file in parts.items() if file is not None}
     if not chosen:
         names = sorted({file.name for files in found.values() for file in files})
@@ -353,12 +356,13 @@ def _part_of(stem: str) -> str:
     return next((part for word, part in (("train", "train"), ("val", "val"), ("test", "test")) if word in stem), "all")
 
 
-def _one(files: list[Path], word: str | None) -> Path | None:
+def _one(files: list[Path], word: str | None, name: str) -> Path | None:
     if word is not None:
         files = [file for file in files if word in file.stem]
     else:
-        files = [file for file in files if not file.stem.startswith(_OTHER_KINDS)]
-        files = [file for file in files if file.stem.startswith("instances")] or files
+        files = [file for file in files if not any(kind in file.stem for kind in _OTHER_KINDS)]
+        for preferred in (name, "instances"):
+            files = [file for file in files if preferred in file.stem] or files
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise ZooError(f"several annotations of one split: {names}; say which by data.options.annotations")

@@ -570,7 +570,7 @@ class DetectionDataModule(SeededDataModule):
             :class:`~zoo.data.shapes.Knobs`; else annotations and images of :func:`~zoo.data.coco.find_coco`.
 
     Attributes:
-        num_classes, class_names, keypoint_names: known as soon as the module is made; without `data_dir`, a carded set's
+        num_classes, class_names, keypoint_names: known as soon as the module is made; without data_dir, a carded set's
             classes are the card's.
 
     Raises:
@@ -641,7 +641,8 @@ class DetectionDataModule(SeededDataModule):
                 raise unknown("dataset", self.dataset, known)
             return None
         place = self.data_dir or self.dataset
-        return find_coco(place, self.options.get("annotations"), self.options.get("images"))
+        named = self.dataset if self.data_dir else "instances"
+        return find_coco(place, self.options.get("annotations"), self.options.get("images"), named)
 
     def _names(self) -> tuple[list[str], list[str]]:
         """Of classes and keypoints: the set's own or, as long as nobody has said where it lies, the card's."""
