@@ -143,7 +143,7 @@ def official_module(checkout: Path, name: str) -> Any:
     sys.modules.setdefault("detectron2._C", types.ModuleType("detectron2._C"))
     try:
         package = importlib.import_module("detectron2")
-        package._C = sys.modules["detectron2._C"]  # type: ignore[attr-defined]
+        package._C = sys.modules["detectron2._C"]
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ZooError(f"detectron2 wants {error.name}: pip install {error.name}") from error
@@ -297,7 +297,9 @@ def _coco(setting: Setting) -> Iterator[tuple[Path, Path, str]]:
     with photos(setting, 16) as (folder, name), tempfile.TemporaryDirectory() as made:
         from PIL import Image
 
-        rng, pictures, annotations = np.random.default_rng(0), [], []
+        rng = np.random.default_rng(0)
+        pictures: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         angles = np.linspace(0, 2 * math.pi, 24, endpoint=False)
         flat = Path(made) / "images"
         flat.mkdir()

@@ -72,9 +72,7 @@ class Detection(BaseModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses: dict[str, Tensor] = self.network(batch, batch.get("noise"))
-        self.log_dict(
-            {f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(batch["image"])
-        )
+        self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(batch["image"]))
         return torch.stack(list(losses.values())).sum()
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
