@@ -510,8 +510,8 @@ class Normalise:
             raise unknown("order of channels", channels, _CHANNELS)
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ZooError(f"pixel_mean and pixel_std need three numbers each, std positive; got {mean} and {std}")
-        self.mean, self.std = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean, std))
-        self.channels = channels
+        self.mean, self.std = (torch.tensor(x, dtype=torch.float32).tolist() for x in (mean, std))
+        self.order = (2, 1, 0) if channels == "bgr" else (0, 1, 2)
 
     def __call__(self, images: Sequence[Tensor], divisibility: int = 1) -> Tensor:
         """(B, 3, H, W) float32 of the pictures, H and W the largest, rounded up to multiples of `divisibility`."""
@@ -519,8 +519,11 @@ class Normalise:
         height, width = (math.ceil(side / divisibility) * divisibility for side in sides)
         batch = torch.zeros(len(images), 3, height, width)
         for out, image in zip(batch, images, strict=True):
-            view = out[:, : image.shape[-2], : image.shape[-1]]
-            view.copy_(image.flip(0) if self.channels == "bgr" else image).sub_(self.mean).div_(self.std)
+            # A channel at a time: all steps while it lies in the cache.
+            for to, channel, mean, std in zip(out, self.order, self.mean, self.std, strict=True):
+                to = to[: image.shape[-2], : image.shape[-1]].copy_(image[channel]).sub_(mean)
+                if std != 1:
+                    to.div_(std)
         return batch
 
 
