@@ -130,7 +130,8 @@ class MaskRCNNDetection(Detection):
     Args:
         model: a published size, or null for :class:`MaskRCNN`'s own defaults.
         num_classes: K; taken from the data module by a recipe.
-        design, resnet, fpn, rpn, roi, box, mask, keypoint: override the model's; of a part, the fields given only.
+        design, resnet, fpn, rpn, roi, box, mask, keypoint: override the model's; of a part, the fields given only;
+            False for no mask or no keypoints.
         init_from: where :meth:`setup` takes weights from: the name of published weights, a file, or a checkpoint. Of a
             classifier the trunk is filled; of a detector everything but layers of another number of classes.
         oks_sigmas: of the keypoints, as in COCO's OKS; null for COCO's 17.
@@ -150,8 +151,8 @@ class MaskRCNNDetection(Detection):
         rpn: dict[str, Any] | None = None,
         roi: dict[str, Any] | None = None,
         box: dict[str, Any] | None = None,
-        mask: dict[str, Any] | None = None,
-        keypoint: dict[str, Any] | None = None,
+        mask: dict[str, Any] | Literal[False] | None = None,
+        keypoint: dict[str, Any] | Literal[False] | None = None,
         init_from: str | None = None,
         oks_sigmas: list[float] | None = None,
         clip_each: float | None = None,
@@ -171,7 +172,7 @@ class MaskRCNNDetection(Detection):
             "mask": mask,
         }
         given: dict[str, Any] = {
-            name: part for name, part in {**parts, "keypoint": keypoint}.items() if part is not None
+            name: None if part is False else part for name, part in parts.items() if part is not None
         }
         network = (MaskRCNN if model is None else MODELS[model])(num_classes=num_classes, **given)
         super().__init__(network, optim, network.iou_types, oks_sigmas, clip_each, init_from)

@@ -478,7 +478,7 @@ def train_run(case: Case) -> dict[str, Tensor]:
         warmup_steps=solver["WARMUP_ITERS"],
         warmup_factor=solver["WARMUP_FACTOR"],
     )
-    options = _options(resolved)
+    options = {name: False if part is None else part for name, part in _options(resolved).items()}
     task = MaskRCNNDetection(model=None, **options, optim=optim, clip_each=clip["CLIP_VALUE"] if by_norm else None)
     load_filled(task.network, case, convert_official)
     batches = []
