@@ -170,6 +170,7 @@ class MaskRCNNDetection(Detection):
             "roi": roi,
             "box": box,
             "mask": mask,
+            "keypoint": keypoint,
         }
         given: dict[str, Any] = {
             name: None if part is False else part for name, part in parts.items() if part is not None
