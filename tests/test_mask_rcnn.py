@@ -567,6 +567,8 @@ def test_overrides_of_a_published_size_change_only_what_they_name() -> None:
     assert network.size_divisibility == 32
     with torch.device("meta"):
         assert mask_rcnn.mask_rcnn_r50_c4().size_divisibility == 1
+        task = MaskRCNNDetection(model=None, mask=False, keypoint={"keypoints": 5}, oks_sigmas=[0.1] * 5)
+    assert task.network.iou_types == ("bbox", "keypoints")
 
 
 def test_two_processes_average_their_own_losses(tmp_path: Path) -> None:

@@ -32,17 +32,23 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
-from zoo.nn.detection.backbone import FPN, FPNConfig, ResNetBackbone, ResNetConfig, Subsample
-from zoo.nn.detection.rcnn import RCNN, configured
-from zoo.nn.detection.roi_heads import (
+from zoo.nn.detection import (
+    FPN,
+    RCNN,
+    RPN,
     BoxHeadConfig,
+    FPNConfig,
     KeypointHeadConfig,
     MaskHeadConfig,
     Res5RoIHeads,
+    ResNetBackbone,
+    ResNetConfig,
     RoIConfig,
     RoIHeads,
+    RPNConfig,
+    Subsample,
+    configured,
 )
-from zoo.nn.detection.rpn import RPN, RPNConfig
 from zoo.ops.boxes import cell_anchors
 from zoo.pretrained import fill, read_source
 from zoo.training import Optim
