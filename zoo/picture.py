@@ -55,7 +55,7 @@ def predict(
     pictures = [read_image(path, upright=True) for path in images]
     published = _entry(model)
     kind = published.kind
-    if weights is None and kind == "full":
+    if kind == "full":
         model = published.name
     if kind == "encoder" and ("." in model and weights is None):
         raise ZooError(f"{model} is an encoder without a head: it neither draws nor classifies")
