@@ -247,7 +247,10 @@ def conclude(seeds: list[dict[str, dict[str, Any]]]) -> list[SubClaim]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = parser(__doc__).parse_args(argv)
+    options = parser(__doc__)
+    given = options.parse_args(argv)
+    if given.data not in (None, "shapes") or given.data_dir is not None:
+        options.error("this claim draws its scenes itself: --data and --data-dir are not for it")
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     settings = replace(Settings(), **(QUICK if given.quick else {}))
@@ -269,9 +272,9 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         torch.set_num_threads(threads)
     arms = {arm: {**ARMS[arm], **{k: [s[arm][k] for s in seeds] for k in seeds[0][arm]}} for arm in ARMS}
-    options = {"seeds": given.seeds, "threads": given.threads, "quick": given.quick}
+    more = {"seeds": given.seeds, "threads": given.threads, "quick": given.quick}
     parts = [found for seed in seeds for found in seed.values()]
-    record = result("mask_rcnn", STATEMENT, asdict(settings) | options, arms, conclude(seeds), parts)
+    record = result("mask_rcnn", STATEMENT, asdict(settings) | more, arms, conclude(seeds), parts)
     out = result_path("mask_rcnn", given)
     write(record, out)
     show(record)
