@@ -40,10 +40,12 @@ class TemporalConv3d(nn.Conv3d):
 
     def __init__(self, in_chans: int, out_chans: int, kernel: int, stride: int = 1) -> None:
         super().__init__(in_chans, out_chans, (kernel, 1, 1), (stride, 1, 1), (kernel // 2, 0, 0), bias=False)
+        self.temporal_stride, self.temporal_padding = stride, kernel // 2
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, T, H, W) to (B, out_chans, T / stride, H, W)."""
-        flat = conv2d(x.flatten(3), self.weight.flatten(3), None, (self.stride[0], 1), (self.padding[0], 0))
+        stride, padding = (self.temporal_stride, 1), (self.temporal_padding, 0)
+        flat = conv2d(x.flatten(3), self.weight.flatten(3), None, stride, padding)
         return flat.unflatten(3, x.shape[3:])
 
 

@@ -20,12 +20,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from zoo.errors import ZooError, unknown
+from zoo.nn.batchnorm import BATCH_NORMS
 from zoo.training.lars import LARS
 
 Name = Literal["adamw", "sgd", "lars"]
 Schedule = Literal["cosine", "step", "constant"]
 Interval = Literal["step", "epoch"]
-NoDecay = Literal["1d", "none"]
+NoDecay = Literal["1d", "norm", "none"]
+From = Literal["warmup", "start"]
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,20 @@ class Optim:
         nesterov: of SGD.
         trust_coefficient: of LARS.
         layer_decay: factor per layer from the top down; wants a model with `layer_id(name)` and `num_layer_ids`.
-        no_decay: "1d" spares biases and parameters of one dimension, "none" decays everything.
+        no_decay: "1d" spares biases and parameters of one dimension, "norm" those of batch normalisation only, "none"
+            decays everything.
         schedule: what follows the warm-up.
         interval: whether the schedule moves with every step or with whole epochs.
-        warmup_epochs: linear warm-up from 0, in epochs.
+        schedule_from: "warmup": the cosine begins at the end of the warm-up, which rises to the peak. "start": it has
+            begun with the run, and the warm-up rises to the value that it has come down to by then.
+        warmup_epochs: linear warm-up, in epochs.
         warmup_steps: the same in optimiser steps; where given, `warmup_epochs` is not used.
+        warmup_start_lr: the absolute rate that the warm-up rises from.
         warmup_lr: where given, the warm-up is this constant rate instead of a linear rise.
         min_lr: the floor of the cosine; layer decay scales it too.
         milestones: epochs at which the step schedule multiplies the rate by `gamma`.
         gamma: factor of the step schedule.
+        factors: of the peak rate after each milestone, where they are no powers of `gamma`.
         global_batch: the recipe's effective batch. It is held whatever the number of devices by accumulation, or the
             run refuses to start.
 
@@ -72,12 +79,15 @@ class Optim:
     no_decay: NoDecay = "1d"
     schedule: Schedule = "cosine"
     interval: Interval = "step"
+    schedule_from: From = "warmup"
     warmup_epochs: float = 0.0
     warmup_steps: int | None = None
+    warmup_start_lr: float = 0.0
     warmup_lr: float | None = None
     min_lr: float = 0.0
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
+    factors: tuple[float, ...] = ()
     global_batch: int | None = None
 
     def __post_init__(self) -> None:
@@ -86,6 +96,7 @@ class Optim:
             ("schedule", self.schedule, Schedule),
             ("interval", self.interval, Interval),
             ("no_decay", self.no_decay, NoDecay),
+            ("schedule_from", self.schedule_from, From),
         ):
             if value not in get_args(known):
                 raise unknown(kind, str(value), get_args(known))
@@ -95,9 +106,11 @@ class Optim:
         for key in ("lr", "layer_decay", "warmup_lr", "global_batch"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise ZooError(f"optim.{key} must be positive or null, not {getattr(self, key)}")
-        for key in ("weight_decay", "warmup_epochs", "min_lr"):
+        for key in ("weight_decay", "warmup_epochs", "warmup_start_lr", "min_lr"):
             if not getattr(self, key) >= 0:
                 raise ZooError(f"optim.{key} must not be negative, but is {getattr(self, key)}")
+        if self.factors and len(self.factors) != len(self.milestones):
+            raise ZooError(f"optim.factors are {len(self.factors)}, one a milestone would be {len(self.milestones)}")
 
     def peak_lr(self, batch: int) -> float:
         """The learning rate at the end of warm-up for an effective batch of `batch` samples."""
@@ -108,27 +121,39 @@ def lr_at(optim: Optim, epoch: float, total_epochs: float, lr: float, warmup_epo
     """The learning rate at a fractional `epoch` of a run of `total_epochs` whose peak is `lr`.
 
     `warmup_epochs` stands in for the declaration's own (where that is given in steps). After the warm-up of w epochs
-    the cosine is min_lr + (lr - min_lr) * (1 + cos(pi * (epoch - w) / (total - w))) / 2.
+    the cosine is min_lr + (lr - min_lr) * (1 + cos(pi * (epoch - w) / (total - w))) / 2, or without w in it where the
+    schedule counts from the start.
     """
     warmup = optim.warmup_epochs if warmup_epochs is None else warmup_epochs
     if optim.interval == "epoch":
         epoch = math.floor(epoch)
-    if epoch < warmup:
-        return lr * epoch / warmup if optim.warmup_lr is None else optim.warmup_lr
+    if epoch >= warmup:
+        return _scheduled(optim, epoch, total_epochs, lr, warmup)
+    if optim.warmup_lr is not None:
+        return optim.warmup_lr
+    end = lr if optim.schedule_from == "warmup" else _scheduled(optim, warmup, total_epochs, lr, warmup)
+    return optim.warmup_start_lr + (end - optim.warmup_start_lr) * epoch / warmup
+
+
+def _scheduled(optim: Optim, epoch: float, total_epochs: float, lr: float, warmup: float) -> float:
+    """The rate without warm-up."""
     if optim.schedule == "constant":
         return lr
     if optim.schedule == "step":
-        return lr * optim.gamma ** sum(epoch >= milestone for milestone in optim.milestones)
-    progress = min(1.0, (epoch - warmup) / max(total_epochs - warmup, 1e-12))
+        passed = sum(epoch >= milestone for milestone in optim.milestones)
+        return lr * ((1.0, *optim.factors)[passed] if optim.factors else optim.gamma**passed)
+    begin = warmup if optim.schedule_from == "warmup" else 0.0
+    progress = min(1.0, (epoch - begin) / max(total_epochs - begin, 1e-12))
     return optim.min_lr + (lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     """The trainable parameters of `model`, grouped by weight decay and learning-rate scale.
 
-    Undecayed are parameters of one dimension, biases, and the names in `no_weight_decay()` of the model or of any part
-    of it. Without layer decay the undecayed group comes first; with it, groups come in the order in which they first
-    occur in `named_parameters`, and a layer's scale is layer_decay ** (top - id), top being `model.num_layer_ids` - 1.
+    Undecayed are, as `no_decay` says, parameters of one dimension and biases, or those of batch normalisation alone,
+    and the names in `no_weight_decay()` of the model or of any part of it. Without layer decay the undecayed group
+    comes first; with it, groups come in the order in which they first occur in `named_parameters`, and a layer's scale
+    is layer_decay ** (top - id), top being `model.num_layer_ids` - 1.
 
     Returns:
         Groups with keys `params`, `names`, `weight_decay`, `lr_scale`.
@@ -142,6 +167,12 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
         if callable(listing := getattr(part, "no_weight_decay", None))
         for name in listing()
     }
+    normalising = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in model.named_modules()
+        if isinstance(part, BATCH_NORMS)
+        for name, _ in part.named_parameters(recurse=False)
+    }
     layer_id: Callable[[str], int] | None = getattr(model, "layer_id", None)
     if optim.layer_decay is not None and layer_id is None:
         raise ZooError(f"optim.layer_decay wants a model with layer_id(name); {type(model).__name__} has none")
@@ -151,6 +182,7 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
         if not parameter.requires_grad:
             continue
         plain = parameter.ndim <= 1 or name.endswith(".bias")
+        plain = name in normalising if optim.no_decay == "norm" else plain
         decayed = optim.no_decay == "none" or not (plain or name in spared)
         layer, scale = 0, 1.0
         if optim.layer_decay is not None and layer_id is not None:
@@ -204,7 +236,8 @@ def build(model: nn.Module, optim: Optim, trainer: L.Trainer) -> Any:
     def factor(step: int) -> float:
         if step == 0:  # the number of batches is not known yet, and no schedule's start depends on it
             warm = bool(optim.warmup_epochs if optim.warmup_steps is None else optim.warmup_steps)
-            return (optim.warmup_lr or 0.0) / peak if warm else lr_at(optim, 0.0, 1.0, peak, 0.0) / peak
+            start = optim.warmup_start_lr if optim.warmup_lr is None else optim.warmup_lr
+            return start / peak if warm else lr_at(optim, 0.0, 1.0, peak, 0.0) / peak
         epoch, total, warmup = _position(step, optim, trainer)
         return lr_at(optim, epoch, total, peak, warmup) / peak
 

@@ -6,13 +6,13 @@ several clips and crops, and a metric joins what the network says of them, on an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import MeanMetric, Metric
 
 from zoo.errors import ZooError
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
@@ -50,20 +50,14 @@ class VideoClassification(BaseModule):
         self.network, self.num_classes = network, num_classes
         self.label_smoothing, self.init_from, self.channels_last = label_smoothing, init_from, channels_last
         if channels_last:
-            network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last_3d)
         self.val_metrics, self.test_metrics = (
-            nn.ModuleDict(
-                {
-                    "score": MetricCollection(self.make_metrics(), prefix=f"{split}/", compute_groups=False),
-                    "loss": MeanMetric(),
-                }
-            )
-            for split in ("val", "test")
+            nn.ModuleDict({"score": self.make_metric(), "loss": MeanMetric()}) for _ in range(2)
         )
 
-    def make_metrics(self) -> dict[str, Metric | MetricCollection]:
-        """By name, the metrics that :meth:`update_metrics` hands the views to."""
-        return {f"top{k}": MultiViewAccuracy(self.num_classes, top_k=k) for k in (1, 5)}
+    def make_metric(self) -> Metric:
+        """The metric that :meth:`update_metric` hands the views to; it computes numbers by name."""
+        return MultiViewAccuracy(self.num_classes)
 
     def trainable(self) -> nn.Module:
         return self.network
@@ -82,10 +76,14 @@ class VideoClassification(BaseModule):
             self.load_encoder(self.init_from)
             self.init_from = None
 
-    def forward(self, video: Tensor, *inputs: Any) -> Tensor:
-        """Videos (B, C, T, H, W) to logits (B, num_classes)."""
+    def forward(self, video: Tensor | Sequence[Tensor], *inputs: Any) -> Tensor:
+        """Videos (B, C, T, H, W), or what each pathway takes of them, to logits (B, num_classes)."""
         if self.channels_last:
-            video = video.contiguous(memory_format=torch.channels_last_3d)
+            order = torch.channels_last_3d
+            if isinstance(video, Tensor):
+                video = video.contiguous(memory_format=order)
+            else:
+                video = [frames.contiguous(memory_format=order) for frames in video]
         return self.network(video, *inputs)
 
     def predict_logits(self, batch: Mapping[str, Any]) -> Tensor:
@@ -104,23 +102,33 @@ class VideoClassification(BaseModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         return self.losses(self.predict_logits(batch), batch).mean()
 
-    def update_metrics(self, metrics: Any, logits: Tensor, batch: Mapping[str, Any]) -> None:
-        """Hands a batch of views to the metrics."""
-        metrics.update(self.probabilities(logits), batch["label"], batch["video_id"], batch["view"])
+    def update_metric(self, metric: Any, logits: Tensor, batch: Mapping[str, Any]) -> None:
+        """Hands a batch of views to the metric."""
+        metric.update(self.probabilities(logits), batch["label"], batch["video_id"], batch["view"])
 
-    def _evaluate(self, batch: Mapping[str, Any], metrics: nn.ModuleDict, split: str) -> None:
+    def _evaluate(self, batch: Mapping[str, Any], metrics: Any) -> None:
         logits = self.predict_logits(batch)
-        if len(logits):  # a key frame may have no box
-            metrics["loss"].update(self.losses(logits, batch))  # type: ignore[operator]
-        self.update_metrics(metrics["score"], logits, batch)
-        self.log_dict(metrics["score"], prog_bar=split == "val", batch_size=1)  # type: ignore[arg-type]
-        self.log(f"{split}/loss", metrics["loss"], batch_size=1)  # type: ignore[arg-type]
+        metrics["loss"].update(self.losses(logits, batch))
+        self.update_metric(metrics["score"], logits, batch)
+
+    def _log_scores(self, metrics: Any, split: str) -> None:
+        scores = {**metrics["score"].compute(), "loss": metrics["loss"].compute()}
+        named = {f"{split}/{name}": value.float() for name, value in scores.items()}
+        self.log_dict(named, prog_bar=split == "val", sync_dist=True)
+        for metric in metrics.values():
+            metric.reset()
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics, "val")
+        self._evaluate(batch, self.val_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores(self.val_metrics, "val")
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics, "test")
+        self._evaluate(batch, self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores(self.test_metrics, "test")
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Class probabilities (B, num_classes) of each view; of boxes, of all boxes of the batch."""
@@ -136,8 +144,8 @@ class MultiLabelVideoClassification(VideoClassification):
 
     monitor = ("val/mAP", "max")
 
-    def make_metrics(self) -> dict[str, Metric | MetricCollection]:
-        return {"mAP": MultiLabelMAP(self.num_classes)}
+    def make_metric(self) -> Metric:
+        return MultiLabelMAP(self.num_classes)
 
     def losses(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
         return binary_cross_entropy_with_logits(logits, batch["label"].to(logits.dtype), reduction="none").mean(1)
@@ -158,8 +166,8 @@ class ActionDetection(VideoClassification):
     monitor = ("val/mAP", "max")
     classes: list[int] | None = None  # columns that are evaluated; None: all
 
-    def make_metrics(self) -> dict[str, Metric | MetricCollection]:
-        return {"mAP": FrameMAP(self.num_classes, self.classes)}
+    def make_metric(self) -> Metric:
+        return FrameMAP(self.num_classes, self.classes)
 
     def predict_logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (sum of N, num_classes) of the boxes of all videos."""
@@ -172,10 +180,10 @@ class ActionDetection(VideoClassification):
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
 
-    def update_metrics(self, metrics: Any, logits: Tensor, batch: Mapping[str, Any]) -> None:
+    def update_metric(self, metric: Any, logits: Tensor, batch: Mapping[str, Any]) -> None:
         scores = self.probabilities(logits).split([len(target["boxes"]) for target in batch["target"]])
         for score, target in zip(scores, batch["target"], strict=True):
-            metrics.update(
+            metric.update(
                 score,
                 target["original_boxes"],
                 target["true_boxes"],

@@ -455,7 +455,7 @@ class SlowFastClassification(VideoClassification):
         channels_last: bool = True,
         optim: Optim = Optim(name="sgd", lr=0.1, nesterov=True, weight_decay=1e-4),  # noqa: B008
     ) -> None:
-        given = {
+        given: dict[str, Any] = {
             "depth": depth,
             "width": width,
             "alpha": alpha,
