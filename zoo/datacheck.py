@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ def check(dataset: str, data_dir: str | None = None, read: bool = True, shown: i
     Args:
         dataset: a card's name, a folder or a hub id.
         data_dir: where the named set lies.
-        read: decode every sample; without it only labels that cost nothing are counted and there is no hash.
+        read: decode every sample (of a video the first, middle and last frame); without it only labels that cost
+            nothing are counted and there is no hash.
         shown: how many unreadable samples are named.
 
     Returns:
@@ -35,17 +36,15 @@ def check(dataset: str, data_dir: str | None = None, read: bool = True, shown: i
         ZooError: no such data set, or no split of it can be opened.
     """
     from zoo import catalog
-    from zoo.data.sources import describe, open_source
 
-    about = describe(dataset, data_dir)
+    names, open_split = _opened(dataset, data_dir)
     card = catalog.data_card(dataset) if dataset in catalog.list_datasets() else None
-    names = list(about.class_names)
     problems: list[str] = []
     splits: dict[str, dict[str, Any]] = {}
     missing: list[str] = []
     for split in SPLITS:
         try:
-            source = open_source(dataset, split, data_dir)
+            source = open_split(split)
         except ZooError as error:
             missing.append(str(error))
             continue
@@ -80,6 +79,17 @@ def check(dataset: str, data_dir: str | None = None, read: bool = True, shown: i
     return report
 
 
+def _opened(dataset: str, data_dir: str | None) -> tuple[list[str], Callable[[str], Any]]:
+    """The classes of a set of pictures or videos, and what opens a split of it."""
+    from zoo.data import sources, video_sources
+
+    if video_sources.is_video_set(dataset):
+        layout = video_sources.open_layout(dataset, data_dir)
+        return list(layout.class_names), lambda split: video_sources.open_part(layout, split)
+    names = list(sources.describe(dataset, data_dir).class_names)
+    return names, lambda split: sources.open_source(dataset, split, data_dir)
+
+
 def checked_hash(dataset: str, data_dir: str | None = None) -> str | None:
     """The hash that `zoo data check` last found for a data set on this machine; None where it was never checked."""
     try:
@@ -112,7 +122,7 @@ def _read(source: Any, read: bool, shown: int, split: str) -> dict[str, Any]:
                     found["unreadable"] += 1
                     found["examples"] = [*found["examples"], problem][:shown]
                     continue
-                labels[label] += 1
+                labels.update(label if isinstance(label, list) else [label])
                 digest.update(f"{label} {'x'.join(map(str, image.shape))} ".encode())
                 digest.update(hashlib.sha256(image.contiguous().numpy()).digest())
     found["per_class"] = {str(label): labels[label] for label in sorted(labels)}
@@ -120,12 +130,13 @@ def _read(source: Any, read: bool, shown: int, split: str) -> dict[str, Any]:
     return found
 
 
-def _one(source: Any, index: int) -> tuple[Any, int, str | None]:
+def _one(source: Any, index: int) -> tuple[Any, int | list[int], str | None]:
     try:
         row = source[index]
     except Exception as error:  # whatever a decoder throws is the finding
         return None, -1, " ".join(str(error).split()) or type(error).__name__
-    return row["image"], int(row["label"]), None
+    label = row["label"]
+    return row["image"], label if isinstance(label, list) else int(label), None
 
 
 def _many(source: Any, indices: Sequence[int]) -> Iterator[tuple[Any, int, str | None]]:

@@ -414,7 +414,7 @@ class ClipsDataset:
         """The clip as a video."""
         return ClipReader(self, index)
 
-    def label(self, index: int) -> int | Tensor:
+    def label(self, index: int, frames: Tensor | None = None) -> int | Tensor:
         """Its class, or (K,) float32 of 0 and 1."""
         label = self._render([index], [0], "label")["label"][0]
         return int(label) if self.kind == "label" else label

@@ -173,9 +173,9 @@ class FrameMAP(_Gathered):
     """Frame mAP of AVA: mean over classes of the area under the precision envelope at IoU 0.5 (a fraction).
 
     Each detection is matched to the box of the class that it overlaps most on its key frame; of several that claim one
-    box, the first as listed is right, whatever the scores, as PySlowFast's copy of the evaluator has it (PASCAL
-    and AVA's own script take the highest score). A class without ground truth has no AP and is left out of the mean. A key frame
-    that comes twice counts once. `compute` gives {"mAP"}.
+    box, the first as listed is right, whatever the scores, as PySlowFast's copy of the evaluator has it (PASCAL and
+    AVA's own script take the highest score). A class without ground truth has no AP and is left out of the mean. A key
+    frame that comes twice counts once. `compute` gives {"mAP"}.
 
     Args:
         num_classes: columns of the scores.
