@@ -161,7 +161,7 @@ def _clips(seed: int, split: str, indices: np.ndarray, knobs: Knobs) -> _Clips:
         phase=o[..., 10],
         turn=o[..., 11],
         swell=o[..., 12],
-        speed=np.exp2(2 * o[..., 13] - 1) * knobs.speed,
+        speed=(0.5 + 1.5 * o[..., 13] ** 2) * knobs.speed,
     )
 
 

@@ -322,9 +322,11 @@ def read_video_list(path: Path, prefix: str | None = None, separator: str | None
             raise ZooError(f"{path}:{number}: the label {label!r} is no whole number{hint}") from error
         if labels[-1] < -1:
             raise ZooError(f"{path}:{number}: the label {labels[-1]} is negative")
-        if len(columns) == 1 and any(mark in line for mark in ("\t", ",")) and not is_video(line):
-            raise ZooError(f"{path}:{number}: no label after {separator!r}; set data.options.separator")
-        paths.append(os.path.join(root, columns[0]))
+        listed = os.path.join(root, columns[0])
+        if len(columns) == 1 and not is_video(listed) and not os.path.isdir(listed):
+            hint = "data.options.separator says what stands between columns"
+            raise ZooError(f"{path}:{number}: {line[:80]!r} is no video and has no label after {separator!r}; {hint}")
+        paths.append(listed)
     if not paths:
         raise ZooError(f"{path} lists no video")
     return paths, labels
