@@ -154,8 +154,10 @@ def test_mistakes_are_named() -> None:
         MultiViewAccuracy(3).update(torch.rand(2, 4), torch.zeros(2), torch.zeros(2), torch.zeros(2))
     with pytest.raises(ZooError, match="top_k must be at least 1"):
         MultiViewAccuracy(3, 0)
-    with pytest.raises(ZooError, match="reduce one of"):
+    with pytest.raises(ZooError, match="reduce must be one of sum, max"):
         MultiLabelMAP(3, reduce="mean")
+    with pytest.raises(ZooError, match="the data has no labels"):
+        MultiLabelMAP(0)
     with pytest.raises(ZooError, match="columns of the scores"):
         FrameMAP(3, classes=[3])
     unlabelled = MultiLabelMAP(3)

@@ -66,12 +66,12 @@ class Settings:
 
 
 QUICK = {
-    "width": 16,
-    "batch": 4,
+    "width": 8,
+    "batch": 2,
     "train_images": 60,
     "steps": 11,
     "warmup_steps": 2,
-    "test_images": 40,
+    "test_images": 8,
 }
 
 

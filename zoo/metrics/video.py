@@ -76,8 +76,10 @@ class _ByVideo(_Gathered):
     """Keeps the scores of every view; each (video, view) counts once."""
 
     def __init__(self, num_classes: int, reduce: str, label_rows: Tensor, **kwargs: Any) -> None:
-        if num_classes < 1 or reduce not in _COMBINE:
-            raise ZooError(f"num_classes must be 1 or more and reduce one of {_COMBINE}; got {num_classes}, {reduce!r}")
+        if num_classes < 1:
+            raise ZooError(f"num_classes must be at least 1, got {num_classes}: the data has no labels")
+        if reduce not in _COMBINE:
+            raise ZooError(f"reduce must be one of {', '.join(_COMBINE)}, got {reduce!r}")
         number = torch.empty(0, dtype=torch.long)
         rows = {"scores": torch.empty(0, num_classes), "labels": label_rows, "video_id": number, "view": number}
         super().__init__(rows, **kwargs)
