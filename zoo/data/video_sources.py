@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from zoo.data.clips import make_knobs as clip_knobs
 from zoo.data.sources import ALIASES, HOLD_OUT, choose_part, missing_path
 from zoo.data.video_reader import PicturesReader, VideoReader, is_video, open_video, pictures_in
 from zoo.errors import ZooError, unknown
+
+if TYPE_CHECKING:
+    from zoo.catalog import DataCard
 
 FRAME_LIST_HEADER = "original_vido_id"  # sic
 _OPTIONS = ("backend", "fps", "min_frames", "prefix", "separator")
@@ -719,7 +722,7 @@ def open_layout(dataset: str, data_dir: str | os.PathLike[str] | None = None, **
         if not card.task.startswith("video"):
             raise ZooError(f"{dataset} is a set for {card.task}, not of videos")
         if data_dir is None:
-            raise ZooError(f"{dataset} is read from a folder only: give its path as data_dir")
+            return _nowhere(card)
         root = Path(data_dir).expanduser()
         layout = _at_path(root / dataset if (root / dataset).is_dir() else root, card.num_classes, options, "data_dir")
         if card.num_classes is not None and layout.class_names and len(layout.class_names) != card.num_classes:
@@ -736,6 +739,18 @@ def open_layout(dataset: str, data_dir: str | os.PathLike[str] | None = None, **
     if not path.exists() and not (os.sep in dataset or dataset.startswith(".")):
         raise unknown("dataset", dataset, list_datasets())
     return _at_path(path, None, options)
+
+
+def _nowhere(card: DataCard) -> Layout:
+    """What a card tells of a set that lies nowhere yet, so that a recipe can be built without it."""
+
+    def open_part(part: str, split: str) -> Any:
+        raise ZooError(f"{card.name} is read from a folder only: give its path as data_dir")
+
+    kinds = {"video action detection": ("boxes", "centred"), "video classification": ("label", "window")}
+    kind, sampling = kinds.get(card.task, ("labels", "strided"))
+    names = card.class_names or [f"class {k}" for k in range(card.num_classes or 0)]
+    return Layout(card.name, list(card.splits), names, open_part, kind, sampling)
 
 
 def _shapes(options: dict[str, Any]) -> Layout:
