@@ -38,7 +38,7 @@ class TemporalConv3d(nn.Conv3d):
         stride: in time.
     """
 
-    def __init__(self, in_chans: int, out_chans: int, kernel: int, stride: int = 1) -> None:
+    def __init__(self, in_chans: int, out_chans: int, kernel: int = 1, stride: int = 1) -> None:
         super().__init__(in_chans, out_chans, (kernel, 1, 1), (stride, 1, 1), (kernel // 2, 0, 0), bias=False)
         self.temporal_stride, self.temporal_padding = stride, kernel // 2
 
@@ -47,12 +47,6 @@ class TemporalConv3d(nn.Conv3d):
         stride, padding = (self.temporal_stride, 1), (self.temporal_padding, 0)
         flat = conv2d(x.flatten(3), self.weight.flatten(3), None, stride, padding)
         return flat.unflatten(3, x.shape[3:])
-
-
-def _conv_a(in_chans: int, out_chans: int, temporal_kernel: int) -> nn.Conv3d:
-    if temporal_kernel == 1:
-        return nn.Conv3d(in_chans, out_chans, 1, bias=False)
-    return TemporalConv3d(in_chans, out_chans, temporal_kernel)
 
 
 def _spatial(in_chans: int, out_chans: int, stride: int, dilation: int, temporal_kernel: int = 1) -> nn.Conv3d:
@@ -105,11 +99,11 @@ class ResidualBlock3d(nn.Module):
         self.conv_c: nn.Module | None = None
         self.bn_c: nn.Module | None = None
         if block == "bottleneck":
-            self.conv_a = _conv_a(in_chans, inner_chans, temporal_kernel)
+            self.conv_a: nn.Conv3d = TemporalConv3d(in_chans, inner_chans, temporal_kernel)
             self.bn_a = nn.BatchNorm3d(inner_chans)
             self.conv_b = _spatial(inner_chans, inner_chans, stride, dilation)
             self.bn_b = nn.BatchNorm3d(inner_chans)
-            self.conv_c = nn.Conv3d(inner_chans, out_chans, 1, bias=False)
+            self.conv_c = TemporalConv3d(inner_chans, out_chans)
             self.bn_c = nn.BatchNorm3d(out_chans)
         else:
             self.conv_a = _spatial(in_chans, out_chans, stride, 1, temporal_kernel)

@@ -44,7 +44,7 @@ class VideoClassification(BaseModule):
         num_classes: int,
         label_smoothing: float = 0.0,
         init_from: str | None = None,
-        channels_last: bool = True,
+        channels_last: bool = False,
     ) -> None:
         super().__init__(optim)
         self.network, self.num_classes = network, num_classes

@@ -69,6 +69,7 @@ __all__ = [
     "slowfast_r50_16x8",
     "slowfast_r101_8x8",
     "slowfast_r101_8x8_50_50",
+    "slowfast_r101_8x8_50_50_nl",
     "slowfast_r101_8x8_50_50_nl_ava",
     "slowfast_r101_8x8_50_101",
     "slowfast_r101_16x8_50_50",
@@ -367,6 +368,11 @@ def slowfast_r101_8x8_50_50(**overrides: Any) -> SlowFast:
     return SlowFast(**{**_R101, **_8X8, **_K5, **_50_50, **overrides})
 
 
+def slowfast_r101_8x8_50_50_nl(**overrides: Any) -> SlowFast:
+    """SlowFast ResNet-101 with 3 non-local blocks in res4, 8x8, temporal kernels in 6 blocks of res4."""
+    return SlowFast(**{**_R101, **_8X8, **_K5, **_50_50, **_NL_R101, **overrides})
+
+
 def slowfast_r101_16x8_50_50(**overrides: Any) -> SlowFast:
     """SlowFast ResNet-101, 16x8, temporal kernels in 6 blocks of res4."""
     return SlowFast(**{**_R101, **_16X8, **_K5, **_50_50, **overrides})
@@ -404,6 +410,7 @@ MODELS: dict[str, Callable[..., VideoNetwork]] = {
         slowfast_r101_8x8,
         slowfast_r101_8x8_50_101,
         slowfast_r101_8x8_50_50,
+        slowfast_r101_8x8_50_50_nl,
         slowfast_r101_16x8_50_50,
         slowfast_r101_16x8_50_50_nl,
         slowfast_r101_8x8_50_50_nl_ava,
@@ -452,7 +459,7 @@ class SlowFastClassification(VideoClassification):
         grad_checkpointing: bool = False,
         init_from: str | None = None,
         label_smoothing: float = 0.0,
-        channels_last: bool = True,
+        channels_last: bool = False,
         optim: Optim = Optim(name="sgd", lr=0.1, nesterov=True, weight_decay=1e-4),  # noqa: B008
     ) -> None:
         given: dict[str, Any] = {
