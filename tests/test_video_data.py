@@ -7,7 +7,6 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,16 +93,25 @@ def test_frames_are_counted_whatever_their_spacing(tmp_path: Path) -> None:
 
 
 def test_a_video_is_turned_as_it_is_to_be_shown(tmp_path: Path) -> None:
-    reader = PyAVReader(write_video(tmp_path / "a.mp4", grey(12)))
-    picture = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
-    for degrees, expected in (
-        (0, picture),
-        (90, np.rot90(picture)),
-        (-90, np.rot90(picture, 3)),
-        (180, picture[::-1, ::-1]),
-    ):
-        frame = SimpleNamespace(rotation=degrees, to_ndarray=lambda format: picture)
-        np.testing.assert_array_equal(reader._picture(frame), expected)
+    frames = np.zeros((3, 32, 48, 3), np.uint8)
+    frames[:, :, :16] = 250  # the left is bright
+    upright = write_video(tmp_path / "a.mp4", frames).read_bytes()
+    one, minus = b"\x00\x01\x00\x00", b"\xff\xff\x00\x00"
+    none = bytes(4)
+    plain = b"".join([one, none, none, none, one, none])
+    at = upright.index(plain, upright.index(b"tkhd"))  # the matrix in the track's header
+    turns = {  # a quarter clockwise, a half, a quarter anticlockwise; and where the bright part then is
+        "top": [none, one, none, minus, none, none],
+        "right": [minus, none, none, none, minus, none],
+        "bottom": [none, minus, none, one, none, none],
+    }
+    for side, matrix in turns.items():
+        turned = upright[:at] + b"".join(matrix) + upright[at + len(plain) :]
+        (tmp_path / "turned.mp4").write_bytes(turned)
+        shown = open_video(tmp_path / "turned.mp4").frames_at([1])[0, :, :, 0].float()
+        assert shown.shape == ((32, 48) if side == "right" else (48, 32))
+        edges = {"top": shown[:8], "bottom": shown[-8:], "left": shown[:, :8], "right": shown[:, -8:]}
+        assert max(edges, key=lambda name: float(edges[name].mean())) == side
 
 
 def test_a_file_that_breaks_off_gives_what_it_has(tmp_path: Path) -> None:
@@ -361,7 +369,6 @@ def test_labels_outside_the_classes_are_named(tmp_path: Path) -> None:
 def test_names_paths_and_options_with_mistakes(tmp_path: Path, classes: Path) -> None:
     for arguments, message in (
         ({"dataset": "kinetics40"}, "did you mean 'kinetics400'"),
-        ({"dataset": "kinetics400"}, "give its path as data_dir"),
         ({"dataset": "cifar10"}, "not of videos"),
         ({"dataset": str(tmp_path / "gone")}, "no such folder"),
         ({"dataset": str(tmp_path)}, "no known layout of videos"),
@@ -377,6 +384,10 @@ def test_names_paths_and_options_with_mistakes(tmp_path: Path, classes: Path) ->
     ):
         with pytest.raises(ZooError, match=message):
             small(**arguments)
+    nowhere = small("kinetics400")  # known by its card, so that a recipe can be built
+    assert (nowhere.num_classes, nowhere.kind, nowhere.sampling) == (400, "label", "window")
+    with pytest.raises(ZooError, match="kinetics400 is read from a folder only: give its path as data_dir"):
+        nowhere.source("train")
     with pytest.raises(ZooError, match="train_samples is 99"):
         small(classes, train_samples=99).source("train")
     assert len(small(classes, train_samples=3).source("train")) == 3

@@ -251,7 +251,7 @@ class TorchCodecReader:
 
 
 def _reason(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
+    text = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
     return text[0] if text else type(error).__name__
 
 
