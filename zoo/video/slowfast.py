@@ -150,9 +150,7 @@ class Lateral(nn.Module):
         }
         self.out_chans = added[fusion]
         if fusion == "time_to_channel_sum" and alpha * fast_chans != slow_chans:
-            raise ZooError(
-                f"time_to_channel_sum wants alpha equal to beta_inv: {alpha * fast_chans} is not {slow_chans}"
-            )
+            raise ZooError(f"time_to_channel_sum wants alpha {alpha} equal to beta_inv {slow_chans // fast_chans}")
         if fusion == "time_strided_conv":
             self.conv = TemporalConv3d(fast_chans, self.out_chans, kernel, alpha)
             self.bn = nn.BatchNorm3d(self.out_chans)
