@@ -42,6 +42,7 @@ _OBJECTS = 3
 _COPIES = 4  # of an object that crosses borders
 _SCENE_SLOTS, _OBJECT_SLOTS = 20, 16
 _SWING = 0.15  # how far an object moves from its middle in orbit, sway and bob, in units of the side
+_GREY = 0.5  # what backgrounds vary around
 _FRAMES_AT_ONCE = 256 * 32 * 32
 
 
@@ -59,6 +60,9 @@ class Knobs:
             for a turn, and orbits, swings and pulses 5 to 20.
         noise: standard deviation of pixel noise, fresh in each frame, in units of the full range.
         clutter: contrast of the textures of background and objects, 0 to 1.
+        backdrop: how far backgrounds differ in colour, from 0 (all of one grey) to 1. Before plain ones a small network
+            takes to the motions in a few hundred steps; motley, textured or slantingly lit ones, which outweigh the
+            little that moves, keep it at chance for much longer.
         lighting: strength of the slanting light, 0 to 1.
     """
 
@@ -69,8 +73,9 @@ class Knobs:
     max_objects: int = 1
     speed: float = 1.0
     noise: float = 0.03
-    clutter: float = 0.3
-    lighting: float = 0.5
+    clutter: float = 0.0
+    backdrop: float = 0.0
+    lighting: float = 0.0
 
     def __post_init__(self) -> None:
         if self.label not in LABELS:
@@ -87,7 +92,7 @@ class Knobs:
             )
         if self.frames < 1 or self.speed <= 0:
             raise ZooError(f"shapes (clips): frames and speed must be positive, got {self.frames} and {self.speed}")
-        for name in ("noise", "clutter", "lighting"):
+        for name in ("noise", "clutter", "backdrop", "lighting"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ZooError(f"shapes (clips): {name} must lie in 0..1, got {getattr(self, name)}")
 
@@ -222,7 +227,7 @@ def _frames(clips: _Clips, time: np.ndarray, knobs: Knobs) -> tuple[still._Scene
     def f32(value: np.ndarray) -> np.ndarray:
         return value.astype(np.float32)
 
-    base = 0.2 + 0.6 * s[:, 2:5]
+    base = _GREY + (0.6 * s[:, 2:5] - 0.3) * knobs.backdrop
     contrast = np.where(s[:, 5:6] < 0.5, -1, 1) * (0.25 + 0.75 * s[:, 6:7]) * knobs.clutter
     light_turn = (s[:, 10] * still._TURNS).astype(np.int64)
     strength = s[:, 11] * knobs.lighting
