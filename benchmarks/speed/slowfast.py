@@ -46,7 +46,7 @@ class Size:
 
 MODELS = {
     "slowfast_r50_4x16": Size("slowfast_r50_4x16", "SLOWFAST_4x16_R50", 32, 8),
-    "slowfast_r50_4x16_112": Size("slowfast_r50_4x16", "SLOWFAST_4x16_R50", 32, 8, 128),
+    "slowfast_r50_4x16_128": Size("slowfast_r50_4x16", "SLOWFAST_4x16_R50", 32, 8, 128),
     "slowfast_r50_8x8": Size("slowfast_r50_8x8", "SLOWFAST_8x8_R50", 32, 4),
     "slow_r50_8x8": Size("slow_r50_8x8", "SLOW_8x8_R50", 8),
     "slow_r50_4x16": Size("slow_r50_4x16", "SLOW_4x16_R50", 4),
