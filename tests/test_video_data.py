@@ -378,6 +378,7 @@ def test_names_paths_and_options_with_mistakes(tmp_path: Path, classes: Path) ->
         ({"dataset": str(classes), "crops": 2}, "must be 1 or 3"),
         ({"dataset": str(classes), "sampling": "windo"}, "did you mean 'window'"),
         ({"dataset": str(classes), "sampling": "centred"}, "does not fit"),
+        ({"dataset": "shapes", "options": {"label": "boxes"}, "crops": 3}, "a key frame has one view"),
         ({"dataset": str(classes), "num_frames": 0}, "num_frames must be at least 1"),
         ({"dataset": str(classes), "target_fps": 0}, "target_fps must be positive"),
         ({"dataset": str(classes), "std": [0.2, 0.2, 0.0]}, "std positive"),

@@ -351,6 +351,8 @@ class VideoDataModule(SeededDataModule):
             raise unknown("sampling", self.sampling, SAMPLINGS)
         if (self.sampling == "centred") != (self.kind == "boxes"):
             raise ZooError(f"{dataset}: sampling {self.sampling!r} does not fit {self.kind!r} data")
+        if self.kind == "boxes" and clips * crops > 1:
+            raise ZooError(f"{dataset}: a key frame has one view; data.clips and data.crops must be 1")
         self.num_frames, self.sampling_rate, self.target_fps = num_frames, sampling_rate, target_fps
         self.clips, self.crops, self.train_samples = clips, crops, train_samples
         self.mean, self.std = tuple(mean or (0.45,) * 3), tuple(std or (0.225,) * 3)
