@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,8 @@ def check(dataset: str, data_dir: str | None = None, read: bool = True, shown: i
     Args:
         dataset: a card's name, a folder or a hub id.
         data_dir: where the named set lies.
-        read: decode every sample; without it only labels that cost nothing are counted and there is no hash.
+        read: decode every sample (of a video the first, middle and last frame); without it only labels that cost
+            nothing are counted and there is no hash.
         shown: how many unreadable samples are named.
 
     Returns:
@@ -42,17 +43,17 @@ def check(dataset: str, data_dir: str | None = None, read: bool = True, shown: i
         ZooError: no such data set, or no split of it can be opened.
     """
     from zoo import catalog
-    from zoo.data.sources import describe, open_source
 
     card = catalog.data_card(dataset) if dataset in catalog.list_datasets() else None
-    layout = _coco(dataset, data_dir, card is not None and dataset != "shapes" and "detection" in card.task)
-    names = list(describe(dataset, data_dir).class_names) if layout is None else []
+    names, open_split = _opened(
+        dataset, data_dir, card is not None and dataset != "shapes" and "detection" in card.task
+    )
     problems: list[str] = []
     splits: dict[str, dict[str, Any]] = {}
     missing: list[str] = []
     for split in SPLITS:
         try:
-            source = open_source(dataset, split, data_dir) if layout is None else _Objects(*layout.open(split))
+            source = open_split(split)
         except ZooError as error:
             missing.append(str(error))
             continue
@@ -90,6 +91,20 @@ def check(dataset: str, data_dir: str | None = None, read: bool = True, shown: i
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({key: report[key] for key in ("dataset", "data_dir", "sha256", "problems")}))
     return report
+
+
+def _opened(dataset: str, data_dir: str | None, objects: bool) -> tuple[list[str], Callable[[str], Any]]:
+    """The classes of a set, where they are known before its splits, and what opens one of these. `objects`: the card
+    says that it is one of pictures with boxes, or of videos."""
+    from zoo.data import sources, video_sources
+
+    if video_sources.is_video_set(dataset):
+        layout = video_sources.open_layout(dataset, data_dir)
+        return list(layout.class_names), lambda split: video_sources.open_part(layout, split)
+    if (coco := _coco(dataset, data_dir, objects)) is not None:
+        return [], lambda split: _Objects(*coco.open(split))
+    names = list(sources.describe(dataset, data_dir).class_names)
+    return names, lambda split: sources.open_source(dataset, split, data_dir)
 
 
 def checked_hash(dataset: str, data_dir: str | None = None) -> str | None:
@@ -158,7 +173,7 @@ def _read(source: Any, read: bool, shown: int, split: str) -> dict[str, Any]:
                     found["unreadable"] += 1
                     found["examples"] = [*found["examples"], problem][:shown]
                     continue
-                labels[label] += 1
+                labels.update(label if isinstance(label, list) else [label])
                 digest.update(f"{label} {'x'.join(map(str, image.shape))} ".encode())
                 digest.update(hashlib.sha256(image.contiguous().numpy()).digest())
     found["per_class"] = {str(label): labels[label] for label in sorted(labels)}
@@ -166,12 +181,13 @@ def _read(source: Any, read: bool, shown: int, split: str) -> dict[str, Any]:
     return found
 
 
-def _one(source: Any, index: int) -> tuple[Any, int, str | None]:
+def _one(source: Any, index: int) -> tuple[Any, int | list[int], str | None]:
     try:
         row = source[index]
     except Exception as error:  # whatever a decoder throws is the finding
         return None, -1, " ".join(str(error).split()) or type(error).__name__
-    return row["image"], int(row["label"]), None
+    label = row["label"]
+    return row["image"], label if isinstance(label, list) else int(label), None
 
 
 def _many(source: Any, indices: Sequence[int]) -> Iterator[tuple[Any, int, str | None]]:

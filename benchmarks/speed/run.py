@@ -81,7 +81,8 @@ def _table(record: dict[str, Any], section: str) -> list[str]:
             f"{record['benchmark']}: training step, {setting['model']}, {setting['dtype']}, batch {setting['batch']}"
         )
     else:
-        title = f"{record['benchmark']}: JPEG to batch, {work['detail']['data']}, crop {work['detail']['crop']}"
+        source, detail = work["detail"].get("from", "JPEG"), work["detail"]
+        title = f"{record['benchmark']}: {source} to batch, {detail['data']}, crop {detail['crop']}"
     compiled = ", torch.compile" if setting["compile"] and section == "step" else ""
     lines = [
         f"## {title}",

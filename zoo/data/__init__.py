@@ -5,5 +5,6 @@ from __future__ import annotations
 from zoo.data.datamodule import ImageDataModule
 from zoo.data.loader import EpochSampler, ExactSampler, TrainLoader
 from zoo.data.sources import open_source
+from zoo.data.video import VideoDataModule
 
-__all__ = ["EpochSampler", "ExactSampler", "ImageDataModule", "TrainLoader", "open_source"]
+__all__ = ["EpochSampler", "ExactSampler", "ImageDataModule", "TrainLoader", "VideoDataModule", "open_source"]

@@ -77,6 +77,8 @@ class SeededDataModule(LightningDataModule):
     """
 
     dataset: str
+    train_loader: type[TrainLoader] = TrainLoader
+    eval_loader: type[DataLoader] = DataLoader
 
     # Where there are more devices than samples, some have nothing to evaluate.
     allow_zero_length_dataloader_with_multiple_devices = True
@@ -144,7 +146,7 @@ class SeededDataModule(LightningDataModule):
             raise ZooError(
                 f"{self.dataset}: {len(samples)} training samples are too few for {sampler.num_replicas} devices"
             )
-        return TrainLoader(
+        return self.train_loader(
             samples,
             batch_size=self.batch_size,
             sampler=sampler,
@@ -155,7 +157,8 @@ class SeededDataModule(LightningDataModule):
     def _eval_loader(self, split: str) -> DataLoader:
         samples: Any = self.samples(split)
         sampler = ExactSampler(len(samples), **self._place())
-        return DataLoader(samples, batch_size=self.eval_batch_size, sampler=sampler, **self._loader_options(samples))
+        options = self._loader_options(samples)
+        return self.eval_loader(samples, batch_size=self.eval_batch_size, sampler=sampler, **options)
 
     def val_dataloader(self) -> DataLoader:
         """Each validation sample once."""

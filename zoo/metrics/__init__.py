@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from zoo.metrics.coco import CocoAP
 from zoo.metrics.knn import KNNAccuracy, knn_scores
+from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
 
-__all__ = ["CocoAP", "KNNAccuracy", "knn_scores"]
+__all__ = ["CocoAP", "FrameMAP", "KNNAccuracy", "MultiLabelMAP", "MultiViewAccuracy", "knn_scores"]

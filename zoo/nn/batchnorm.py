@@ -8,6 +8,8 @@ from torch.nn.functional import batch_norm
 
 from zoo.errors import ZooError
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 class SplitBatchNorm(nn.BatchNorm2d):
     """BatchNorm2d that normalises `num_splits` interleaved parts of a batch apart, as so many devices would.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+from zoo.nn.batchnorm import BATCH_NORMS
 
 
 def recompute(module: nn.Module, x: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def recompute(module: nn.Module, x: Tensor) -> Tensor:
 @contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Batch normalisation in training mode still uses the batch's statistics, but moves none of its own."""
-    norms = [part for part in module.modules() if isinstance(part, _BATCH_NORMS)]
+    norms = [part for part in module.modules() if isinstance(part, BATCH_NORMS)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

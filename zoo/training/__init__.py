@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from zoo.training.base import BaseModule, seed_position
-from zoo.training.callbacks import NonFiniteGuard, Pictures, Timing, default_callbacks
+from zoo.training.callbacks import NonFiniteGuard, Pictures, PreciseBN, Timing, default_callbacks
 from zoo.training.classification import Classification, LinearClassification
 from zoo.training.ema import EMA, evaluation_weights
 from zoo.training.lars import LARS
 from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_optimizer, param_groups
 from zoo.training.probe import KNNProbe, LinearProbe, extract_features, fit_probe, gather_samples, probe_head
+from zoo.training.video import ActionDetection, MultiLabelVideoClassification, VideoClassification
 
 __all__ = [
     "EMA",
     "LARS",
+    "ActionDetection",
     "BaseModule",
     "Classification",
     "KNNProbe",
     "LinearClassification",
     "LinearProbe",
+    "MultiLabelVideoClassification",
     "NonFiniteGuard",
     "Optim",
     "Pictures",
+    "PreciseBN",
     "Timing",
+    "VideoClassification",
     "build",
     "default_callbacks",
     "evaluation_weights",

@@ -1,7 +1,8 @@
-"""Callbacks of every run: times, the non-finite guard, pictures."""
+"""Callbacks: times, the non-finite guard, pictures, precise statistics of batch normalisation."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.nn.batchnorm import BATCH_NORMS
 from zoo.training.base import seed_position
 from zoo.training.ema import evaluation_weights
 
@@ -166,6 +169,90 @@ def _first(batch: Any, count: int) -> Any:
     if isinstance(batch, list | tuple) or (isinstance(batch, Tensor) and batch.ndim):
         return batch[:count]
     return batch
+
+
+class PreciseBN(L.Callback):
+    """Re-estimates the running statistics of batch normalisation with the weights held still, before each validation
+    and at the end of the run (Wu & Johnson 2021, "Rethinking Batch in BatchNorm"): mean and variance over so many
+    training batches together, instead of an average that trails behind moving weights.
+
+    The task gives `predict_logits(batch)`. Under several processes each goes through its own share, and all take the
+    statistics of everything.
+
+    Args:
+        num_batches: training batches of each process, or as many as an epoch has.
+    """
+
+    def __init__(self, num_batches: int = 200) -> None:
+        if num_batches < 1:
+            raise ZooError(f"num_batches must be 1 or more, not {num_batches}")
+        self.num_batches = num_batches
+        self._done_at = -1
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.estimate(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch + 1 == trainer.max_epochs and self._done_at != trainer.global_step:
+            self.estimate(trainer, pl_module)
+
+    def estimate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Do it now; call on every process."""
+        norms = [m for m in pl_module.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
+        if not norms or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not callable(getattr(pl_module, "predict_logits", None)):
+            raise ZooError(f"{type(pl_module).__name__} has no method predict_logits(batch), which PreciseBN wants")
+        self._done_at = trainer.global_step
+        modes = [(module, module.training) for module in pl_module.modules()]
+        momenta = [norm.momentum for norm in norms]
+        counts = [norm.num_batches_tracked.clone() for norm in norms]  # type: ignore[union-attr]
+        sums = [torch.zeros(3, norm.num_features, dtype=torch.float64, device=pl_module.device) for norm in norms]
+
+        def add(place: int, norm: Any, x: Tensor) -> None:
+            # With momentum 1 the running statistics are the batch's own; its variance is the unbiased one.
+            count = x.numel() // x.shape[1]
+            mean, var = norm.running_mean.double(), norm.running_var.double()
+            square = mean**2 + var * ((count - 1) / count)
+            sums[place] += count * torch.stack([torch.ones_like(mean), mean, square])
+
+        hooks = []
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                pl_module.train()
+                for place, norm in enumerate(norms):
+                    norm.momentum = 1.0
+                    hooks.append(norm.register_forward_hook(lambda m, x, _, place=place: add(place, m, x[0])))
+                self._pass(trainer, pl_module)
+                for hook in hooks:
+                    hook.remove()
+                for norm, count, total in zip(norms, counts, sums, strict=True):
+                    total = trainer.strategy.reduce(total, reduce_op="sum")
+                    weight, mean, square = total.unbind()
+                    mean, square = mean / weight, square / weight
+                    norm.running_mean.copy_(mean)  # type: ignore[union-attr]
+                    norm.running_var.copy_(square - mean**2)  # type: ignore[union-attr]
+                    norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            for module, mode in modes:
+                module.training = mode
+
+    def _pass(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The first training batches of the epoch through the network."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        loader: Any = data.train_dataloader() if data is not None else trainer.train_dataloader
+        if callable(getattr(getattr(loader, "sampler", None), "set_epoch", None)):
+            loader.sampler.set_epoch(trainer.current_epoch)
+        for batch in itertools.islice(loader, self.num_batches):
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = trainer.strategy.batch_to_device(batch, pl_module.device)
+            with trainer.precision_plugin.forward_context():
+                pl_module.predict_logits(batch)  # type: ignore[operator]
 
 
 def default_callbacks() -> list[L.Callback]:

@@ -31,6 +31,7 @@ NORMS = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
 )
+From = Literal["warmup", "start"]
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,17 @@ class Optim:
             decays everything.
         schedule: what follows the warm-up.
         interval: whether the schedule moves with every step or with whole epochs.
-        warmup_epochs: linear warm-up from 0, in epochs.
+        schedule_from: "warmup": the cosine begins at the end of the warm-up, which rises to the peak. "start": it has
+            begun with the run, and the warm-up rises to the value that it has come down to by then.
+        warmup_epochs: linear warm-up, in epochs.
         warmup_steps: the same in optimiser steps; where given, `warmup_epochs` is not used.
-        warmup_factor: the share of the peak that a linear warm-up starts from, instead of 0.
+        warmup_start_lr: the absolute rate that a linear warm-up starts from.
         warmup_lr: where given, the warm-up is this constant rate instead of a linear rise.
         min_lr: the floor of the cosine; layer decay scales it too.
         milestones: epochs at which the step schedule multiplies the rate by `gamma`.
         milestone_steps: the same in optimiser steps; where given, `milestones` is not used.
         gamma: factor of the step schedule.
+        factors: of the peak rate after each milestone, where they are no powers of `gamma`.
         global_batch: the recipe's effective batch. It is held whatever the number of devices by accumulation, or the
             run refuses to start.
 
@@ -80,14 +84,16 @@ class Optim:
     no_decay: NoDecay = "1d"
     schedule: Schedule = "cosine"
     interval: Interval = "step"
+    schedule_from: From = "warmup"
     warmup_epochs: float = 0.0
     warmup_steps: int | None = None
-    warmup_factor: float = 0.0
+    warmup_start_lr: float = 0.0
     warmup_lr: float | None = None
     min_lr: float = 0.0
     milestones: tuple[float, ...] = ()
     milestone_steps: tuple[int, ...] = ()
     gamma: float = 0.1
+    factors: tuple[float, ...] = ()
     global_batch: int | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +102,7 @@ class Optim:
             ("schedule", self.schedule, Schedule),
             ("interval", self.interval, Interval),
             ("no_decay", self.no_decay, NoDecay),
+            ("schedule_from", self.schedule_from, From),
         ):
             if value not in get_args(known):
                 raise unknown(kind, str(value), get_args(known))
@@ -105,9 +112,12 @@ class Optim:
         for key in ("lr", "layer_decay", "warmup_lr", "global_batch"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise ZooError(f"optim.{key} must be positive or null, not {getattr(self, key)}")
-        for key in ("weight_decay", "warmup_epochs", "warmup_factor", "min_lr"):
+        for key in ("weight_decay", "warmup_epochs", "warmup_start_lr", "min_lr"):
             if not getattr(self, key) >= 0:
                 raise ZooError(f"optim.{key} must not be negative, but is {getattr(self, key)}")
+        milestones = self.milestone_steps or self.milestones
+        if self.factors and len(self.factors) != len(milestones):
+            raise ZooError(f"optim.factors are {len(self.factors)}, one a milestone would be {len(milestones)}")
 
     def peak_lr(self, batch: int) -> float:
         """The learning rate at the end of warm-up for an effective batch of `batch` samples."""
@@ -125,24 +135,34 @@ def lr_at(
     """The learning rate at a fractional `epoch` of a run of `total_epochs` whose peak is `lr`.
 
     `warmup_epochs` and `milestones` stand in for the declaration's own (where those are given in steps). After the
-    warm-up of w epochs the cosine is min_lr + (lr - min_lr) * (1 + cos(pi * (epoch - w) / (total - w))) / 2.
+    warm-up of w epochs the cosine is min_lr + (lr - min_lr) * (1 + cos(pi * (epoch - w) / (total - w))) / 2, or without
+    w in it where the schedule counts from the start.
     """
     warmup = optim.warmup_epochs if warmup_epochs is None else warmup_epochs
     milestones = optim.milestones if milestones is None else milestones
     if optim.interval == "epoch":
         epoch = math.floor(epoch)
-    if epoch < warmup:
-        if optim.warmup_lr is not None:
-            return optim.warmup_lr
-        passed = sum(warmup >= milestone for milestone in milestones) if optim.schedule == "step" else 0
-        end = lr * optim.gamma**passed
-        start = lr * optim.warmup_factor
-        return start + (end - start) * epoch / warmup
+    if epoch >= warmup:
+        return _scheduled(optim, epoch, total_epochs, lr, warmup, milestones)
+    if optim.warmup_lr is not None:
+        return optim.warmup_lr
+    end = lr
+    if optim.schedule == "step" or optim.schedule_from == "start":
+        end = _scheduled(optim, warmup, total_epochs, lr, warmup, milestones)
+    return optim.warmup_start_lr + (end - optim.warmup_start_lr) * epoch / warmup
+
+
+def _scheduled(
+    optim: Optim, epoch: float, total_epochs: float, lr: float, warmup: float, milestones: Sequence[float]
+) -> float:
+    """The rate without warm-up."""
     if optim.schedule == "constant":
         return lr
     if optim.schedule == "step":
-        return lr * optim.gamma ** sum(epoch >= milestone for milestone in milestones)
-    progress = min(1.0, (epoch - warmup) / max(total_epochs - warmup, 1e-12))
+        passed = sum(epoch >= milestone for milestone in milestones)
+        return lr * ((1.0, *optim.factors)[passed] if optim.factors else optim.gamma**passed)
+    begin = warmup if optim.schedule_from == "warmup" else 0.0
+    progress = min(1.0, (epoch - begin) / max(total_epochs - begin, 1e-12))
     return optim.min_lr + (lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -476,7 +476,7 @@ def train_run(case: Case) -> dict[str, Tensor]:
         milestone_steps=tuple(solver["STEPS"]),
         gamma=solver["GAMMA"],
         warmup_steps=solver["WARMUP_ITERS"],
-        warmup_factor=solver["WARMUP_FACTOR"],
+        warmup_start_lr=solver["BASE_LR"] * solver["WARMUP_FACTOR"],
     )
     options = {name: False if part is None else part for name, part in _options(resolved).items()}
     task = MaskRCNNDetection(model=None, **options, optim=optim, clip_each=clip["CLIP_VALUE"] if by_norm else None)
