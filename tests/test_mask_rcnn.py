@@ -499,6 +499,8 @@ def test_caffe2_names_and_affine_norms() -> None:
     norm.load_state_dict({key.removeprefix("bn1."): v for key, v in converted.items() if key.startswith("bn1.")})
     x = torch.randn(1, 8, 2, 2)
     torch.testing.assert_close(norm(x), x)  # an affine layer, whatever eps
+    group = convert_trunk({"conv1_gn_s": torch.ones(8), "res2_0_branch2a_gn_b": torch.ones(8)})
+    assert set(group) == {"bn1.weight", "layer1.0.bn1.bias"}  # GroupNorm has no statistics
     with pytest.raises(ZooError, match="unknown key 'res9"):
         convert_trunk({"res9_0_branch1_w": torch.ones(1)})
 

@@ -139,7 +139,8 @@ class MaskRCNNDetection(Detection):
         design, resnet, fpn, rpn, roi, box, mask, keypoint: override the model's; of a part, the fields given only;
             False for no mask or no keypoints.
         init_from: where :meth:`setup` takes weights from: the name of published weights, a file, or a checkpoint. Of a
-            classifier the trunk is filled; of a detector everything but layers of another number of classes.
+            classifier the trunk is filled; of a detector everything but layers of another number of classes. A trunk in
+            torchvision's layout wants `resnet.stride_in_1x1` false, and RGB pixels.
         oks_sigmas: of the keypoints, as in COCO's OKS; null for COCO's 17.
         clip_each: bound of the norm of each parameter's own gradient; null for none.
         optim: optimiser and schedule.
@@ -473,45 +474,49 @@ def _check_constants(given: Mapping[str, Tensor]) -> None:
 
 
 _CAFFE2 = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
-_CAFFE2_NORM = {"s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
-_CAFFE2_BLOCK = re.compile(r"res([2-5])_(\d+)_(branch1|branch2[abc])_(?:(w|b)|(?:bn|gn)_(s|b|rm|riv))")
-_CAFFE2_STEM = re.compile(r"(?:(conv1_w)|(?:res_)?conv1_(?:bn|gn)_(s|b|rm|riv))")
-_CLASSIFIER = re.compile(
-    r"(?:stem\.)?fc\.(?:weight|bias)|linear\.(?:weight|bias)|(?:pred|fc1000)_[wb]|conv1_b|.+_momentum|lr|.+\.conv1\.bias"
-)
+_CAFFE2_BLOCK = re.compile(r"res([2-5])_(\d+)_(branch1|branch2[abc])_(?:(bn|gn)_)?(w|s|b|rm|riv)")
+_CAFFE2_STEM = re.compile(r"(?:res_)?conv1_(?:(bn|gn)_)?(w|s|b|rm|riv)")
+_CLASSIFIER = re.compile(r"(?:(?:stem\.)?fc|linear)\.(?:weight|bias)|(?:pred|fc1000)_[wb]|conv1_b|.+_momentum|lr")
 
 
 def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An ImageNet classifier's trunk in torchvision's names: of detectron2's copies, of Caffe2's pickles, or of
     torchvision's own layout. The classifier itself, momenta and the like are left out.
 
-    A frozen BatchNorm without statistics is an affine layer: mean 0, variance 1.
+    A BatchNorm of Caffe2 without statistics is an affine layer: mean 0, variance 1.
 
     Raises:
         ZooError: a key of no such network.
     """
     converted: dict[str, Tensor] = {}
+    affine: set[str] = set()
     for key, value in state_dict.items():
         if re.fullmatch(r"(?:conv1|bn1|layer[1-4])\..+", key):
             converted[key] = value
-        elif _CLASSIFIER.fullmatch(key):
             continue
-        elif match := _CAFFE2_STEM.fullmatch(key):
-            name = "stem.conv1.weight" if match[1] else f"stem.conv1.norm.{_CAFFE2_NORM[match[2]]}"
-            converted[_trunk_name(name)] = value
+        if _CLASSIFIER.fullmatch(key):
+            continue
+        official, norm = key, None
+        if match := _CAFFE2_STEM.fullmatch(key):
+            norm, leaf = match.groups()
+            official = f"stem.conv1.{_caffe2_leaf(norm, leaf)}"
         elif match := _CAFFE2_BLOCK.fullmatch(key):
-            stage, block, branch, conv, norm = match.groups()
-            leaf = f"norm.{_CAFFE2_NORM[norm]}" if norm else {"w": "weight", "b": "bias"}[conv]
-            converted[_trunk_name(f"res{stage}.{block}.{_CAFFE2[branch]}.{leaf}")] = value
-        else:
-            converted[_trunk_name(key)] = value
-    affine = [key.removesuffix(".weight") for key in converted if re.search(r"(?:bn\d|downsample\.1)\.weight", key)]
-    if affine and not any(key.endswith("running_mean") for key in converted):
-        for name in affine:
-            weight = converted[f"{name}.weight"]
-            converted[f"{name}.running_mean"] = torch.zeros_like(weight)
-            converted[f"{name}.running_var"] = torch.full_like(weight, 1 - 1e-5)  # the norm adds its eps of 1e-5
+            stage, block, branch, norm, leaf = match.groups()
+            official = f"res{stage}.{block}.{_CAFFE2[branch]}.{_caffe2_leaf(norm, leaf)}"
+        name = _trunk_name(official)
+        converted[name] = value
+        if norm == "bn":
+            affine.add(name.rpartition(".")[0])
+    for name in affine:
+        weight = converted[f"{name}.weight"]
+        converted.setdefault(f"{name}.running_mean", torch.zeros_like(weight))
+        converted.setdefault(f"{name}.running_var", torch.full_like(weight, 1 - 1e-5))  # the layer adds its eps of 1e-5
     return converted
+
+
+def _caffe2_leaf(norm: str | None, leaf: str) -> str:
+    names = {"w": "weight", "s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
+    return f"norm.{names[leaf]}" if norm else names[leaf]
 
 
 def load_weights(network: MaskRCNN, source: str | Path) -> None:
