@@ -19,7 +19,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [line.partition("  #")[0] for block in BLOCKS[2:] for line in block.splitlines() if line.startswith("zoo ")]
 RUNS = [words for command in COMMANDS if (words := shlex.split(command)[1:])[0] in ("fit", "validate", "test")]
-LOOKS = [words for command in COMMANDS if (words := shlex.split(command)[1:]) not in RUNS and words[0] != "parity"]
+PREDICTIONS = [words for command in COMMANDS if (words := shlex.split(command)[1:])[0] == "predict"]
+_OTHERS = ("fit", "validate", "test", "predict", "parity")
+LOOKS = [words for command in COMMANDS if (words := shlex.split(command)[1:])[0] not in _OTHERS]
 
 
 def test_the_two_commands_set_everything_up() -> None:
@@ -68,6 +70,16 @@ def test_a_run_takes_its_options(
     for key, value in zip(words[2::2], words[3::2], strict=False):
         if key.startswith("--trainer."):
             assert str(config["trainer"][key.removeprefix("--trainer.")]) == value
+
+
+@pytest.mark.parametrize("words", PREDICTIONS, ids=" ".join)
+def test_a_prediction_names_weights_and_asks_for_its_picture(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {words[1]} & {*zoo.list_models(), *zoo.list_weights()}
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert words[2] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", LOOKS, ids=" ".join)
