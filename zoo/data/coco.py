@@ -92,7 +92,7 @@ class CocoSource:
     Args:
         file: the json.
         images: folder of the pictures.
-        indices: only these of its pictures, in the order of their ids.
+        content: what the json holds, where it has been read already.
 
     Attributes:
         class_names, category_ids: of the classes in order.
@@ -105,9 +105,9 @@ class CocoSource:
         ZooError: no json of this format, pictures missing, an annotation of an unknown category or without a box.
     """
 
-    def __init__(self, file: Path, images: Path) -> None:
+    def __init__(self, file: Path, images: Path, content: dict[str, Any] | None = None) -> None:
         self.file, self.images = file, images
-        content = _content(file)
+        content = read_json(file) if content is None else content
         categories = sorted(content["categories"], key=lambda c: c["id"])
         self.category_ids = [int(c["id"]) for c in categories]
         self.class_names = [str(c["name"]) for c in categories]
@@ -248,7 +248,12 @@ def mirror_order(names: Sequence[str]) -> list[int]:
     return order
 
 
-def _content(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The content of a json in COCO's format.
+
+    Raises:
+        ZooError: it cannot be read, is no json, or lacks images, annotations or categories.
+    """
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:
@@ -288,7 +293,9 @@ class CocoLayout:
         """A split and which of its pictures belong to it; the rules of splits are those of :mod:`zoo.data.sources`."""
         part, which = choose_part(split, list(self.parts), str(self.root))
         if part not in self._open:
-            self._open[part] = source = CocoSource(self.parts[part], self._pictures(part))
+            content = read_json(self.parts[part])
+            place = self._pictures(part, content)
+            self._open[part] = source = CocoSource(self.parts[part], place, content)
             other = next(iter(self._open.values()))
             if other.class_names != source.class_names:
                 raise ZooError(f"{source.file} has other categories than {other.file}")
@@ -299,9 +306,9 @@ class CocoLayout:
             held[-1:] = True
         return source, number if which == "all" else number[held if which == "held" else ~held]
 
-    def _pictures(self, part: str) -> Path:
+    def _pictures(self, part: str, content: dict[str, Any]) -> Path:
         file = self.parts[part]
-        name = _file_name((_content(file)["images"] or [{"file_name": "no image"}])[0], file)
+        name = _file_name((content["images"] or [{"file_name": "no image"}])[0], file)
         dated = re.search(r"(train|val|test)(-dev)?\d{4}", file.stem)
         below = [*([dated[0]] if dated else []), *ALIASES.get(part, ()), part, "images", ""]
         found = [self.root / folder for folder in below] + [self.root / "images" / folder for folder in below]

@@ -510,7 +510,7 @@ class Normalise:
             raise unknown("order of channels", channels, _CHANNELS)
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ZooError(f"pixel_mean and pixel_std need three numbers each, std positive; got {mean} and {std}")
-        self.mean, self.std = (torch.tensor(x, dtype=torch.float32).tolist() for x in (mean, std))
+        self.mean, self.std = (np.asarray(x, dtype=np.float32).tolist() for x in (mean, std))
         self.order = (2, 1, 0) if channels == "bgr" else (0, 1, 2)
 
     def __call__(self, images: Sequence[Tensor], divisibility: int = 1) -> Tensor:

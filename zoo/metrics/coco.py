@@ -57,8 +57,9 @@ _KEYPOINTS: dict[str, tuple[str, float | None, str, int]] = {
 def encode_masks(masks: Any) -> list[dict[str, Any]]:
     """Masks (N, H, W) bool, or run lengths as they are, as N run lengths {"size", "counts"} with text counts."""
     if isinstance(masks, Tensor):
-        array = masks.to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
-        masks = coco_mask.encode(np.asfortranarray(array)) if len(masks) else []
+        # (H, W, N) in Fortran's order is (N, W, H) in C's.
+        columns = masks.to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
+        masks = coco_mask.encode(columns.transpose(2, 1, 0)) if len(masks) else []
     return [
         {"size": [int(x) for x in rle["size"]], "counts": c.decode() if isinstance(c := rle["counts"], bytes) else c}
         for rle in masks
