@@ -271,3 +271,23 @@ def test_a_constant_warm_up_starts_at_its_rate() -> None:
     assert rates == pytest.approx([0.01] * 3 + [0.1] * 5 + [0.01] * 2)
     with pytest.raises(ZooError, match="warmup_lr"):
         Optim(warmup_lr=0.0)
+
+
+def test_warm_up_from_a_rate_and_milestones_in_steps() -> None:
+    """detectron2's schedule: linear from a rate to what the steps say at the end of the warm-up."""
+    optim = Optim(lr=1.0, schedule="step", warmup_steps=4, warmup_start_lr=0.2, milestone_steps=(6, 9), gamma=0.1)
+    task = Task(optim)
+    trainer(max_epochs=-1, max_steps=11).fit(task, Data(length=12))  # 3 updates an epoch
+    assert task.rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
+    early = Optim(schedule="step", warmup_start_lr=0.5, milestones=(1,), gamma=0.1)
+    assert [lr_at(early, epoch, 4, 1.0, 2.0) for epoch in (0, 1, 2)] == pytest.approx([0.5, 0.3, 0.1])
+    with pytest.raises(ZooError, match="warmup_start_lr"):
+        Optim(warmup_start_lr=-0.1)
+
+
+def test_decay_may_spare_normalisation_layers_alone() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 32, 1), nn.BatchNorm2d(32), nn.GroupNorm(32, 32), nn.Linear(2, 2))
+    spared, decayed = param_groups(network, Optim(no_decay="norm", weight_decay=0.1))
+    assert (spared["weight_decay"], decayed["weight_decay"]) == (0, 0.1)
+    assert spared["names"] == ["1.weight", "1.bias", "2.weight", "2.bias"]
+    assert decayed["names"] == ["0.weight", "0.bias", "3.weight", "3.bias"]

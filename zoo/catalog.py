@@ -66,9 +66,14 @@ class ModelEntry(_Facts):
 
 
 class Preprocess(_Facts):
-    """What weights expect: resize the short side to `size / crop_pct`, crop `size`, scale to [0, 1], normalise."""
+    """What weights expect: resize the short side to `size / crop_pct`, crop `size`, scale to [0, 1], normalise.
+
+    With `longest`, as detectors want it, nothing is cropped: the short side becomes `size` pixels, or fewer where the
+    long one would have more than `longest`. `mean` and `std` are of the `channels` in their order.
+    """
 
     size: int
+    longest: int | None = None
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     mean: list[float] = [0.485, 0.456, 0.406]

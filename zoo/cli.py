@@ -238,21 +238,32 @@ def _picture(words: list[str]) -> int:
     parser = _Parser(prog="zoo predict", description="What a model makes of pictures.")
     parser.add_argument("model", help="a model with a weight tag: mae_vit_base_patch16.in1k_1600ep_visualize")
     parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
-    parser.add_argument("-o", "--out", metavar="OUT", type=Path, help="a .png (one image) or a folder")
+    parser.add_argument("-o", "--out", metavar="OUT", type=Path, help="a .png (one image), a folder, or a .json")
     parser.add_argument("--weights", help="a file to load instead of the published weights")
     parser.add_argument("--seed", type=int, default=0, help="of a random mask")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="of a detector: objects of a lower score are left out"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(words)
     from zoo import picture
 
     results = picture.predict(
-        arguments.model, arguments.images, arguments.out, weights=arguments.weights, seed=arguments.seed
+        arguments.model,
+        arguments.images,
+        arguments.out,
+        weights=arguments.weights,
+        seed=arguments.seed,
+        threshold=arguments.threshold,
     )
     if arguments.json:
         return _print_json(results)
     for result in results:
         if "picture" in result:
             print(f"{result['image']}: {result['picture']}")
+        for row in result.get("objects", []):
+            box = ", ".join(f"{value:.0f}" for value in row["box"])
+            print(f"{result['image']}: {row['score']:6.1%}  {row['label']} ({box})")
         for row in result.get("top", []):
             print(f"{result['image']}: {row['probability']:6.1%}  {row['label']}")
     return 0

@@ -9,10 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
 from zoo.paths import cache_dir
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from zoo.data.coco import CocoLayout, CocoSource
 
 SPLITS = ("train", "val", "test")
 _CHUNK = 256
@@ -20,6 +25,8 @@ _CHUNK = 256
 
 def check(dataset: str, data_dir: str | None = None, read: bool = True, shown: int = 5) -> dict[str, Any]:
     """Opens every split of a data set and, with `read`, each sample of it.
+
+    Of a set in COCO's format `per_class` counts objects, and boxes outside their picture and the like are problems.
 
     Args:
         dataset: a card's name, a folder or a hub id.
@@ -37,8 +44,10 @@ def check(dataset: str, data_dir: str | None = None, read: bool = True, shown: i
     """
     from zoo import catalog
 
-    names, open_split = _opened(dataset, data_dir)
     card = catalog.data_card(dataset) if dataset in catalog.list_datasets() else None
+    names, open_split = _opened(
+        dataset, data_dir, card is not None and dataset != "shapes" and "detection" in card.task
+    )
     problems: list[str] = []
     splits: dict[str, dict[str, Any]] = {}
     missing: list[str] = []
@@ -49,6 +58,11 @@ def check(dataset: str, data_dir: str | None = None, read: bool = True, shown: i
             missing.append(str(error))
             continue
         splits[split] = found = _read(source, read, shown, split)
+        if isinstance(source, _Objects):
+            names = source.source.class_names
+            found["per_class"] = source.per_class()
+            oddities = "; ".join(f"{count} {what}" for what, count in source.source.problems.items())
+            problems += [f"{split}: {oddities}"] if oddities else []
         problems += _problems(split, found, names)
         if card is not None and (stated := card.splits.get(split)) and stated != found["samples"]:
             problems.append(f"{split}: {found['samples']} samples, the card of {dataset} states {stated}")
@@ -79,13 +93,16 @@ def check(dataset: str, data_dir: str | None = None, read: bool = True, shown: i
     return report
 
 
-def _opened(dataset: str, data_dir: str | None) -> tuple[list[str], Callable[[str], Any]]:
-    """The classes of a set of pictures or videos, and what opens a split of it."""
+def _opened(dataset: str, data_dir: str | None, objects: bool) -> tuple[list[str], Callable[[str], Any]]:
+    """The classes of a set, where they are known before its splits, and what opens one of these. `objects`: the card
+    says that it is one of pictures with boxes, or of videos."""
     from zoo.data import sources, video_sources
 
     if video_sources.is_video_set(dataset):
         layout = video_sources.open_layout(dataset, data_dir)
         return list(layout.class_names), lambda split: video_sources.open_part(layout, split)
+    if (coco := _coco(dataset, data_dir, objects)) is not None:
+        return [], lambda split: _Objects(*coco.open(split))
     names = list(sources.describe(dataset, data_dir).class_names)
     return names, lambda split: sources.open_source(dataset, split, data_dir)
 
@@ -103,6 +120,40 @@ def _record(dataset: str, data_dir: str | None) -> Path:
         os.path.abspath(data_dir) if data_dir else (os.path.abspath(dataset) if os.path.exists(dataset) else dataset)
     )
     return cache_dir() / "checked" / f"{hashlib.sha256(f'{dataset} {place}'.encode()).hexdigest()[:16]}.json"
+
+
+def _coco(dataset: str, data_dir: str | None, carded: bool) -> CocoLayout | None:
+    """Where a set in COCO's format lies, if it is one."""
+    from zoo.data.coco import find_coco
+
+    if carded and data_dir is None:
+        raise ZooError(f"{dataset} is read from a folder: say where it lies by --data_dir")
+    place = Path(data_dir or dataset).expanduser()
+    if not carded and not (place.suffix == ".json" and place.is_file()):
+        known = [*place.glob("*.json"), *place.glob("*/*.json")] if place.is_dir() else []
+        if not any(b'"annotations"' in file.read_bytes() for file in known):
+            return None
+    return find_coco(place, name=dataset if data_dir else "instances")
+
+
+class _Objects:
+    """A split in COCO's format as a source of pictures; their label is a hash of what is said of them."""
+
+    def __init__(self, source: CocoSource, indices: np.ndarray) -> None:
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = int(self.indices[index])
+        said = repr(self.source.annotations(row)).encode()
+        return {"image": self.source.read(row).image, "label": int(hashlib.sha256(said).hexdigest()[:15], 16)}
+
+    def per_class(self) -> dict[str, int]:
+        """Objects of each class that are no crowd."""
+        counts = Counter(int(label) for row in self.indices for label in self.source.labels[row])
+        return {str(label): counts[label] for label in sorted(counts)}
 
 
 def _read(source: Any, read: bool, shown: int, split: str) -> dict[str, Any]:

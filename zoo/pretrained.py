@@ -96,8 +96,8 @@ def create_model(
 def create_preprocess(name: str, size: int | None = None) -> v2.Compose:
     """The transform that weights expect: PIL image or uint8 tensor (..., 3, H, W) to float (..., 3, size, size).
 
-    `size` replaces the published size, for a model created with another ``img_size``. For a model named without tag,
-    all its weights must agree.
+    A detector's keeps the picture's proportions: (3, H, W) to (3, h, w). `size` replaces the published size, for a
+    model created with another ``img_size``. For a model named without tag, all its weights must agree.
     """
     if "." in name:
         facts = catalog.weight(name)[1].preprocess
@@ -115,16 +115,29 @@ def create_preprocess(name: str, size: int | None = None) -> v2.Compose:
 def _transform(facts: Preprocess, size: int) -> v2.Compose:
     from torchvision.transforms import v2
 
-    short_side = int(size / facts.crop_pct + 1e-6)
-    steps: list[Any] = [
-        v2.ToImage(),
-        v2.Resize(short_side, v2.InterpolationMode(facts.interpolation), antialias=True),
-        v2.CenterCrop(size),
-        v2.ToDtype(torch.float32, scale=True),
-    ]
+    if facts.longest is not None:
+        sized: list[Any] = [_ShortestEdge(size, facts.longest)]
+    else:
+        short_side = int(size / facts.crop_pct + 1e-6)
+        sized = [v2.Resize(short_side, v2.InterpolationMode(facts.interpolation), antialias=True), v2.CenterCrop(size)]
+    steps: list[Any] = [v2.ToImage(), *sized, v2.ToDtype(torch.float32, scale=True)]
     if facts.channels == "bgr":
         steps.append(_FlipChannels())
     return v2.Compose([*steps, v2.Normalize(facts.mean, facts.std), v2.ToPureTensor()])
+
+
+class _ShortestEdge(nn.Module):
+    """Resizes a (3, H, W) uint8 picture as the detection data do."""
+
+    def __init__(self, short: int, longest: int) -> None:
+        super().__init__()
+        self.short, self.longest = short, longest
+
+    def forward(self, image: Tensor) -> Tensor:
+        from zoo.data.detection import resize_pil, shortest_edge_size
+
+        height, width = image.shape[-2:]
+        return resize_pil(image.as_subclass(Tensor), *shortest_edge_size(height, width, self.short, self.longest))
 
 
 class _FlipChannels(nn.Module):

@@ -3,16 +3,17 @@
 The order of an epoch is a function of (seed, epoch); what is done to a sample, of (seed, epoch, index, repeat), which
 the sampler hands to the data set as its key. So nothing needs replaying: the training loader's state is two counts.
 
-Both samplers are :class:`~torch.utils.data.DistributedSampler` subclasses and know their rank: a trainer leaves them
+The samplers are :class:`~torch.utils.data.DistributedSampler` subclasses and know their rank: a trainer leaves them
 alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from zoo.data.shapes import hash64
@@ -49,9 +50,72 @@ class EpochSampler(DistributedSampler):
     def __iter__(self) -> Iterator[Key]:
         epoch = self.epoch
         generator = torch.Generator().manual_seed(int(hash64(self.seed, epoch)[0]))
-        order = torch.randperm(self.length, generator=generator)
+        index, repeat = self.order(generator)
         for at in range(self.rank, self.num_samples * self.num_replicas, self.num_replicas)[self.first :]:
-            yield int(order[at // self.repeats]), epoch, at % self.repeats
+            yield int(index[at]), epoch, int(repeat[at])
+
+    def order(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The epoch's samples over all ranks, (length,) int64, and for each which repetition it is, (length,) int64."""
+        at = torch.arange(self.length)
+        index = torch.randperm(self.length, generator=generator)[at // self.repeats]
+        return index, at % self.repeats
+
+
+class GroupedSampler(EpochSampler):
+    """An epoch whose global batches hold samples of one group, and in which rare samples come more often.
+
+    Groups are for pictures of a like shape, so that little is padded (aspect-ratio grouping): in each step all ranks
+    get samples of one group. What is left of the groups at the end of an epoch makes mixed batches. The repeat factors
+    are LVIS's (Gupta et al. 2019, appendix B.2): a sample of factor 2.3 comes two or three times, 2.3 on average. Where
+    that paper rounds each sample for itself, the rounding here is systematic, so that all epochs are equally long.
+
+    Args:
+        batch_size: of one rank.
+        groups: the group of each sample.
+        repeat_factors: how often each sample comes in an epoch, at least 1; None: once.
+        seed, rank, world: as in :class:`EpochSampler`.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        groups: Sequence[int] | Tensor,
+        repeat_factors: Tensor | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.groups = torch.as_tensor(groups, dtype=torch.long)
+        factors = torch.ones(len(self.groups)) if repeat_factors is None else repeat_factors
+        if factors.shape != self.groups.shape or (len(factors) and float(factors.min()) < 1):
+            raise ZooError("repeat factors: one for each sample is needed, none below 1")
+        self.factors = factors.double()
+        self.global_batch = batch_size * world
+        super().__init__(int(self.factors.sum() + 1e-9), seed, 1, rank, world)
+
+    def order(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """As in :class:`EpochSampler`."""
+        n = len(self.groups)
+        shuffled = torch.randperm(n, generator=generator)
+        count = self.factors.floor().long()
+        part = (self.factors - count)[shuffled].cumsum(0)
+        # The k-th extra place goes to the sample in which the running sum of the fractions passes k - u.
+        extra = (part + torch.rand(1, generator=generator, dtype=torch.float64)).floor().long()
+        count[shuffled] += extra.diff(prepend=extra.new_zeros(1))
+        index = torch.arange(n).repeat_interleave(count)
+        repeat = torch.arange(len(index)) - (count.cumsum(0) - count).repeat_interleave(count)
+        mixed = torch.randperm(len(index), generator=generator)[: self.length]
+        mixed = mixed[self._by_group(self.groups[index[mixed]])]
+        return index[mixed], repeat[mixed]
+
+    def _by_group(self, group: Tensor) -> Tensor:
+        """The order in which full global batches of one group come out of a stream; what is left over comes last."""
+        ready = torch.full_like(group, len(group))  # the place at which a sample's batch is full
+        for one in group.unique():
+            places = (group == one).nonzero()[:, 0]
+            full = places[: len(places) // self.global_batch * self.global_batch].view(-1, self.global_batch)
+            ready[full] = full[:, -1:].expand_as(full)
+        return ready.argsort(stable=True)
 
 
 class ExactSampler(DistributedSampler):

@@ -63,8 +63,9 @@ class ManyReader(Protocol):
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-def decode_image(data: bytes | Tensor, name: str = "image") -> Tensor:
-    """Encoded bytes -> uint8 (3, H, W) RGB; torchvision's decoders, Pillow for what they do not read.
+def decode_image(data: bytes | Tensor, name: str = "image", upright: bool = False) -> Tensor:
+    """Encoded bytes -> uint8 (3, H, W) RGB; torchvision's decoders, Pillow for what they do not read. `upright` turns
+    a photo as its EXIF orientation says.
 
     Raises:
         ZooError: neither can read it; `name` says which.
@@ -73,17 +74,18 @@ def decode_image(data: bytes | Tensor, name: str = "image") -> Tensor:
 
     encoded = data if isinstance(data, Tensor) else torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)
     try:
-        image = decode_image(encoded, mode=ImageReadMode.RGB)
+        image = decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=upright)
         if image.ndim == 3 and image.dtype == torch.uint8:
             return image
     except RuntimeError:
         pass
     import io
 
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(encoded.numpy().tobytes())) as picture:
+        with Image.open(io.BytesIO(encoded.numpy().tobytes())) as opened:
+            picture = ImageOps.exif_transpose(opened) if upright else opened
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:
         raise ZooError(
@@ -91,8 +93,8 @@ def decode_image(data: bytes | Tensor, name: str = "image") -> Tensor:
         ) from error
 
 
-def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """A picture file -> uint8 (3, H, W) RGB.
+def read_image(path: str | os.PathLike[str], upright: bool = False) -> Tensor:
+    """A picture file -> uint8 (3, H, W) RGB, turned as its EXIF orientation says if `upright`.
 
     Raises:
         ZooError: the file is missing or not a picture.
@@ -101,7 +103,7 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
         data = Path(path).read_bytes()
     except OSError as error:
         raise ZooError(f"cannot read {path}: {error.strerror}") from error
-    return decode_image(data, str(path))
+    return decode_image(data, str(path), upright)
 
 
 # -------------------------------------------------------------------------------------------------------------- sources

@@ -124,7 +124,7 @@ class PyAVReader:
         try:
             import av
         except ImportError as error:
-            raise ZooError("reading videos needs PyAV: pip install 'paperzoo[video]'") from error
+            raise ZooError("reading videos needs PyAV: pip install av") from error
         self.path, self._av = os.fspath(path), av
         if not os.path.isfile(self.path):
             raise VideoError(f"no such video {self.path}")

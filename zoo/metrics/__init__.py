@@ -1,8 +1,9 @@
-"""Metrics that torchmetrics does not have."""
+"""Metrics that torchmetrics does not have (or not to the last digit)."""
 
 from __future__ import annotations
 
+from zoo.metrics.coco import CocoAP
 from zoo.metrics.knn import KNNAccuracy, knn_scores
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
 
-__all__ = ["FrameMAP", "KNNAccuracy", "MultiLabelMAP", "MultiViewAccuracy", "knn_scores"]
+__all__ = ["CocoAP", "FrameMAP", "KNNAccuracy", "MultiLabelMAP", "MultiViewAccuracy", "knn_scores"]

@@ -8,7 +8,7 @@ warm-up from 0 the very first update therefore has learning rate 0, as in MAE an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,13 +20,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from zoo.errors import ZooError, unknown
-from zoo.nn.batchnorm import BATCH_NORMS
 from zoo.training.lars import LARS
 
 Name = Literal["adamw", "sgd", "lars"]
 Schedule = Literal["cosine", "step", "constant"]
 Interval = Literal["step", "epoch"]
 NoDecay = Literal["1d", "norm", "none"]
+NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+)
 From = Literal["warmup", "start"]
 
 
@@ -45,7 +49,7 @@ class Optim:
         nesterov: of SGD.
         trust_coefficient: of LARS.
         layer_decay: factor per layer from the top down; wants a model with `layer_id(name)` and `num_layer_ids`.
-        no_decay: "1d" spares biases and parameters of one dimension, "norm" those of batch normalisation only, "none"
+        no_decay: "1d" spares biases and parameters of one dimension, "norm" those of normalisation layers only, "none"
             decays everything.
         schedule: what follows the warm-up.
         interval: whether the schedule moves with every step or with whole epochs.
@@ -53,10 +57,11 @@ class Optim:
             begun with the run, and the warm-up rises to the value that it has come down to by then.
         warmup_epochs: linear warm-up, in epochs.
         warmup_steps: the same in optimiser steps; where given, `warmup_epochs` is not used.
-        warmup_start_lr: the absolute rate that the warm-up rises from.
+        warmup_start_lr: the absolute rate that a linear warm-up starts from.
         warmup_lr: where given, the warm-up is this constant rate instead of a linear rise.
         min_lr: the floor of the cosine; layer decay scales it too.
         milestones: epochs at which the step schedule multiplies the rate by `gamma`.
+        milestone_steps: the same in optimiser steps; where given, `milestones` is not used.
         gamma: factor of the step schedule.
         factors: of the peak rate after each milestone, where they are no powers of `gamma`.
         global_batch: the recipe's effective batch. It is held whatever the number of devices by accumulation, or the
@@ -86,6 +91,7 @@ class Optim:
     warmup_lr: float | None = None
     min_lr: float = 0.0
     milestones: tuple[float, ...] = ()
+    milestone_steps: tuple[int, ...] = ()
     gamma: float = 0.1
     factors: tuple[float, ...] = ()
     global_batch: int | None = None
@@ -109,38 +115,51 @@ class Optim:
         for key in ("weight_decay", "warmup_epochs", "warmup_start_lr", "min_lr"):
             if not getattr(self, key) >= 0:
                 raise ZooError(f"optim.{key} must not be negative, but is {getattr(self, key)}")
-        if self.factors and len(self.factors) != len(self.milestones):
-            raise ZooError(f"optim.factors are {len(self.factors)}, one a milestone would be {len(self.milestones)}")
+        milestones = self.milestone_steps or self.milestones
+        if self.factors and len(self.factors) != len(milestones):
+            raise ZooError(f"optim.factors are {len(self.factors)}, one a milestone would be {len(milestones)}")
 
     def peak_lr(self, batch: int) -> float:
         """The learning rate at the end of warm-up for an effective batch of `batch` samples."""
         return self.lr if self.lr is not None else self.base_lr * batch / self.reference_batch
 
 
-def lr_at(optim: Optim, epoch: float, total_epochs: float, lr: float, warmup_epochs: float | None = None) -> float:
+def lr_at(
+    optim: Optim,
+    epoch: float,
+    total_epochs: float,
+    lr: float,
+    warmup_epochs: float | None = None,
+    milestones: Sequence[float] | None = None,
+) -> float:
     """The learning rate at a fractional `epoch` of a run of `total_epochs` whose peak is `lr`.
 
-    `warmup_epochs` stands in for the declaration's own (where that is given in steps). After the warm-up of w epochs
-    the cosine is min_lr + (lr - min_lr) * (1 + cos(pi * (epoch - w) / (total - w))) / 2, or without w in it where the
-    schedule counts from the start.
+    `warmup_epochs` and `milestones` stand in for the declaration's own (where those are given in steps). After the
+    warm-up of w epochs the cosine is min_lr + (lr - min_lr) * (1 + cos(pi * (epoch - w) / (total - w))) / 2, or without
+    w in it where the schedule counts from the start.
     """
     warmup = optim.warmup_epochs if warmup_epochs is None else warmup_epochs
+    milestones = optim.milestones if milestones is None else milestones
     if optim.interval == "epoch":
         epoch = math.floor(epoch)
     if epoch >= warmup:
-        return _scheduled(optim, epoch, total_epochs, lr, warmup)
+        return _scheduled(optim, epoch, total_epochs, lr, warmup, milestones)
     if optim.warmup_lr is not None:
         return optim.warmup_lr
-    end = lr if optim.schedule_from == "warmup" else _scheduled(optim, warmup, total_epochs, lr, warmup)
+    end = lr
+    if optim.schedule == "step" or optim.schedule_from == "start":
+        end = _scheduled(optim, warmup, total_epochs, lr, warmup, milestones)
     return optim.warmup_start_lr + (end - optim.warmup_start_lr) * epoch / warmup
 
 
-def _scheduled(optim: Optim, epoch: float, total_epochs: float, lr: float, warmup: float) -> float:
+def _scheduled(
+    optim: Optim, epoch: float, total_epochs: float, lr: float, warmup: float, milestones: Sequence[float]
+) -> float:
     """The rate without warm-up."""
     if optim.schedule == "constant":
         return lr
     if optim.schedule == "step":
-        passed = sum(epoch >= milestone for milestone in optim.milestones)
+        passed = sum(epoch >= milestone for milestone in milestones)
         return lr * ((1.0, *optim.factors)[passed] if optim.factors else optim.gamma**passed)
     begin = warmup if optim.schedule_from == "warmup" else 0.0
     progress = min(1.0, (epoch - begin) / max(total_epochs - begin, 1e-12))
@@ -150,10 +169,9 @@ def _scheduled(optim: Optim, epoch: float, total_epochs: float, lr: float, warmu
 def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     """The trainable parameters of `model`, grouped by weight decay and learning-rate scale.
 
-    Undecayed are, as `no_decay` says, parameters of one dimension and biases, or those of batch normalisation alone,
-    and the names in `no_weight_decay()` of the model or of any part of it. Without layer decay the undecayed group
-    comes first; with it, groups come in the order in which they first occur in `named_parameters`, and a layer's scale
-    is layer_decay ** (top - id), top being `model.num_layer_ids` - 1.
+    Undecayed are what `no_decay` spares and the names in `no_weight_decay()` of the model or of any part of it. Without
+    layer decay the undecayed group comes first; with it, groups come in the order in which they first occur in
+    `named_parameters`, and a layer's scale is layer_decay ** (top - id), top being `model.num_layer_ids` - 1.
 
     Returns:
         Groups with keys `params`, `names`, `weight_decay`, `lr_scale`.
@@ -167,12 +185,6 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
         if callable(listing := getattr(part, "no_weight_decay", None))
         for name in listing()
     }
-    normalising = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, part in model.named_modules()
-        if isinstance(part, BATCH_NORMS)
-        for name, _ in part.named_parameters(recurse=False)
-    }
     layer_id: Callable[[str], int] | None = getattr(model, "layer_id", None)
     if optim.layer_decay is not None and layer_id is None:
         raise ZooError(f"optim.layer_decay wants a model with layer_id(name); {type(model).__name__} has none")
@@ -181,8 +193,10 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim <= 1 or name.endswith(".bias")
-        plain = name in normalising if optim.no_decay == "norm" else plain
+        if optim.no_decay == "norm":
+            plain = isinstance(model.get_submodule(name.rpartition(".")[0]), NORMS)
+        else:
+            plain = parameter.ndim <= 1 or name.endswith(".bias")
         decayed = optim.no_decay == "none" or not (plain or name in spared)
         layer, scale = 0, 1.0
         if optim.layer_decay is not None and layer_id is not None:
@@ -235,17 +249,19 @@ def build(model: nn.Module, optim: Optim, trainer: L.Trainer) -> Any:
 
     def factor(step: int) -> float:
         if step == 0:  # the number of batches is not known yet, and no schedule's start depends on it
-            warm = bool(optim.warmup_epochs if optim.warmup_steps is None else optim.warmup_steps)
-            start = optim.warmup_start_lr if optim.warmup_lr is None else optim.warmup_lr
-            return start / peak if warm else lr_at(optim, 0.0, 1.0, peak, 0.0) / peak
-        epoch, total, warmup = _position(step, optim, trainer)
-        return lr_at(optim, epoch, total, peak, warmup) / peak
+            warm = 1.0 if (optim.warmup_epochs if optim.warmup_steps is None else optim.warmup_steps) else 0.0
+            milestones = [m for m in optim.milestone_steps or optim.milestones if m <= 0]
+            return lr_at(optim, 0.0, 1.0, peak, warm, milestones) / peak
+        epoch_of, total = _clock(optim, trainer)
+        warmup = optim.warmup_epochs if optim.warmup_steps is None else epoch_of(optim.warmup_steps)
+        milestones = [epoch_of(m) for m in optim.milestone_steps] or list(optim.milestones)
+        return lr_at(optim, epoch_of(step), total, peak, warmup, milestones) / peak
 
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
-def _position(step: int, optim: Optim, trainer: L.Trainer) -> tuple[float, float, float]:
-    """(epoch, total epochs, warm-up epochs) before the optimiser step number `step` (from 0)."""
+def _clock(optim: Optim, trainer: L.Trainer) -> tuple[Callable[[int], float], float]:
+    """The epoch before an optimiser step of a given number (from 0), and the total of epochs."""
     batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
     if math.isinf(batches):
         # A stream without length has no epochs: the run counts as one.
@@ -254,7 +270,7 @@ def _position(step: int, optim: Optim, trainer: L.Trainer) -> tuple[float, float
                 "the training data has no length, so epochs are unknown; set optim.warmup_steps, interval: step"
             )
         total = trainer.max_steps if trainer.max_steps > 0 else 1
-        return step / total, 1.0, (optim.warmup_steps or 0) / total
+        return lambda steps: steps / total, 1.0
 
     def epoch_of(steps: int) -> float:
         # Lightning closes the last window of an epoch early, so every epoch has a whole number of windows.
@@ -262,9 +278,7 @@ def _position(step: int, optim: Optim, trainer: L.Trainer) -> tuple[float, float
         return whole + windows * accumulate / batches
 
     limit = trainer.max_epochs
-    total_epochs = float(limit) if limit is not None and limit != -1 else epoch_of(max(trainer.max_steps, 1))
-    warmup = optim.warmup_epochs if optim.warmup_steps is None else epoch_of(optim.warmup_steps)
-    return epoch_of(step), total_epochs, warmup
+    return epoch_of, float(limit) if limit is not None and limit != -1 else epoch_of(max(trainer.max_steps, 1))
 
 
 def effective_batch(optim: Optim, trainer: L.Trainer) -> int:

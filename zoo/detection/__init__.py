@@ -1,0 +1,1 @@
+"""Detection, segmentation of instances, keypoints."""

@@ -1,0 +1,556 @@
+"""Mask R-CNN.
+
+Kaiming He, Georgia Gkioxari, Piotr Dollár, Ross Girshick. ICCV 2017, arXiv 1703.06870.
+
+Faster R-CNN finds boxes and their classes; a small convolutional branch, in parallel, predicts a binary mask of each
+region for every class. Two ideas carry it. RoIAlign samples a region's features bilinearly where they are, without the
+rounding of RoIPool, and masks are decoupled from classes: each class has its own sigmoid map, and the box branch alone
+decides which one counts. The same frame predicts keypoints as one-hot masks, and without the branch it is Faster R-CNN.
+
+Conventions: boxes (x1, y1, x2, y2) in continuous pixels; K classes 0..K-1, the background is K; maps c2..c5 of the
+ResNet and p2..p6 of the pyramid, of stride 4 to 64. Numerics and training are detectron2's, whose published weights
+load and give the published boxes; where they differ from the paper, the card's ledger says so.
+
+Where the parts are: RoIAlign (RoIPooler), the heads and their losses in :mod:`zoo.nn.detection.roi_heads`, proposals in
+:mod:`zoo.nn.detection.rpn`, backbones in :mod:`zoo.nn.detection.backbone`.
+
+Deviations from detectron2's code, none of which changes a value beyond rounding:
+- Frozen BatchNorm is folded into the convolution before it, in training too.
+- Only the best proposals of a level are decoded, and deltas are encoded for the sampled positives alone.
+- Mask targets are cropped from each object's mask without a copy for every region.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from zoo.errors import ZooError, unknown
+from zoo.nn.detection import (
+    FPN,
+    RCNN,
+    RPN,
+    BoxHeadConfig,
+    FPNConfig,
+    KeypointHeadConfig,
+    MaskHeadConfig,
+    Res5RoIHeads,
+    ResNetBackbone,
+    ResNetConfig,
+    RoIConfig,
+    RoIHeads,
+    RPNConfig,
+    Subsample,
+    configured,
+)
+from zoo.ops.boxes import cell_anchors
+from zoo.pretrained import fill, read_source
+from zoo.training import Optim
+from zoo.training.detection import Detection
+
+Design = Literal["fpn", "dc5", "c4"]
+Options = Mapping[str, Any]
+
+# --------------------------------------------------------------------------------------------------------- 1. network
+
+
+class MaskRCNN(RCNN):
+    """A ResNet, a region proposal network and heads for boxes and masks (or keypoints, or neither).
+
+    Every part is a config or a mapping of its fields.
+
+    Args:
+        num_classes: K, without the background.
+        design: `fpn`, heads on a pyramid (figure 4, right); `c4`, the fifth stage as the head of each region (figure 4,
+            left); `dc5`, heads on a fifth stage that is dilated instead of strided.
+        resnet: the trunk.
+        fpn: the pyramid of the design `fpn`.
+        rpn: proposals.
+        roi: samples, and what is reported.
+        box: the box head; with `cascade_ious` a cascade of them. In `c4` its convolutions and layers are not there.
+        mask, keypoint: the other heads; null for none.
+
+    Raises:
+        ZooError: an unknown design, option or name, or parts that do not go together.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 80,
+        design: Design = "fpn",
+        resnet: ResNetConfig | Options = ResNetConfig(),  # noqa: B008
+        fpn: FPNConfig | Options = FPNConfig(),  # noqa: B008
+        rpn: RPNConfig | Options = RPNConfig(),  # noqa: B008
+        roi: RoIConfig | Options = RoIConfig(),  # noqa: B008
+        box: BoxHeadConfig | Options = BoxHeadConfig(),  # noqa: B008
+        mask: MaskHeadConfig | Options | None = MaskHeadConfig(),  # noqa: B008
+        keypoint: KeypointHeadConfig | Options | None = None,
+    ) -> None:
+        if design not in get_args(Design):
+            raise unknown("design", design, get_args(Design))
+        resnet, fpn = configured(ResNetConfig, resnet), configured(FPNConfig, fpn)
+        rpn, roi, box = configured(RPNConfig, rpn), configured(RoIConfig, roi), configured(BoxHeadConfig, box)
+        mask = None if mask is None else configured(MaskHeadConfig, mask)
+        keypoint = None if keypoint is None else configured(KeypointHeadConfig, keypoint)
+        if design == "dc5":
+            resnet = dataclasses.replace(resnet, dilation=2)
+        trunk = ResNetBackbone(resnet, {"fpn": fpn.inputs, "dc5": ("c5",), "c4": ("c4",)}[design])
+        backbone: Any = FPN(trunk, fpn, Subsample()) if design == "fpn" else trunk
+        pooled = tuple(f"p{name[1:]}" for name in fpn.inputs) if design == "fpn" else trunk.outputs
+        rpn = dataclasses.replace(rpn, levels=rpn.levels or (tuple(backbone.channels) if design == "fpn" else pooled))
+        roi = dataclasses.replace(roi, levels=roi.levels or pooled)
+        if design == "c4":
+            if keypoint is not None:
+                raise ZooError("the design c4 has no keypoint head; take fpn")
+            heads: RoIHeads = Res5RoIHeads(resnet, backbone, num_classes, roi, box, mask)
+        else:
+            heads = RoIHeads(backbone, num_classes, roi, box, mask, keypoint)
+        super().__init__(backbone, RPN(backbone, rpn), heads)
+        self.num_classes, self.design = num_classes, design
+
+    @property
+    def size_divisibility(self) -> int:
+        """What the sides of a padded batch must be multiples of."""
+        backbone: Any = self.backbone
+        return max(backbone.bottom_up.strides.values()) if self.design == "fpn" else 1
+
+    @property
+    def iou_types(self) -> tuple[str, ...]:
+        """What COCO measures of it: "bbox", and "segm" or "keypoints"."""
+        heads = (("segm", self.roi_heads.mask_head), ("keypoints", self.roi_heads.keypoint_head))
+        return ("bbox", *(name for name, head in heads if head is not None))
+
+
+# ------------------------------------------------------------------------------------------------------------ 2. task
+
+
+class MaskRCNNDetection(Detection):
+    """Training and evaluation of a published network, or of one made of the options that follow.
+
+    Args:
+        model: a published size, or null for :class:`MaskRCNN`'s own defaults.
+        num_classes: K; taken from the data module by a recipe.
+        design, resnet, fpn, rpn, roi, box, mask, keypoint: override the model's; of a part, the fields given only;
+            False for no mask or no keypoints.
+        init_from: where :meth:`setup` takes weights from: the name of published weights, a file, or a checkpoint. Of a
+            classifier the trunk is filled; of a detector everything but layers of another number of classes.
+        oks_sigmas: of the keypoints, as in COCO's OKS; null for COCO's 17.
+        clip_each: bound of the norm of each parameter's own gradient; null for none.
+        optim: optimiser and schedule.
+    """
+
+    network: MaskRCNN
+
+    def __init__(
+        self,
+        model: str | None = "mask_rcnn_r50_fpn",
+        num_classes: int = 80,
+        design: Design | None = None,
+        resnet: dict[str, Any] | None = None,
+        fpn: dict[str, Any] | None = None,
+        rpn: dict[str, Any] | None = None,
+        roi: dict[str, Any] | None = None,
+        box: dict[str, Any] | None = None,
+        mask: dict[str, Any] | Literal[False] | None = None,
+        keypoint: dict[str, Any] | Literal[False] | None = None,
+        init_from: str | None = None,
+        oks_sigmas: list[float] | None = None,
+        clip_each: float | None = None,
+        optim: Optim = Optim(  # noqa: B008
+            name="sgd", base_lr=0.02, reference_batch=16, weight_decay=1e-4, no_decay="norm", schedule="step"
+        ),
+    ) -> None:
+        if model is not None and model not in MODELS:
+            raise unknown("model", model, MODELS)
+        parts: dict[str, Any] = {
+            "design": design,
+            "resnet": resnet,
+            "fpn": fpn,
+            "rpn": rpn,
+            "roi": roi,
+            "box": box,
+            "mask": mask,
+            "keypoint": keypoint,
+        }
+        given: dict[str, Any] = {
+            name: None if part is False else part for name, part in parts.items() if part is not None
+        }
+        network = (MaskRCNN if model is None else MODELS[model])(num_classes=num_classes, **given)
+        super().__init__(network, optim, network.iou_types, oks_sigmas, clip_each, init_from)
+        self.save_hyperparameters()
+
+    def load_weights(self, source: str) -> None:
+        load_weights(self.network, source)
+
+
+# ---------------------------------------------------------------------------------------------------------- 3. models
+
+_MSRA: dict[str, Any] = {"stride_in_1x1": True}
+_R50, _R101 = {"depth": 50, **_MSRA}, {"depth": 101, **_MSRA}
+_X101 = {"depth": 101, "groups": 32, "width_per_group": 8, "stride_in_1x1": False}
+_ONE_LEVEL: dict[str, Any] = {
+    "sizes": ((32, 64, 128, 256, 512),),
+    "pre_nms": (12000, 6000),
+    "post_nms": (2000, 1000),
+}
+_C4: dict[str, Any] = {"design": "c4", "rpn": _ONE_LEVEL, "box": {"pool": {"size": 14}}, "mask": {"convs": 0}}
+_DC5: dict[str, Any] = {"design": "dc5", "rpn": _ONE_LEVEL}
+# More proposals, and a softer box loss (detectron2's Base-Keypoint-RCNN-FPN).
+_PERSON: dict[str, Any] = {
+    "num_classes": 1,
+    "rpn": {"post_nms": (1500, 1000)},
+    "box": {"beta": 0.5},
+    "mask": None,
+    "keypoint": {},
+}
+_CASCADE: dict[str, Any] = {
+    "rpn": {"post_nms": (2000, 1000)},
+    "box": {
+        "class_agnostic": True,
+        "cascade_ious": (0.5, 0.6, 0.7),
+        "cascade_weights": ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)),
+    },
+}
+
+
+# Networks that are normalised everywhere have four convolutions in the box head.
+_GN: dict[str, Any] = {
+    "fpn": {"norm": "gn"},
+    "box": {"convs": 4, "fcs": 1, "norm": "gn"},
+    "mask": {"norm": "gn"},
+}
+_LSJ: dict[str, Any] = {
+    "fpn": {"norm": "bn"},
+    "rpn": {"conv_channels": (-1, -1)},
+    "box": {"convs": 4, "fcs": 1, "norm": "bn"},
+    "mask": {"norm": "bn"},
+}
+
+
+def _merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the entries of `more`, mappings in mappings included."""
+    merged = dict(base)
+    for name, value in more.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = _merged(merged[name], value) if both else value
+    return merged
+
+
+def _build(resnet: Mapping[str, Any], design: Mapping[str, Any], overrides: Mapping[str, Any]) -> MaskRCNN:
+    return MaskRCNN(**_merged(_merged({"resnet": resnet}, design), overrides))
+
+
+def faster_rcnn_r50_c4(**overrides: Any) -> MaskRCNN:
+    """Faster R-CNN, ResNet-50, the fifth stage as the head."""
+    return _build(_R50, {**_C4, "mask": None}, overrides)
+
+
+def faster_rcnn_r50_dc5(**overrides: Any) -> MaskRCNN:
+    """Faster R-CNN, ResNet-50 with a dilated fifth stage."""
+    return _build(_R50, {**_DC5, "mask": None}, overrides)
+
+
+def faster_rcnn_r50_fpn(**overrides: Any) -> MaskRCNN:
+    """Faster R-CNN, ResNet-50-FPN."""
+    return _build(_R50, {"mask": None}, overrides)
+
+
+def faster_rcnn_r101_c4(**overrides: Any) -> MaskRCNN:
+    """Faster R-CNN, ResNet-101, the fifth stage as the head."""
+    return _build(_R101, {**_C4, "mask": None}, overrides)
+
+
+def faster_rcnn_r101_dc5(**overrides: Any) -> MaskRCNN:
+    """Faster R-CNN, ResNet-101 with a dilated fifth stage."""
+    return _build(_R101, {**_DC5, "mask": None}, overrides)
+
+
+def faster_rcnn_r101_fpn(**overrides: Any) -> MaskRCNN:
+    """Faster R-CNN, ResNet-101-FPN."""
+    return _build(_R101, {"mask": None}, overrides)
+
+
+def faster_rcnn_x101_32x8d_fpn(**overrides: Any) -> MaskRCNN:
+    """Faster R-CNN, ResNeXt-101-32x8d-FPN."""
+    return _build(_X101, {"mask": None}, overrides)
+
+
+def mask_rcnn_r50_c4(**overrides: Any) -> MaskRCNN:
+    """Mask R-CNN, ResNet-50, the fifth stage as the head."""
+    return _build(_R50, _C4, overrides)
+
+
+def mask_rcnn_r50_dc5(**overrides: Any) -> MaskRCNN:
+    """Mask R-CNN, ResNet-50 with a dilated fifth stage."""
+    return _build(_R50, _DC5, overrides)
+
+
+def mask_rcnn_r50_fpn(**overrides: Any) -> MaskRCNN:
+    """Mask R-CNN, ResNet-50-FPN."""
+    return _build(_R50, {}, overrides)
+
+
+def mask_rcnn_r101_c4(**overrides: Any) -> MaskRCNN:
+    """Mask R-CNN, ResNet-101, the fifth stage as the head."""
+    return _build(_R101, _C4, overrides)
+
+
+def mask_rcnn_r101_dc5(**overrides: Any) -> MaskRCNN:
+    """Mask R-CNN, ResNet-101 with a dilated fifth stage."""
+    return _build(_R101, _DC5, overrides)
+
+
+def mask_rcnn_r101_fpn(**overrides: Any) -> MaskRCNN:
+    """Mask R-CNN, ResNet-101-FPN."""
+    return _build(_R101, {}, overrides)
+
+
+def mask_rcnn_x101_32x8d_fpn(**overrides: Any) -> MaskRCNN:
+    """Mask R-CNN, ResNeXt-101-32x8d-FPN."""
+    return _build(_X101, {}, overrides)
+
+
+def mask_rcnn_r50_fpn_gn(**overrides: Any) -> MaskRCNN:
+    """Mask R-CNN, ResNet-50-FPN with GroupNorm everywhere and a box head of four convolutions."""
+    return _build({"depth": 50, "norm": "gn", "stride_in_1x1": False}, _GN, overrides)
+
+
+def mask_rcnn_r50_fpn_lsj(**overrides: Any) -> MaskRCNN:
+    """Mask R-CNN, ResNet-50-FPN with BatchNorm everywhere: the baselines of large-scale jitter."""
+    return _build({**_R50, "norm": "bn", "freeze": 0}, _LSJ, overrides)
+
+
+def mask_rcnn_r101_fpn_lsj(**overrides: Any) -> MaskRCNN:
+    """Mask R-CNN, ResNet-101-FPN with BatchNorm everywhere: the baselines of large-scale jitter."""
+    return _build({**_R101, "norm": "bn", "freeze": 0}, _LSJ, overrides)
+
+
+def cascade_mask_rcnn_r50_fpn(**overrides: Any) -> MaskRCNN:
+    """Cascade Mask R-CNN with three stages, ResNet-50-FPN."""
+    return _build(_R50, _CASCADE, overrides)
+
+
+def keypoint_rcnn_r50_fpn(**overrides: Any) -> MaskRCNN:
+    """Keypoint R-CNN, ResNet-50-FPN: 17 keypoints of persons."""
+    return _build(_R50, _PERSON, overrides)
+
+
+def keypoint_rcnn_r101_fpn(**overrides: Any) -> MaskRCNN:
+    """Keypoint R-CNN, ResNet-101-FPN: 17 keypoints of persons."""
+    return _build(_R101, _PERSON, overrides)
+
+
+def keypoint_rcnn_x101_32x8d_fpn(**overrides: Any) -> MaskRCNN:
+    """Keypoint R-CNN, ResNeXt-101-32x8d-FPN: 17 keypoints of persons."""
+    return _build(_X101, _PERSON, overrides)
+
+
+def resnet50_msra_trunk(**overrides: Any) -> ResNetBackbone:
+    """The ResNet-50 trunk (stride in the 1x1 convolutions, frozen BatchNorm) that detectors start from."""
+    return ResNetBackbone(configured(ResNetConfig, {**_R50, **overrides}))
+
+
+def resnet101_msra_trunk(**overrides: Any) -> ResNetBackbone:
+    """The ResNet-101 trunk (stride in the 1x1 convolutions, frozen BatchNorm) that detectors start from."""
+    return ResNetBackbone(configured(ResNetConfig, {**_R101, **overrides}))
+
+
+def resnet50_gn_trunk(**overrides: Any) -> ResNetBackbone:
+    """The ResNet-50 trunk with GroupNorm that detectors with GroupNorm start from."""
+    return ResNetBackbone(configured(ResNetConfig, {"norm": "gn", "stride_in_1x1": False, **overrides}))
+
+
+def resnext101_32x8d_trunk(**overrides: Any) -> ResNetBackbone:
+    """The ResNeXt-101-32x8d trunk (frozen BatchNorm) that detectors start from."""
+    return ResNetBackbone(configured(ResNetConfig, {**_X101, **overrides}))
+
+
+MODELS = {
+    function.__name__: function
+    for function in (
+        *(faster_rcnn_r50_c4, faster_rcnn_r50_dc5, faster_rcnn_r50_fpn),
+        *(faster_rcnn_r101_c4, faster_rcnn_r101_dc5, faster_rcnn_r101_fpn, faster_rcnn_x101_32x8d_fpn),
+        *(mask_rcnn_r50_c4, mask_rcnn_r50_dc5, mask_rcnn_r50_fpn),
+        *(mask_rcnn_r101_c4, mask_rcnn_r101_dc5, mask_rcnn_r101_fpn, mask_rcnn_x101_32x8d_fpn),
+        *(mask_rcnn_r50_fpn_gn, mask_rcnn_r50_fpn_lsj, mask_rcnn_r101_fpn_lsj, cascade_mask_rcnn_r50_fpn),
+        *(keypoint_rcnn_r50_fpn, keypoint_rcnn_r101_fpn, keypoint_rcnn_x101_32x8d_fpn),
+    )
+}
+
+# ------------------------------------------------------------------------------------------------ 4. official weights
+
+_LEAF = r"(?:(norm)\.)?(weight|bias|running_mean|running_var|num_batches_tracked)"
+_STEM = re.compile(rf"stem\.conv1\.{_LEAF}")
+_BLOCK = re.compile(rf"res([2-5])\.(\d+)\.(?:conv([123])|shortcut)\.{_LEAF}")
+_PYRAMID = re.compile(rf"backbone\.fpn_(lateral|output)(\d)\.{_LEAF}")
+_CONV_NORM = re.compile(rf"roi_heads\.(?:box_head(?:\.(\d))?\.(conv\d)|(mask_head\.mask_fcn\d))\.{_LEAF}")
+_RPN = re.compile(
+    r"proposal_generator\.rpn_head\.(?:(conv)(?:\.conv(\d))?|(objectness_logits|anchor_deltas))\.(weight|bias)"
+)
+_BOX = re.compile(r"roi_heads\.(box_head|box_predictor)(?:\.(\d))?\.((?:fc\d|cls_score|bbox_pred)\.(?:weight|bias))")
+_SAME = re.compile(
+    r"roi_heads\.(?:mask_head\.(?:deconv|predictor)|keypoint_head\.(?:conv_fcn\d+|score_lowres))\.(?:weight|bias)"
+)
+_OURS = re.compile(r"(?:backbone|rpn\.head|roi_heads)\..+")
+_NOT_WEIGHTS = re.compile(r"pixel_(?:mean|std)|(?:proposal_generator\.)?anchor_generator\.cell_anchors\.\d")
+_CLASS_LAYERS = re.compile(r"roi_heads\.(?:box_predictors\.\d\.\w+|mask_head\.predictor)\.(?:weight|bias)")
+
+_BGR_MEAN = (103.53, 116.28, 123.675)
+_ANCHOR_SIZES = (32.0, 64.0, 128.0, 256.0, 512.0)
+
+
+def convert_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A detector of detectron2's model zoo in our names. Our own names are left as they are.
+
+    Early files also hold the pixels' mean and deviation and the anchors; they are compared with what the published
+    networks take, and left out.
+
+    Raises:
+        ZooError: a key of no such detector, or a mean or anchors that are not those of the published networks.
+    """
+    if any(key.startswith("rpn.head.") for key in state_dict):
+        if foreign := [key for key in state_dict if not _OURS.fullmatch(key)]:
+            raise ZooError(f"not a checkpoint of a detector: {len(foreign)} unknown keys, such as {foreign[0]!r}")
+        return dict(state_dict)
+    _check_constants({key: value for key, value in state_dict.items() if _NOT_WEIGHTS.fullmatch(key)})
+    return {_our_name(key): value for key, value in state_dict.items() if not _NOT_WEIGHTS.fullmatch(key)}
+
+
+def _our_name(key: str) -> str:
+    if match := re.fullmatch(r"(backbone(?:\.bottom_up)?)\.((?:stem|res\d)\..+)", key):
+        return f"{match[1]}.{_trunk_name(match[2])}"
+    if match := re.fullmatch(r"roi_heads\.(res5\..+)", key):
+        return f"roi_heads.{_trunk_name(match[1]).replace('layer4', 'res5', 1)}"
+    if match := _PYRAMID.fullmatch(key):
+        kind, level, norm, leaf = match.groups()
+        return f"backbone.{kind}.{'c' if kind == 'lateral' else 'p'}{level}.{int(bool(norm))}.{leaf}"
+    if match := _CONV_NORM.fullmatch(key):
+        stage, conv, mask, norm, leaf = match.groups()
+        return f"roi_heads.{mask or f'box_heads.{stage or 0}.{conv}'}.{int(bool(norm))}.{leaf}"
+    if match := _BOX.fullmatch(key):
+        return f"roi_heads.{match[1]}s.{match[2] or 0}.{match[3]}"
+    if match := _RPN.fullmatch(key):
+        conv, index, layer, leaf = match.groups()
+        return f"rpn.head.conv.{2 * int(index or 0)}.{leaf}" if conv else f"rpn.head.{layer}.{leaf}"
+    if _SAME.fullmatch(key):
+        return key
+    raise ZooError(f"not a checkpoint of detectron2's R-CNNs: unknown key {key!r}")
+
+
+def _trunk_name(key: str) -> str:
+    """torchvision's name of a parameter of detectron2's ResNet."""
+    if match := _STEM.fullmatch(key):
+        return f"{'bn1' if match[1] else 'conv1'}.{match[2]}"
+    if match := _BLOCK.fullmatch(key):
+        stage, block, conv, norm, leaf = match.groups()
+        part = f"{'bn' if norm else 'conv'}{conv}" if conv else f"downsample.{int(bool(norm))}"
+        return f"layer{int(stage) - 1}.{block}.{part}.{leaf}"
+    raise ZooError(f"not a ResNet of detectron2: unknown key {key!r}")
+
+
+def _check_constants(given: Mapping[str, Tensor]) -> None:
+    anchors = {}
+    for key, value in given.items():
+        if value.is_meta:
+            continue
+        if key == "pixel_mean" and not torch.allclose(value.flatten().float(), torch.tensor(_BGR_MEAN), atol=1e-3):
+            raise ZooError(f"the file's pixel_mean is {value.flatten().tolist()}; the published networks' {_BGR_MEAN}")
+        if "cell_anchors" in key:
+            anchors[int(key.rpartition(".")[2])] = value.float()
+    if anchors:
+        levels = [_ANCHOR_SIZES] if len(anchors) == 1 else [(size,) for size in _ANCHOR_SIZES]
+        wanted = [cell_anchors(sizes, (0.5, 1.0, 2.0), torch.device("cpu")) for sizes in levels]
+        found = [anchors[level] for level in sorted(anchors)]
+        same = [a.shape == b.shape and torch.allclose(a, b, atol=1e-2) for a, b in zip(found, wanted, strict=False)]
+        if len(found) != len(wanted) or not all(same):
+            raise ZooError("the file's anchors are not those of the published networks (32 to 512 pixels, 3 ratios)")
+
+
+_CAFFE2 = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
+_CAFFE2_NORM = {"s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
+_CAFFE2_BLOCK = re.compile(r"res([2-5])_(\d+)_(branch1|branch2[abc])_(?:(w|b)|(?:bn|gn)_(s|b|rm|riv))")
+_CAFFE2_STEM = re.compile(r"(?:(conv1_w)|(?:res_)?conv1_(?:bn|gn)_(s|b|rm|riv))")
+_CLASSIFIER = re.compile(
+    r"(?:stem\.)?fc\.(?:weight|bias)|linear\.(?:weight|bias)|(?:pred|fc1000)_[wb]|conv1_b|.+_momentum|lr|.+\.conv1\.bias"
+)
+
+
+def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An ImageNet classifier's trunk in torchvision's names: of detectron2's copies, of Caffe2's pickles, or of
+    torchvision's own layout. The classifier itself, momenta and the like are left out.
+
+    A frozen BatchNorm without statistics is an affine layer: mean 0, variance 1.
+
+    Raises:
+        ZooError: a key of no such network.
+    """
+    converted: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if re.fullmatch(r"(?:conv1|bn1|layer[1-4])\..+", key):
+            converted[key] = value
+        elif _CLASSIFIER.fullmatch(key):
+            continue
+        elif match := _CAFFE2_STEM.fullmatch(key):
+            name = "stem.conv1.weight" if match[1] else f"stem.conv1.norm.{_CAFFE2_NORM[match[2]]}"
+            converted[_trunk_name(name)] = value
+        elif match := _CAFFE2_BLOCK.fullmatch(key):
+            stage, block, branch, conv, norm = match.groups()
+            leaf = f"norm.{_CAFFE2_NORM[norm]}" if norm else {"w": "weight", "b": "bias"}[conv]
+            converted[_trunk_name(f"res{stage}.{block}.{_CAFFE2[branch]}.{leaf}")] = value
+        else:
+            converted[_trunk_name(key)] = value
+    affine = [key.removesuffix(".weight") for key in converted if re.search(r"(?:bn\d|downsample\.1)\.weight", key)]
+    if affine and not any(key.endswith("running_mean") for key in converted):
+        for name in affine:
+            weight = converted[f"{name}.weight"]
+            converted[f"{name}.running_mean"] = torch.zeros_like(weight)
+            converted[f"{name}.running_var"] = torch.full_like(weight, 1 - 1e-5)  # the norm adds its eps of 1e-5
+    return converted
+
+
+def load_weights(network: MaskRCNN, source: str | Path) -> None:
+    """Fill `network` from a detector or from an ImageNet classifier.
+
+    Of a detector, the last layers keep their fresh weights where the number of classes differs; everything else must
+    match. Of a classifier, the trunk is filled, and in a C4 network the stage that is its head.
+
+    Args:
+        network: any size.
+        source: the name of published weights, a published file, or a checkpoint of ours.
+
+    Raises:
+        ZooError: the file is missing, or does not match.
+    """
+    state = read_source(source)
+    own = network.state_dict()
+    if any(key.startswith(("rpn.head.", "proposal_generator.")) for key in state):
+        state = convert_official(state)
+        other = {
+            key
+            for key, value in state.items()
+            if _CLASS_LAYERS.fullmatch(key) and key in own and own[key].shape != value.shape
+        }
+        state = {key: value for key, value in state.items() if key not in other}
+        fill(network, state, source, lambda key: key not in other)
+        return
+    prefix = "backbone.bottom_up." if network.design == "fpn" else "backbone."
+    state = {
+        f"roi_heads.{key.replace('layer4', 'res5', 1)}"
+        if network.design == "c4" and key.startswith("layer4.")
+        else f"{prefix}{key}": value
+        for key, value in convert_trunk(state).items()
+    }
+    # A frozen BatchNorm counts no batches.
+    state = {key: value for key, value in state.items() if key in own or not key.endswith("num_batches_tracked")}
+    fill(
+        network,
+        state,
+        source,
+        lambda key: key.startswith((f"{prefix}conv1.", f"{prefix}bn1.", f"{prefix}layer", "roi_heads.res5.")),
+    )

@@ -1,0 +1,38 @@
+"""Layers of detectors: backbones, proposals, region heads, and the two-stage network of them."""
+
+from __future__ import annotations
+
+from zoo.nn.detection.backbone import FPN, FPNConfig, ResNetBackbone, ResNetConfig, Subsample
+from zoo.nn.detection.rcnn import RCNN, configured
+from zoo.nn.detection.roi_heads import (
+    BoxHeadConfig,
+    KeypointHeadConfig,
+    MaskHeadConfig,
+    PoolConfig,
+    Res5RoIHeads,
+    RoIConfig,
+    RoIHeads,
+    RoIPooler,
+)
+from zoo.nn.detection.rpn import RPN, AnchorGenerator, RPNConfig
+
+__all__ = [
+    "FPN",
+    "RCNN",
+    "RPN",
+    "AnchorGenerator",
+    "BoxHeadConfig",
+    "FPNConfig",
+    "KeypointHeadConfig",
+    "MaskHeadConfig",
+    "PoolConfig",
+    "RPNConfig",
+    "Res5RoIHeads",
+    "ResNetBackbone",
+    "ResNetConfig",
+    "RoIConfig",
+    "RoIHeads",
+    "RoIPooler",
+    "Subsample",
+    "configured",
+]

@@ -1,0 +1,61 @@
+"""Masks of objects inside boxes and inside images (detectron2's numerics)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+from torchvision.ops import roi_align
+
+from zoo.ops.boxes import at_least_float32
+
+
+def crop_masks(masks: Tensor, index: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """What `boxes` (P, 4) see of the `masks` (G, h, w) that `index` (P,) names, resampled to bool (P, size, size).
+
+    RoIAlign with as many samples as a cell has pixels, then a threshold of one half.
+    """
+    rois = torch.cat([index[:, None], boxes], dim=1).float()  # float32 whatever the network has, as in detectron2
+    return roi_align(masks[:, None].float(), rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5
+
+
+def crop_polygons(polygons: Sequence[Sequence[np.ndarray]], boxes: Tensor, size: int) -> Tensor:
+    """The same of objects given as polygons (x1, y1, x2, y2, ...), one list an object, each drawn by COCO's rasteriser
+    on the grid of its own box of `boxes` (P, 4); bool (P, size, size)."""
+    from pycocotools import mask as coco
+
+    targets = torch.zeros(len(polygons), size, size, dtype=torch.bool)
+    for target, rings, box in zip(targets, polygons, boxes.double().cpu().numpy(), strict=True):
+        corner = np.tile(box[:2], 1)
+        scale = size / np.maximum(box[2:] - box[:2], 0.1)
+        moved = [((np.asarray(ring, float).reshape(-1, 2) - corner) * scale).ravel() for ring in rings]
+        drawn = coco.decode(coco.merge(coco.frPyObjects(moved, size, size)))
+        target.copy_(torch.from_numpy(drawn.astype(bool)))
+    return targets.to(boxes.device)
+
+
+def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
+    """Soft masks (N, M, M) of `boxes` (N, 4), drawn into images of `size` (H, W): bool (N, H, W).
+
+    Each is sampled bilinearly at the centres of the pixels of its box (zero beyond its border) and thresholded.
+    """
+    height, width = size
+    pasted = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=boxes.device)
+    probabilities, boxes = at_least_float32(probabilities), at_least_float32(boxes)
+    limits = boxes.new_tensor([width, height])
+    low = (boxes[:, :2].floor() - 1).clamp(min=0).tolist()
+    high = (boxes[:, 2:].ceil() + 1).minimum(limits).tolist()
+    for n, ((x1, y1), (x2, y2)) in enumerate(zip(low, high, strict=True)):
+        x = torch.arange(x1, x2, dtype=boxes.dtype, device=boxes.device) + 0.5
+        y = torch.arange(y1, y2, dtype=boxes.dtype, device=boxes.device) + 0.5
+        x = (x - boxes[n, 0]) / (boxes[n, 2] - boxes[n, 0]) * 2 - 1
+        y = (y - boxes[n, 1]) / (boxes[n, 3] - boxes[n, 1]) * 2 - 1
+        if not (len(x) and len(y)):
+            continue
+        grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
+        values = grid_sample(probabilities[None, n, None], grid[None].to(probabilities.dtype), align_corners=False)
+        pasted[n, int(y1) : int(y2), int(x1) : int(x2)] = values[0, 0] >= threshold
+    return pasted

@@ -1,0 +1,108 @@
+"""The task over a detector: its losses, and COCO's average precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from zoo.errors import ZooError
+from zoo.metrics.coco import CocoAP
+from zoo.training.base import BaseModule
+from zoo.training.optim import Optim
+
+NAMES = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
+
+
+class Detection(BaseModule):
+    """Training of a detector, evaluated by COCO's average precision.
+
+    The network gives losses by name in training mode and detections in the files' pixels in evaluation
+    (:class:`zoo.nn.detection.rcnn.RCNN`); batches are those of :class:`zoo.data.detection.DetectionDataModule`. Logs
+    `train/` + each loss, and `{val,test}/box/AP`, `/box/AP50` and all the other numbers of COCO, `/mask/...` and
+    `/keypoint/...` likewise where the network gives those; each picture once on any number of processes.
+
+    Args:
+        network: the detector.
+        optim: optimiser and schedule.
+        iou_types: what is evaluated, of "bbox", "segm" and "keypoints".
+        oks_sigmas: of the keypoints, as in COCO's OKS; null for COCO's 17.
+        clip_each: bound of the norm of each parameter's own gradient; null for none.
+        init_from: where :meth:`setup` takes pre-trained weights from by :meth:`load_weights`; null: from scratch.
+    """
+
+    monitor = ("val/box/AP", "max")
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optim: Optim,
+        iou_types: tuple[str, ...] = ("bbox",),
+        oks_sigmas: Sequence[float] | None = None,
+        clip_each: float | None = None,
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__(optim)
+        self.network = network
+        self.clip_each, self.init_from = clip_each, init_from
+        self.val_metric, self.test_metric = (CocoAP(iou_types=iou_types, sigmas=oks_sigmas) for _ in range(2))
+
+    def trainable(self) -> nn.Module:
+        return self.network
+
+    def load_weights(self, source: str) -> None:
+        """Fill the network from pre-trained weights; a task that can be initialised overrides it.
+
+        Raises:
+            ZooError: always here.
+        """
+        raise ZooError(f"{type(self).__name__} takes no pre-trained weights: leave init_from ({source}) out")
+
+    def setup(self, stage: str) -> None:
+        """Fetch the weights from `init_from`, once, unless a checkpoint of this task is about to be loaded."""
+        if self.init_from is not None and (self._trainer is None or self.trainer.ckpt_path is None):
+            self.load_weights(self.init_from)
+            self.init_from = None
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        return self.network(batch)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        losses: dict[str, Tensor] = self.network(batch, batch.get("noise"))
+        self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(batch["image"]))
+        return torch.stack(list(losses.values())).sum()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.clip_each is None:
+            return
+        for parameter in self.network.parameters():
+            if parameter.grad is not None:
+                clip_grad_norm_(parameter, self.clip_each)
+
+    def _evaluate(self, batch: Mapping[str, Any], metric: CocoAP) -> None:
+        metric.update(self.network(batch), batch["target"])
+
+    def _report(self, metric: CocoAP, split: str) -> None:
+        for name, value in metric.compute().items():
+            kind, _, number = name.partition("/")
+            self.log(f"{split}/{NAMES.get(kind, kind)}/{number}", value, prog_bar=split == "val" and number == "AP")
+        metric.reset()
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, self.val_metric)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report(self.val_metric, "val")
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, self.test_metric)
+
+    def on_test_epoch_end(self) -> None:
+        self._report(self.test_metric, "test")
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Tensor]]:
+        """Detections of each picture, in its file's pixels."""
+        return self.network(batch)
