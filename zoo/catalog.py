@@ -66,9 +66,13 @@ class ModelEntry(_Facts):
 
 
 class Preprocess(_Facts):
-    """What weights expect: resize the short side to `size / crop_pct`, crop `size`, scale to [0, 1], normalise."""
+    """What weights expect: resize the short side to `size / crop_pct`, crop `size`, scale to [0, 1], normalise.
+
+    With `canvas`, which networks for ARC want, a grid of colours is laid on a canvas of `size` pixels instead.
+    """
 
     size: int
+    canvas: bool = False
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     mean: list[float] = [0.485, 0.456, 0.406]

@@ -52,7 +52,6 @@ from zoo.data.arc import (
     View,
     draw_grids,
     draw_view,
-    evaluation_view,
     place,
     pseudo_tasks,
     read_grid,
@@ -75,7 +74,7 @@ __all__ = [
     "convert_official",
     "pixel_loss",
     "predict_views",
-    "test_time_train",
+    "train_on_task",
     "varc_unet_big",
     "varc_unet_medium",
     "varc_unet_small",
@@ -457,7 +456,7 @@ def _to(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
-def test_time_train(
+def train_on_task(
     network: _Conditioned,
     pseudos: Sequence[PseudoTask],
     epochs: int,
@@ -465,8 +464,10 @@ def test_time_train(
     optim: Optim,
     size: int,
     rng: random.Random,
-    clip: float | None,
-    loss: Callable[..., Tensor],
+    scale: int | None = None,
+    translate: bool = True,
+    clip: float | None = 1.0,
+    loss: Callable[..., Tensor] | None = None,
 ) -> list[float]:
     """Trains `network` on the demonstrations of pseudo-tasks, whose places are their numbers; mean loss by epoch.
 
@@ -475,8 +476,9 @@ def test_time_train(
         batch_size: samples a step; an epoch's last batch may be smaller.
         size: side of the canvas.
         rng: draws orders and views. Dropout is the global generator's.
+        scale, translate: as of :func:`zoo.data.arc.draw_view`.
         clip: largest norm of the gradients.
-        loss: `network.loss`, or that compiled.
+        loss: `network.loss` (the default), or that compiled.
 
     Mixed precision is that around the call; float16 has its gradients scaled.
     """
@@ -496,11 +498,11 @@ def test_time_train(
         total = torch.zeros((), device=device)
         for first in range(0, len(samples), batch_size):
             some = samples[first : first + batch_size]
-            placed = [place(pair, size, draw_view(pair, size, rng.randint)) for pair, _ in some]
+            placed = [place(pair, size, draw_view(pair, size, rng.randint, scale, translate)) for pair, _ in some]
             batch = _to({**stack(placed), "task": torch.tensor([number for _, number in some])}, device)
             # Weights change between steps, while the casts that the autocast around us keeps would not.
             with torch.autocast(kind, dtype, enabled=mixed, cache_enabled=False):
-                value = loss(batch["image"], batch["task"], batch["mask"], batch["target"])
+                value = (loss or network.loss)(batch["image"], batch["task"], batch["mask"], batch["target"])
             with torch.autocast(kind, enabled=False):
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(value).backward()
@@ -523,20 +525,20 @@ def predict_views(
     views: int,
     size: int,
     rng: random.Random,
+    scale: int | None = None,
+    translate: bool = True,
     batch_size: int = 64,
-    fixed: bool = False,
 ) -> list[list[np.ndarray]]:
     """For every test of a task, the grids of its views in the original task's terms: `views` random ones of each
     pseudo-task, attempt after attempt as the official code orders them; the order settles equal votes.
 
-    A view is drawn as in training: so that the output fits, too, where the task holds it. With `fixed`, the one view is
-    the fixed one of evaluation.
+    A view is drawn as in training: so that the output fits, too, where the task holds it.
     """
     jobs: list[tuple[int, PseudoTask, int, Pair, View]] = []
-    for _ in range(1 if fixed else views):
+    for _ in range(views):
         for number, pseudo in enumerate(pseudos):
             for test, pair in enumerate(pseudo.task.test):
-                view = evaluation_view(pair, size) if fixed else draw_view(pair, size, rng.randint)
+                view = draw_view(pair, size, rng.randint, scale, translate)
                 jobs.append((number, pseudo, test, pair, view))
     device = next(network.parameters()).device
     found: list[list[np.ndarray]] = [[] for _ in pseudos[0].task.test]
@@ -551,6 +553,9 @@ def predict_views(
     return found
 
 
+_NO_FIT = "test-time training needs no fit: run `zoo test RECIPE`, which trains on each task by itself"
+
+
 class VARCTestTimeTraining(BaseModule):
     """The benchmark's protocol: trains on every task of the test loader by itself, predicts, votes, scores: `zoo test`.
 
@@ -559,8 +564,9 @@ class VARCTestTimeTraining(BaseModule):
     `attempt_<run>/<task>_predictions.json` ({test: [grid, ...]}, the layout of the published predictions): a run that
     was stopped goes on behind the last finished one. Tasks are dealt to the devices; no result depends on how.
 
-    Logs the mean over runs of `test/pass_at_1`, `test/pass_at_2`, `test/oracle`; with several runs or `votes_with` also
-    `test/ensemble_...`, of the common vote. `work_dir/submission.json` holds the two answers in Kaggle's form.
+    Logs the mean over runs of `test/pass_at_1`, `test/pass_at_2`, `test/oracle`, and `test/single_view` (pass@1 of the
+    first view alone); with several runs or `votes_with` also `test/ensemble_...`, of the common vote.
+    `work_dir/submission.json` holds the two answers in Kaggle's form.
 
     Args:
         model: a published size, or null for a ViT of the sizes that follow. A size given overrides `model`'s.
@@ -571,8 +577,9 @@ class VARCTestTimeTraining(BaseModule):
         batch_size: samples a training step.
         views: random views of each pseudo-task at inference.
         view_batch: views computed together.
-        runs: independent trainings of every task.
-        fixed_view: predict from the fixed view of the task itself only ("single view", Table 2).
+        runs: independent trainings of every task; 0 lets `votes_with` vote alone.
+        scale: a fixed one instead of random ones (Fig. 7 c to e).
+        translate: place grids at random (false: Fig. 7 c, d).
         blind: hide the tests' answers from everything but the score. The official code lets their size limit the views
             and their colours enter the permutations; Kaggle's hidden tests are blind of themselves.
         work_dir: where predictions are kept.
@@ -597,7 +604,8 @@ class VARCTestTimeTraining(BaseModule):
         views: int = 10,
         view_batch: int = 64,
         runs: int = 2,
-        fixed_view: bool = False,
+        scale: int | None = None,
+        translate: bool = True,
         blind: bool = False,
         work_dir: str = "runs/varc_ttt",
         votes_with: list[str] | None = None,
@@ -608,13 +616,19 @@ class VARCTestTimeTraining(BaseModule):
     ) -> None:
         super().__init__(optim)
         self.save_hyperparameters()
-        for name, value in (("batch_size", batch_size), ("views", views), ("view_batch", view_batch), ("runs", runs)):
-            if value < 1:
-                raise ZooError(f"model.{name} must be at least 1, got {value}")
+        least = 0 if votes_with else 1
+        for name, value, low in (
+            ("batch_size", batch_size, 1),
+            ("views", views, 1),
+            ("view_batch", view_batch, 1),
+            ("runs", runs, least),
+        ):
+            if value < low:
+                raise ZooError(f"model.{name} must be at least {low}, got {value}")
         if permutations < 0:
             raise ZooError(f"model.permutations must not be negative, got {permutations}")
         self.permutations, self.batch_size, self.views, self.view_batch = permutations, batch_size, views, view_batch
-        self.runs, self.fixed_view, self.blind, self.init_from = runs, fixed_view, blind, init_from
+        self.runs, self.scale, self.translate, self.blind, self.init_from = runs, scale, translate, blind, init_from
         self.work_dir, self.votes_with = Path(work_dir).expanduser(), [Path(p).expanduser() for p in votes_with or ()]
         self.network = _network(
             model,
@@ -630,7 +644,7 @@ class VARCTestTimeTraining(BaseModule):
         self.size = img_size or 64
         self._loss = torch.compile(self.network.loss) if compile else self.network.loss
         self.scores = nn.ModuleList(ARCScore() for _ in range(runs))
-        self.ensemble = ARCScore()
+        self.single, self.ensemble = ARCScore(), ARCScore()
         self._start: dict[str, Tensor] | None = None
 
     def setup(self, stage: str) -> None:
@@ -640,10 +654,11 @@ class VARCTestTimeTraining(BaseModule):
                 "test-time training needs no fit: run `zoo test RECIPE`, which trains on each task by itself"
             )
         if self._start is None:
-            if self.init_from is not None:
+            if self.init_from is not None and self.runs:
                 load_offline(self.network, self.init_from)
             self._start = {key: value.clone() for key, value in self.network.state_dict().items()}
-            self._claim_folder()
+            if self.runs:
+                self._claim_folder()
 
     def _settings(self) -> dict[str, Any]:
         """All that decides a prediction but the task and the run."""
@@ -692,11 +707,22 @@ class VARCTestTimeTraining(BaseModule):
             self.network.reset_tasks(len(pseudos))
             epochs, clip = self.trainer.max_epochs, self.trainer.gradient_clip_val
             assert epochs is not None
-            test_time_train(
-                self.network, pseudos, epochs, self.batch_size, self.optim, self.size, rng, clip, self._loss
+            train_on_task(
+                self.network,
+                pseudos,
+                epochs,
+                self.batch_size,
+                self.optim,
+                self.size,
+                rng,
+                self.scale,
+                self.translate,
+                clip,
+                self._loss,
             )
-            some = pseudos[:1] if self.fixed_view else pseudos
-            found = predict_views(self.network, some, self.views, self.size, rng, self.view_batch, self.fixed_view)
+            found = predict_views(
+                self.network, pseudos, self.views, self.size, rng, self.scale, self.translate, self.view_batch
+            )
         _write(path, {str(test): [grid.tolist() for grid in grids] for test, grids in enumerate(found)})
         return found
 
@@ -723,6 +749,7 @@ class VARCTestTimeTraining(BaseModule):
                 weight = 1 / len(task.test)
                 for score, grids in zip(self.scores, runs, strict=True):
                     score.update(grids[test], pair.output, weight)  # type: ignore[operator]
+                    self.single.update(grids[test][:1], pair.output, weight)
                 together = [grid for grids in (*others, *runs) for grid in grids[test]]
                 self.ensemble.update(together, pair.output, weight)
             self._say(task)
@@ -734,15 +761,18 @@ class VARCTestTimeTraining(BaseModule):
             print(f"{task.name}: {solved:g} of {seen:g} tasks so far with two answers", flush=True)
 
     def on_test_epoch_end(self) -> None:
-        each = [score.compute() for score in self.scores]  # type: ignore[operator]
-        mean = {f"test/{name}": torch.stack([one[name] for one in each]).mean() for name in each[0]}
+        mean: dict[str, Tensor] = {}
+        if self.runs:
+            each = [score.compute() for score in self.scores]  # type: ignore[operator]
+            mean = {f"test/{name}": torch.stack([one[name] for one in each]).mean() for name in each[0]}
+            mean["test/single_view"] = self.single.compute()["pass_at_1"]
         if self.runs > 1 or self.votes_with:
             mean |= {f"test/ensemble_{name}": value for name, value in self.ensemble.compute().items()}
-        for score in (*self.scores, self.ensemble):
+        for score in (*self.scores, self.single, self.ensemble):
             score.reset()
         self.log_dict(mean)
         self.trainer.strategy.barrier()
-        if self.trainer.is_global_zero:
+        if self.runs and self.trainer.is_global_zero:
             self._submit()
 
     def _submit(self) -> None:
@@ -794,7 +824,12 @@ def _write(path: Path, content: Any) -> None:
 def _read(path: Path) -> list[list[np.ndarray]]:
     content = json.loads(path.read_text())
     tests = sorted((key for key in content if key.isdigit()), key=int)
-    return [[np.array(grid, dtype=np.int64).reshape(len(grid), -1) for grid in content[key]] for key in tests]
+    return [[_as_grid(rows) for rows in content[key]] for key in tests]
+
+
+def _as_grid(rows: list[list[int]]) -> np.ndarray:
+    """An empty grid is a legal vote: [] is (0, 0)."""
+    return np.array(rows, dtype=np.int64).reshape(len(rows), len(rows[0]) if rows else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- 5. models

@@ -105,7 +105,7 @@ def _repeat(task: np.random.Generator, side: int) -> Sampler:
     ]
 
     def pair(rng: np.random.Generator) -> tuple[Grid, Grid]:
-        grid = _speckle(rng, max(2, side // 2), colors, low=2)
+        grid = _speckle(rng, side // 2, colors, low=2)
         return grid, changes[kind](grid)
 
     return pair
@@ -115,7 +115,7 @@ def _enlarge(task: np.random.Generator, side: int) -> Sampler:
     colors = _colors(task, 3)
 
     def pair(rng: np.random.Generator) -> tuple[Grid, Grid]:
-        grid = _speckle(rng, max(2, side // 2), colors, low=2)
+        grid = _speckle(rng, side // 2, colors, low=2)
         return grid, grid.repeat(2, 0).repeat(2, 1)
 
     return pair
@@ -239,7 +239,7 @@ def _complete(task: np.random.Generator, side: int) -> Sampler:
     colors, upright = _colors(task, 3), bool(task.integers(2))
 
     def pair(rng: np.random.Generator) -> tuple[Grid, Grid]:
-        half = _speckle(rng, max(3, side // 2), colors, 0.6)
+        half = _speckle(rng, side // 2, colors, 0.6, low=2)
         out = np.concatenate([half, half[:, ::-1]], 1)
         grid = np.concatenate([half, np.zeros_like(half)], 1)
         return (grid.T.copy(), out.T.copy()) if upright else (grid, out)

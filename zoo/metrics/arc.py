@@ -42,8 +42,8 @@ class ARCScore(torchmetrics.Metric):
         """Adds the grids predicted for a test input, its answer (H, W), and its weight."""
         ranked = [np.array_equal(grid, answer) for grid, _ in vote(grids)]
         hits = [any(ranked[:1]), any(ranked[:2]), any(ranked)]
-        self.hits += weight * torch.tensor(hits, dtype=torch.float64, device=self.hits.device)
-        self.weight += weight
+        self.hits = self.hits + weight * torch.tensor(hits, dtype=torch.float64, device=self.hits.device)
+        self.weight = self.weight + weight
 
     def compute(self) -> dict[str, Tensor]:
         scores = self.hits / self.weight.clamp_min(torch.finfo(torch.float64).tiny)
