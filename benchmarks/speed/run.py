@@ -81,7 +81,9 @@ def _table(record: dict[str, Any], section: str) -> list[str]:
             f"{record['benchmark']}: training step, {setting['model']}, {setting['dtype']}, batch {setting['batch']}"
         )
     else:
-        title = f"{record['benchmark']}: JPEG to batch, {work['detail']['data']}, crop {work['detail']['crop']}"
+        about = work["detail"]
+        what = about.get("title") or f"JPEG to batch, {about['data']}, crop {about['crop']}"
+        title = f"{record['benchmark']}: {what}"
     compiled = ", torch.compile" if setting["compile"] and section == "step" else ""
     lines = [
         f"## {title}",

@@ -55,10 +55,13 @@ from zoo.data.arc import (
     place,
     pseudo_tasks,
     read_grid,
+    read_predictions,
     stack,
+    write_json,
+    write_predictions,
 )
 from zoo.errors import ZooError, unknown
-from zoo.metrics.arc import ARCScore, vote
+from zoo.metrics.arc import ARCScore, two_answers, vote
 from zoo.nn.vit import PatchEmbed
 from zoo.ops.attention import attention
 from zoo.ops.patches import patchify, unpatchify
@@ -423,7 +426,7 @@ class VARCTraining(BaseModule):
                 self.score.update(grids, pair.output, float(weight))
 
     def on_test_epoch_end(self) -> None:
-        if self.score.update_count:
+        if getattr(self.trainer.datamodule, "test_views", 0):  # type: ignore[attr-defined]  # the same on every process
             self.log_dict({f"test/{name}": value for name, value in self.score.compute().items()})
             self.score.reset()
 
@@ -456,6 +459,12 @@ def _to(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
+def _autocast(kind: str) -> torch.autocast:
+    """The autocast around us without its cache: weights change between steps, the casts that it keeps would not."""
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
+
+
 def train_on_task(
     network: _Conditioned,
     pseudos: Sequence[PseudoTask],
@@ -485,8 +494,8 @@ def train_on_task(
     samples = [(pair, number) for number, pseudo in enumerate(pseudos) for pair in pseudo.task.train]
     device = next(network.parameters()).device
     kind = device.type
-    mixed, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    scaler = torch.amp.GradScaler(kind, enabled=mixed and dtype == torch.float16)
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    scaler = torch.amp.GradScaler(kind, enabled=half)
     peak = optim.peak_lr(batch_size)
     optimizer = make_optimizer(param_groups(network, optim), optim, peak)
     losses = []
@@ -500,8 +509,7 @@ def train_on_task(
             some = samples[first : first + batch_size]
             placed = [place(pair, size, draw_view(pair, size, rng.randint, scale, translate)) for pair, _ in some]
             batch = _to({**stack(placed), "task": torch.tensor([number for _, number in some])}, device)
-            # Weights change between steps, while the casts that the autocast around us keeps would not.
-            with torch.autocast(kind, dtype, enabled=mixed, cache_enabled=False):
+            with _autocast(kind):
                 value = (loss or network.loss)(batch["image"], batch["task"], batch["mask"], batch["target"])
             with torch.autocast(kind, enabled=False):
                 optimizer.zero_grad(set_to_none=True)
@@ -547,7 +555,8 @@ def predict_views(
         some = jobs[first : first + batch_size]
         batch = _to(stack([place(pair, size, view) for *_, pair, view in some]), device)
         task = torch.tensor([number for number, *_ in some], device=device)
-        canvases = network(batch["image"], task, batch["mask"]).argmax(dim=1).cpu().numpy()
+        with _autocast(device.type):
+            canvases = network(batch["image"], task, batch["mask"]).argmax(dim=1).cpu().numpy()
         for canvas, (_, pseudo, test, _, view) in zip(canvases, some, strict=True):
             found[test].append(read_grid(canvas, view, pseudo.suffix, pseudo.color_map))
     return found
@@ -647,12 +656,13 @@ class VARCTestTimeTraining(BaseModule):
         self.single, self.ensemble = ARCScore(), ARCScore()
         self._start: dict[str, Tensor] | None = None
 
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        raise ZooError(_NO_FIT)
+
     def setup(self, stage: str) -> None:
         """Fetch the offline training, once; its task tokens are left out."""
         if stage == "fit":
-            raise ZooError(
-                "test-time training needs no fit: run `zoo test RECIPE`, which trains on each task by itself"
-            )
+            raise ZooError(_NO_FIT)
         if self._start is None:
             if self.init_from is not None and self.runs:
                 load_offline(self.network, self.init_from)
@@ -687,13 +697,13 @@ class VARCTestTimeTraining(BaseModule):
                     " model.work_dir, or remove it"
                 )
         elif self.trainer.is_global_zero:
-            _write(path, settings)
+            write_json(path, settings)
 
     def _predicted(self, task: ARCTask, run: int) -> list[list[np.ndarray]]:
         """The grids for each test of a task in one run: from the folder, or trained and predicted now."""
         path = self.work_dir / f"attempt_{run}" / f"{task.name}_predictions.json"
         if path.is_file():
-            return _read(path)
+            return read_predictions(path)
         if self.blind:
             task = task._replace(test=tuple(pair._replace(output=None) for pair in task.test))
         pseudos = pseudo_tasks(task, self.permutations)
@@ -723,7 +733,7 @@ class VARCTestTimeTraining(BaseModule):
             found = predict_views(
                 self.network, pseudos, self.views, self.size, rng, self.scale, self.translate, self.view_batch
             )
-        _write(path, {str(test): [grid.tolist() for grid in grids] for test, grids in enumerate(found)})
+        write_predictions(path, found)
         return found
 
     def _attend(self, task: ARCTask) -> list[list[list[np.ndarray]]]:
@@ -736,7 +746,7 @@ class VARCTestTimeTraining(BaseModule):
             paths = sorted(folder.glob(f"attempt_*/{task.name}_predictions.json"))
             if not paths:
                 raise ZooError(f"model.votes_with: {folder} has no attempt_*/{task.name}_predictions.json")
-            found += [_read(path) for path in paths]
+            found += [read_predictions(path) for path in paths]
         return found
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
@@ -780,9 +790,9 @@ class VARCTestTimeTraining(BaseModule):
         answers = {}
         for path in sorted(self.work_dir.glob("attempt_0/*_predictions.json")):
             name = path.name.removesuffix("_predictions.json")
-            runs = [_read(other) for other in sorted(self.work_dir.glob(f"attempt_*/{path.name}"))]
-            answers[name] = [_two_answers([grid for run in runs for grid in run[test]]) for test in range(len(runs[0]))]
-        _write(self.work_dir / "submission.json", answers)
+            runs = [read_predictions(other) for other in sorted(self.work_dir.glob(f"attempt_*/{path.name}"))]
+            answers[name] = [two_answers([grid for run in runs for grid in run[test]]) for test in range(len(runs[0]))]
+        write_json(self.work_dir / "submission.json", answers)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """For each task its `name` and the two `answers` to each test, {"attempt_1", "attempt_2"}."""
@@ -790,7 +800,7 @@ class VARCTestTimeTraining(BaseModule):
         for task in batch["arc_task"]:
             runs = [*self._others(task), *self._attend(task)]
             tests = range(len(task.test))
-            answers = [_two_answers([grid for run in runs for grid in run[test]]) for test in tests]
+            answers = [two_answers([grid for run in runs for grid in run[test]]) for test in tests]
             found.append({"name": task.name, "answers": answers})
         return found
 
@@ -805,31 +815,8 @@ class VARCTestTimeTraining(BaseModule):
         return draw_grids(rows)
 
 
-def _two_answers(grids: list[np.ndarray]) -> dict[str, Any]:
-    ranked = [grid.tolist() for grid, _ in vote(grids)]
-    return {"attempt_1": ranked[0], "attempt_2": ranked[min(1, len(ranked) - 1)]}
-
-
 def _devices(device: torch.device) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(content))
-    os.replace(part, path)  # whole or not at all
-
-
-def _read(path: Path) -> list[list[np.ndarray]]:
-    content = json.loads(path.read_text())
-    tests = sorted((key for key in content if key.isdigit()), key=int)
-    return [[_as_grid(rows) for rows in content[key]] for key in tests]
-
-
-def _as_grid(rows: list[list[int]]) -> np.ndarray:
-    """An empty grid is a legal vote: [] is (0, 0)."""
-    return np.array(rows, dtype=np.int64).reshape(len(rows), len(rows[0]) if rows else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- 5. models

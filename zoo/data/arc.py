@@ -1,6 +1,6 @@
 """ARC (the Abstraction and Reasoning Corpus): tasks, the canvas they are drawn on, pseudo-tasks, data modules.
 
-A grid is an int64 array (H, W) of colours 0..9, sides 1..30. A task has demonstrations and tests, pairs of input and
+A grid is an integer array (H, W) of colours 0..9, sides 1..30. A task has demonstrations and tests, pairs of input and
 output; the rule between them is the task's own. Layouts on disk, found by themselves:
 
 - a folder of one json a task, ``<dir>[/data]/<split>/*.json``: the ARC-AGI and ARC-AGI-2 repositories;
@@ -15,6 +15,7 @@ output; the rule between them is the task's own. Layouts on disk, found by thems
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -175,7 +176,7 @@ def _grid(rows: Any, where: str) -> Grid:
         raise ZooError(f"{where}: a grid is a list of equally long rows of colours") from error
     if grid.ndim != 2 or not grid.size or grid.min() < 0 or grid.max() > 9:
         raise ZooError(f"{where}: a grid is a list of equally long rows of colours 0..9")
-    return grid
+    return grid.astype(np.uint8)  # RE-ARC has 800 000 of them
 
 
 # -------------------------------------------------------------------------------------------------------------- canvas
@@ -500,6 +501,7 @@ class ARCDataModule(SeededDataModule):
         self.eval_scale, self.max_side, self.split = eval_scale, max_side, split
         self.rearc_dir, self.rearc_limit = rearc_dir, rearc_limit
         self._tasks: list[ARCTask] | None = None
+        self._pairs: dict[str, list[_Known]] = {}
         self.num_tasks = _number_of_tasks(self)
 
     @property
@@ -536,7 +538,9 @@ class ARCDataModule(SeededDataModule):
 
     def samples(self, split: str) -> CanvasSet:
         """The pairs of "train", "val", "test" or "predict" on their canvases."""
-        pairs = self._training() if split == "train" else self._tests(split)
+        if split not in self._pairs:
+            self._pairs[split] = self._training() if split == "train" else self._tests(split)
+        pairs = self._pairs[split]
         if not pairs:
             raise ZooError(f"{self.dataset}: no pairs for {split} that fit a canvas of {self.image_size}")
         return CanvasSet(
@@ -624,7 +628,30 @@ class ARCTaskDataModule(SeededDataModule):
         raise ZooError("test-time training needs no fit: run `zoo test RECIPE`, which trains on each task by itself")
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------- predictions and pictures
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(content))
+    os.replace(part, path)
+
+
+def write_predictions(path: Path, grids: list[list[Grid]]) -> None:
+    """The grids predicted for each test of a task, as {test: [grid, ...]}."""
+    write_json(path, {str(test): [grid.tolist() for grid in some] for test, some in enumerate(grids)})
+
+
+def read_predictions(path: Path) -> list[list[Grid]]:
+    """What :func:`write_predictions` wrote, and the official script's files; an empty grid, [], is (0, 0)."""
+    content = json.loads(path.read_text())
+    tests = sorted((key for key in content if key.isdigit()), key=int)
+    return [
+        [np.array(rows, dtype=np.int64).reshape(len(rows), len(rows[0]) if rows else 0) for rows in content[key]]
+        for key in tests
+    ]
 
 
 def draw_grids(rows: Sequence[Sequence[Grid | None]], cell: int = 10) -> Tensor:

@@ -21,6 +21,12 @@ def vote(grids: Iterable[np.ndarray]) -> list[tuple[np.ndarray, int]]:
     return sorted(ballots.values(), key=lambda ballot: -ballot[1])
 
 
+def two_answers(grids: Iterable[np.ndarray]) -> dict[str, list[list[int]]]:
+    """The two most voted grids in Kaggle's form, {"attempt_1", "attempt_2"}; the only one twice."""
+    ranked = [grid.tolist() for grid, _ in vote(grids)]
+    return {"attempt_1": ranked[0], "attempt_2": ranked[min(1, len(ranked) - 1)]}
+
+
 class ARCScore(torchmetrics.Metric):
     """pass@1, pass@2 and the oracle over all voted grids, as fractions of the tasks.
 
@@ -35,16 +41,16 @@ class ARCScore(torchmetrics.Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("hits", default=torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("weight", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("hits", default=torch.zeros(3, dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("weight", default=torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
 
     def update(self, grids: Iterable[np.ndarray], answer: np.ndarray, weight: float = 1.0) -> None:
         """Adds the grids predicted for a test input, its answer (H, W), and its weight."""
         ranked = [np.array_equal(grid, answer) for grid, _ in vote(grids)]
         hits = [any(ranked[:1]), any(ranked[:2]), any(ranked)]
-        self.hits = self.hits + weight * torch.tensor(hits, dtype=torch.float64, device=self.hits.device)
+        self.hits = self.hits + weight * torch.tensor(hits, dtype=torch.float32, device=self.hits.device)
         self.weight = self.weight + weight
 
     def compute(self) -> dict[str, Tensor]:
-        scores = self.hits / self.weight.clamp_min(torch.finfo(torch.float64).tiny)
-        return dict(zip(("pass_at_1", "pass_at_2", "oracle"), scores.float().unbind(), strict=True))
+        scores = self.hits / self.weight.clamp_min(torch.finfo(torch.float32).tiny)
+        return dict(zip(("pass_at_1", "pass_at_2", "oracle"), scores.unbind(), strict=True))
