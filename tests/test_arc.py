@@ -324,7 +324,7 @@ def test_further_pairs_join_their_tasks(tmp_path: Path) -> None:
     assert len(read_pairs(tmp_path)[names[0]]) == 5
     (tmp_path / "tasks" / "stranger.json").write_text(json.dumps([TASK["train"][0]]))
     with pytest.raises(ZooError, match="stranger is no task"):
-        more.samples("train")
+        small(rearc_dir=str(tmp_path)).samples("train")
     with pytest.raises(ZooError, match="RE-ARC"):
         read_pairs(tmp_path / "absent")
 

@@ -96,7 +96,7 @@ def small_tasks(settings: Settings, folder: Path | None, work: Path) -> str:
                 for name, part in parts.items()
             }
     names = sorted(chosen)[: settings.tasks]
-    place = work / f"{settings.dataset}_{settings.max_side}_{len(names)}"
+    place = work / f"{Path(settings.dataset).name}_{settings.max_side}_{len(names)}"
     place.mkdir(parents=True, exist_ok=True)
     (place / "training.json").write_text(json.dumps({name: chosen[name] for name in names}))
     return str(place)
@@ -155,7 +155,7 @@ def run_arm(settings: Settings, dataset: str, seed: int, arm: str) -> dict[str, 
         "vote_pass_at_2": found["test/pass_at_2"],
         "oracle": found["test/oracle"],
         "tests": len(data.samples("test")),
-        "step_processor_seconds": median(diary.processor),
+        "step_processor_seconds": median(diary.processor or [0.0]),
         "loss_at_100": diary.loss_at(100),
         "loss_at_1000": diary.loss_at(1000),
     }
