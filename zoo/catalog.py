@@ -69,11 +69,13 @@ class Preprocess(_Facts):
     """What weights expect: resize the short side to `size / crop_pct`, crop `size`, scale to [0, 1], normalise.
 
     With `longest`, as detectors want it, nothing is cropped: the short side becomes `size` pixels, or fewer where the
-    long one would have more than `longest`. `mean` and `std` are of the `channels` in their order.
+    long one would have more than `longest`. With `canvas`, which networks for ARC want, a grid of colours is laid on a
+    canvas of `size` pixels instead. `mean` and `std` are of the `channels` in their order.
     """
 
     size: int
     longest: int | None = None
+    canvas: bool = False
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     mean: list[float] = [0.485, 0.456, 0.406]

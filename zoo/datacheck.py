@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from zoo.data.coco import CocoLayout, CocoSource
 
 SPLITS = ("train", "val", "test")
+GRIDS = "abstract reasoning on grids"  # the task of sets that are no pictures
 _CHUNK = 256
 
 
@@ -45,9 +46,10 @@ def check(dataset: str, data_dir: str | None = None, read: bool = True, shown: i
     from zoo import catalog
 
     card = catalog.data_card(dataset) if dataset in catalog.list_datasets() else None
-    names, open_split = _opened(
-        dataset, data_dir, card is not None and dataset != "shapes" and "detection" in card.task
-    )
+    if card is not None and card.task == GRIDS:
+        return _check_grids(dataset, data_dir, card)
+    objects = card is not None and dataset != "shapes" and "detection" in card.task
+    names, open_split = _opened(dataset, data_dir, objects)
     problems: list[str] = []
     splits: dict[str, dict[str, Any]] = {}
     missing: list[str] = []
@@ -87,9 +89,47 @@ def check(dataset: str, data_dir: str | None = None, read: bool = True, shown: i
         "problems": problems,
     }
     if whole is not None:
-        path = _record(dataset, data_dir)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({key: report[key] for key in ("dataset", "data_dir", "sha256", "problems")}))
+        _keep(report)
+    return report
+
+
+def _keep(report: dict[str, Any]) -> None:
+    """Note what was found, for the results of later runs."""
+    path = _record(report["dataset"], report["data_dir"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({key: report[key] for key in ("dataset", "data_dir", "sha256", "problems")}))
+
+
+def _check_grids(dataset: str, data_dir: str | None, card: Any) -> dict[str, Any]:
+    """The report of a set of ARC tasks; samples are tasks, and reading is checking."""
+    from zoo.data.arc import MAX_SIDE, read_tasks
+
+    splits: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
+    for split, stated in card.splits.items():
+        tasks = read_tasks(dataset, split, data_dir)
+        digest = hashlib.sha256()
+        for task in tasks:
+            digest.update(task.name.encode())
+            for grid in (grid for pair in (*task.train, *task.test) for grid in pair if grid is not None):
+                digest.update(bytes(grid.shape) + grid.astype("uint8").tobytes())
+                if max(grid.shape) > MAX_SIDE:
+                    problems.append(f"{split}: {task.name} has a grid of {grid.shape}, longer than {MAX_SIDE}")
+            if not task.train or not task.test:
+                problems.append(f"{split}: {task.name} has no demonstrations or no tests")
+        splits[split] = {"samples": len(tasks), "per_class": None, "unreadable": 0, "sha256": digest.hexdigest()}
+        if stated and stated != len(tasks):
+            problems.append(f"{split}: {len(tasks)} tasks, the card of {dataset} states {stated}")
+    whole = hashlib.sha256(json.dumps({name: found["sha256"] for name, found in splits.items()}).encode()).hexdigest()
+    report: dict[str, Any] = {
+        "dataset": dataset,
+        "data_dir": data_dir,
+        "classes": [],
+        "splits": splits,
+        "sha256": whole,
+    }
+    report["problems"] = problems
+    _keep(report)
     return report
 
 

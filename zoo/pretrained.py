@@ -115,6 +115,10 @@ def create_preprocess(name: str, size: int | None = None) -> v2.Compose:
 def _transform(facts: Preprocess, size: int) -> v2.Compose:
     from torchvision.transforms import v2
 
+    if facts.canvas:
+        from zoo.data.arc import Canvas
+
+        return v2.Compose([Canvas(size)])
     if facts.longest is not None:
         sized: list[Any] = [_ShortestEdge(size, facts.longest)]
     else:

@@ -45,7 +45,7 @@ from zoo.paths import share
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 # Facts of the data module that the model takes over, where its class has such an argument and nobody set it.
-LINKS = {"num_classes": "num_classes", "image_size": "img_size"}
+LINKS = {"num_classes": "num_classes", "num_tasks": "num_tasks", "image_size": "img_size"}
 _NOT_OPTIONS = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
 
 
@@ -351,7 +351,7 @@ def _build(subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool)
 
 
 # Settings of the data module that are about the recipe's own dataset.
-_OF_DATASET = ("options", "train_samples", "data_dir", "mean", "std")
+_OF_DATASET = ("options", "train_samples", "data_dir", "mean", "std", "rearc_dir", "rearc_limit", "tasks")
 
 
 def _without_its_data(content: Mapping[str, Any], argv: Sequence[str]) -> list[str]:

@@ -81,8 +81,9 @@ def _table(record: dict[str, Any], section: str) -> list[str]:
             f"{record['benchmark']}: training step, {setting['model']}, {setting['dtype']}, batch {setting['batch']}"
         )
     else:
-        source, detail = work["detail"].get("from", "JPEG"), work["detail"]
-        title = f"{record['benchmark']}: {source} to batch, {detail['data']}, crop {detail['crop']}"
+        about = work["detail"]
+        what = about.get("title") or f"{about.get('from', 'JPEG')} to batch, {about['data']}, crop {about['crop']}"
+        title = f"{record['benchmark']}: {what}"
     compiled = ", torch.compile" if setting["compile"] and section == "step" else ""
     lines = [
         f"## {title}",

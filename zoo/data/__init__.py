@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from zoo.data.arc import ARCDataModule, ARCTaskDataModule
 from zoo.data.datamodule import ImageDataModule
 from zoo.data.loader import EpochSampler, ExactSampler, TrainLoader
 from zoo.data.sources import open_source
 from zoo.data.video import VideoDataModule
 
-__all__ = ["EpochSampler", "ExactSampler", "ImageDataModule", "TrainLoader", "VideoDataModule", "open_source"]
+__all__ = [
+    "ARCDataModule",
+    "ARCTaskDataModule",
+    "EpochSampler",
+    "ExactSampler",
+    "ImageDataModule",
+    "TrainLoader",
+    "VideoDataModule",
+    "open_source",
+]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from zoo.metrics.arc import ARCScore, vote
 from zoo.metrics.coco import CocoAP
 from zoo.metrics.knn import KNNAccuracy, knn_scores
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
 
-__all__ = ["CocoAP", "FrameMAP", "KNNAccuracy", "MultiLabelMAP", "MultiViewAccuracy", "knn_scores"]
+__all__ = ["ARCScore", "CocoAP", "FrameMAP", "KNNAccuracy", "MultiLabelMAP", "MultiViewAccuracy", "knn_scores", "vote"]

@@ -109,7 +109,8 @@ class NonFiniteGuard(L.Callback):
 
 
 class Pictures(L.Callback):
-    """Writes what the task draws of a few validation samples to <run>/pictures/*.png and prints the path.
+    """Writes what the task draws of a few samples to <run>/pictures/*.png and prints the path: validation samples when
+    training ends, those that are predicted in `zoo predict`.
 
     The task gives `picture(batch) -> uint8 (3, H, W)`.
 
@@ -131,7 +132,10 @@ class Pictures(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.draw(trainer, pl_module)
 
-    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Path | None:
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.draw(trainer, pl_module, "predict")
+
+    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str = "val") -> Path | None:
         """Draws and writes one picture; its path, on the first process. Call on every process."""
         # Imported here: torchvision and the probe's loader are wanted by runs with pictures only.
         from torchvision.io import write_png
@@ -143,7 +147,7 @@ class Pictures(L.Callback):
         if trainer.is_global_zero:
             if not callable(getattr(pl_module, "picture", None)):
                 raise ZooError(f"{type(pl_module).__name__} draws no pictures: it has no method picture(batch)")
-            batch = _first(next(iter(_loader(trainer, "val"))), self.count)
+            batch = _first(next(iter(_loader(trainer, split))), self.count)
             batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), pl_module.device)
             seed_position(0)
             with (

@@ -1,0 +1,114 @@
+"""Runs the kinds of cases taken from the official VARC: canvas, decoding and vote, schedule, ViT, U-Net."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoo.beyond.varc import VARCTraining, VARCUNet, VARCViT, convert_official, pixel_loss
+from zoo.data.arc import BORDER, Pair, View, draw_view, evaluation_view, place, read_grid
+from zoo.metrics.arc import vote
+from zoo.ops.rope import rotate
+from zoo.parity import Case, filled_inputs, load_filled
+from zoo.training import lr_at
+
+UNET_SIZES = {"small": (160, 1, False), "medium": (240, 1, False), "big": (320, 2, True)}  # width, blocks, mid block
+
+
+def run(case: Case) -> dict[str, Tensor]:
+    config = case["config"]
+    if "views" in config:
+        return decode(case)
+    if "model" in config:
+        return unet(case) if "size" in config["model"] else vit(case)
+    return canvas(case) if "draws" in config else schedule(case)
+
+
+def canvas(case: Case) -> dict[str, Tensor]:
+    config, inputs = case["config"], filled_inputs(case)
+    pair, size = Pair(*(inputs[name].cpu().numpy() for name in ("input", "output"))), config["max_size"]
+    draws, ranges = iter(config["draws"]), []
+
+    def draw(low: int, high: int) -> int:
+        ranges.append((low, high))
+        return next(draws)
+
+    found: dict[str, Any] = {}
+    views = {"augmented": draw_view(pair, size, draw)}
+    views["evaluation"] = evaluation_view(pair, size, config["fix_scale_factor"])
+    for kind, view in views.items():
+        placed = place(pair, size, view)
+        found |= {f"{kind}_{name}": part for name, part in zip(("inputs", "mask", "targets"), placed, strict=True)}
+        found[f"{kind}_offset_scale"] = np.array([view.x, view.y, view.scale])
+    found["augmented_draw_ranges"] = np.array(ranges)
+    return {name: torch.as_tensor(value.astype(np.float64)) for name, value in found.items()}
+
+
+def decode(case: Case) -> dict[str, Tensor]:
+    config, pixels = case["config"], filled_inputs(case)["pixels"].cpu().numpy()
+    grids = []
+    for number, about in enumerate(config["views"]):
+        canvas = pixels[number % len(pixels)].copy()
+        (x, y), (height, width) = about["offset"], about["border_at"]
+        shown = canvas[y:, x:]
+        shown[shown == BORDER] = 0
+        if width < shown.shape[1]:
+            shown[:, width] = BORDER
+        if height < shown.shape[0]:
+            shown[height] = BORDER
+        colors = about["color_map"]
+        mapping = None if colors is None else dict(enumerate(colors))
+        grids.append(read_grid(canvas, View(about["scale"], x, y), about["suffix"], mapping))
+    ranked = vote(grids[ballot] for ballot in config["ballots"])
+    outputs = {f"grid_{number}": grid for number, grid in enumerate(grids)}
+    outputs |= {"votes": np.array([count for _, count in ranked]), "winner": ranked[0][0]}
+    if len(ranked) > 1:
+        outputs["runner_up"] = ranked[1][0]
+    return {name: torch.as_tensor(np.asarray(value, dtype=np.float64)) for name, value in outputs.items()}
+
+
+def schedule(case: Case) -> dict[str, Tensor]:
+    epochs, lr = case["config"]["epochs"], case["config"]["lr"]
+    optim = VARCTraining(None, embed_dim=8, depth=1, num_heads=1, mlp_dim=8, img_size=4).optim
+    warmup = min(epochs // 5, optim.warmup_epochs)
+    rates = [lr_at(optim, epoch, epochs, lr, warmup) for epoch in range(epochs + 1)]
+    return {"lr_of_epoch": torch.tensor(rates, dtype=torch.float64)}
+
+
+def vit(case: Case) -> dict[str, Tensor]:
+    options, inputs = dict(case["config"]["model"]), filled_inputs(case)
+    options["img_size"] = options.pop("image_size")
+    net = load_filled(VARCViT(**options), case, convert_official).eval()
+    assert isinstance(net, VARCViT)
+    canvas, task, mask, target = (inputs[name] for name in ("canvas", "task_ids", "mask", "targets"))
+    logits = net(canvas, task, mask)
+    loss = net.loss(canvas, task, mask, target)  # of the patches that decide it, not from the logits
+    loss.backward()
+    outputs = {
+        "logits": logits,
+        "logits_no_mask": net(canvas, task),
+        "loss": loss,
+        "grad_task_tokens": net.task_embed.weight.grad,
+        "grad_head": net.head.weight.grad,
+    }
+    if "q" in inputs:
+        outputs["rope_of_q"] = rotate(inputs["q"], net.rope_cos, net.rope_sin)
+    return outputs  # type: ignore[return-value]
+
+
+def unet(case: Case) -> dict[str, Tensor]:
+    options, inputs = dict(case["config"]["model"]), filled_inputs(case)
+    width, depth, mid_block = UNET_SIZES[options.pop("size")]
+    options["img_size"] = options.pop("image_size")
+    net = VARCUNet(embed_dim=width, depth=depth, num_heads=width // 40, mid_block=mid_block, **options)
+    load_filled(net, case, convert_official).eval()
+    logits = net(inputs["canvas"], inputs["task_ids"])
+    loss = pixel_loss(logits, inputs["targets"])
+    outputs = {"logits": logits, "loss": loss}
+    if any(name.startswith("grad") for name in case["outputs"]):
+        loss.backward()
+        outputs |= {"grad_task_tokens": net.task_embed.weight.grad, "grad_color_embed": net.color_embed.weight.grad}
+    return outputs

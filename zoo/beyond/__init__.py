@@ -1,0 +1,1 @@
+"""Papers beyond the other fields."""
