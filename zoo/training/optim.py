@@ -46,8 +46,9 @@ class Optim:
         no_decay: "1d" spares biases and parameters of one dimension, "none" decays everything.
         schedule: what follows the warm-up.
         interval: whether the schedule moves with every step or with whole epochs.
-        warmup_epochs: linear warm-up from 0, in epochs.
+        warmup_epochs: linear warm-up, in epochs.
         warmup_steps: the same in optimiser steps; where given, `warmup_epochs` is not used.
+        warmup_start_lr: the absolute rate that the warm-up rises from.
         warmup_lr: where given, the warm-up is this constant rate instead of a linear rise.
         min_lr: the floor of the cosine; layer decay scales it too.
         milestones: epochs at which the step schedule multiplies the rate by `gamma`.
@@ -74,6 +75,7 @@ class Optim:
     interval: Interval = "step"
     warmup_epochs: float = 0.0
     warmup_steps: int | None = None
+    warmup_start_lr: float = 0.0
     warmup_lr: float | None = None
     min_lr: float = 0.0
     milestones: tuple[float, ...] = ()
@@ -95,7 +97,7 @@ class Optim:
         for key in ("lr", "layer_decay", "warmup_lr", "global_batch"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise ZooError(f"optim.{key} must be positive or null, not {getattr(self, key)}")
-        for key in ("weight_decay", "warmup_epochs", "min_lr"):
+        for key in ("weight_decay", "warmup_epochs", "warmup_start_lr", "min_lr"):
             if not getattr(self, key) >= 0:
                 raise ZooError(f"optim.{key} must not be negative, but is {getattr(self, key)}")
 
@@ -114,7 +116,9 @@ def lr_at(optim: Optim, epoch: float, total_epochs: float, lr: float, warmup_epo
     if optim.interval == "epoch":
         epoch = math.floor(epoch)
     if epoch < warmup:
-        return lr * epoch / warmup if optim.warmup_lr is None else optim.warmup_lr
+        if optim.warmup_lr is not None:
+            return optim.warmup_lr
+        return optim.warmup_start_lr + (lr - optim.warmup_start_lr) * epoch / warmup
     if optim.schedule == "constant":
         return lr
     if optim.schedule == "step":
@@ -129,6 +133,7 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     Undecayed are parameters of one dimension, biases, and the names in `no_weight_decay()` of the model or of any part
     of it. Without layer decay the undecayed group comes first; with it, groups come in the order in which they first
     occur in `named_parameters`, and a layer's scale is layer_decay ** (top - id), top being `model.num_layer_ids` - 1.
+    The names in `weight_decay_too()` of the model are decayed even so.
 
     Returns:
         Groups with keys `params`, `names`, `weight_decay`, `lr_scale`.
@@ -146,12 +151,13 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     if optim.layer_decay is not None and layer_id is None:
         raise ZooError(f"optim.layer_decay wants a model with layer_id(name); {type(model).__name__} has none")
 
+    included = getattr(model, "weight_decay_too", set)()
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         plain = parameter.ndim <= 1 or name.endswith(".bias")
-        decayed = optim.no_decay == "none" or not (plain or name in spared)
+        decayed = optim.no_decay == "none" or name in included or not (plain or name in spared)
         layer, scale = 0, 1.0
         if optim.layer_decay is not None and layer_id is not None:
             layer = layer_id(name)
@@ -204,7 +210,8 @@ def build(model: nn.Module, optim: Optim, trainer: L.Trainer) -> Any:
     def factor(step: int) -> float:
         if step == 0:  # the number of batches is not known yet, and no schedule's start depends on it
             warm = bool(optim.warmup_epochs if optim.warmup_steps is None else optim.warmup_steps)
-            return (optim.warmup_lr or 0.0) / peak if warm else lr_at(optim, 0.0, 1.0, peak, 0.0) / peak
+            start = optim.warmup_start_lr if optim.warmup_lr is None else optim.warmup_lr
+            return start / peak if warm else lr_at(optim, 0.0, 1.0, peak, 0.0) / peak
         epoch, total, warmup = _position(step, optim, trainer)
         return lr_at(optim, epoch, total, peak, warmup) / peak
 
