@@ -76,9 +76,8 @@ class ShapesPairs(ShapesDataset):
 class FilePairs:
     """Picture files with their captions."""
 
-    class_names: list[str] = []
-
     def __init__(self, paths: Sequence[str], captions: Sequence[Sequence[str]]) -> None:
+        self.class_names: list[str] = []
         self.paths, self.captions = np.array(paths, dtype=np.str_), [list(texts) for texts in captions]
 
     def __len__(self) -> int:
@@ -91,13 +90,12 @@ class FilePairs:
 class ArrowPairs:
     """A split of a Hugging Face ``datasets`` set."""
 
-    class_names: list[str] = []
-
     def __init__(self, split: Any, image: str, caption: str, name: str) -> None:
         import datasets
 
         self._split = split.cast_column(image, datasets.Image(decode=False)).select_columns([image, caption])
         self.image, self.caption, self.name = image, caption, name
+        self.class_names: list[str] = []
 
     def __len__(self) -> int:
         return len(self._split)
@@ -118,9 +116,8 @@ class ShardPairs:
         sizes: samples of each shard.
     """
 
-    class_names: list[str] = []
-
     def __init__(self, paths: Sequence[Path]) -> None:
+        self.class_names: list[str] = []
         self.paths = [str(path) for path in paths]
         self.sizes = [len(shard_index(path, mmap=True)) for path in self.paths]
         self._ends = np.cumsum(self.sizes)

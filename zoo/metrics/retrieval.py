@@ -67,7 +67,7 @@ class ImageTextRetrieval(torchmetrics.Metric):
         self.text_places.append(same.tril(-1).sum(dim=1))
 
     def compute(self) -> dict[str, Tensor]:
-        if not self.image_features:
+        if isinstance(self.image_features, list) and not self.image_features:  # a tensor once synchronised
             raise ZooError("retrieval needs images and texts (update) first")
         numbers, owners = dim_zero_cat(self.image_numbers), dim_zero_cat(self.text_owners)
         places = dim_zero_cat(self.text_places)

@@ -79,7 +79,7 @@ class ImageEncoder(nn.Module):
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.blocks = nn.ModuleList(_Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
-        # A fixed table, stored as a parameter because the published files hold it so. Its first row is that of no token.
+        # A fixed table, stored as a parameter because the published files hold it so; its first row is not used.
         table = sincos_2d(embed_dim, self.patch_embed.grid, num_prefix=1)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
 
@@ -104,7 +104,7 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A transformer over word pieces that attends in both directions, to the filling too (section 4, "Text encoder")."""
+    """A transformer over word pieces that attends in both directions, and to the filling too (section 3)."""
 
     def __init__(
         self,
@@ -248,7 +248,8 @@ class FLIP(nn.Module):
 
     def loss(self, images: Tensor, text: Tensor, mask_ratio: float = 0.0, noise: Tensor | None = None) -> Tensor:
         """The contrastive loss of the pairs, over all processes (section 3, "Objective")."""
-        return clip_loss(*self(images, text, mask_ratio, noise), self.scale)
+        image, of_text = self(images, text, mask_ratio, noise)
+        return clip_loss(image, of_text, self.scale)
 
     @torch.no_grad()
     def zero_shot(
@@ -466,8 +467,8 @@ class FLIPPretraining(BaseModule):
 def _network(name: str | None, options: dict[str, Any]) -> FLIP:
     """The network `name` with `options`, or one of sizes given in `options` alone."""
     if name is None:
-        needed = ("patch_size", "embed_dim", "depth", "num_heads", "vocab_size")
-        needed += ("text_embed_dim", "text_depth", "text_num_heads", "proj_dim")
+        image, text = ("embed_dim", "depth", "num_heads"), ("text_embed_dim", "text_depth", "text_num_heads")
+        needed = ("patch_size", *image, "vocab_size", *text, "proj_dim")
         if missing := [key for key in needed if key not in options]:
             raise ZooError(f"model: null wants the network's sizes; missing: {', '.join(missing)}")
         return FLIP(**options)

@@ -151,7 +151,7 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     if optim.layer_decay is not None and layer_id is None:
         raise ZooError(f"optim.layer_decay wants a model with layer_id(name); {type(model).__name__} has none")
 
-    included = getattr(model, "weight_decay_too", set)()
+    included: set[str] = getattr(model, "weight_decay_too", set)()
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
