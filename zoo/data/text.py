@@ -7,7 +7,8 @@ use, ``shapes`` that of the embedded world, which comes with the package and spe
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import string
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,19 @@ class WordPiece:
     def table(self, prompts: Sequence[Sequence[str]]) -> Tensor:
         """T prompts for each of K classes to piece numbers (K, T, L) int64."""
         return self([text for of_class in prompts for text in of_class]).reshape(len(prompts), -1, self.length)
+
+
+def write_vocabulary(texts: Iterable[str], path: str | os.PathLike[str]) -> Path:
+    """Writes the vocabulary of a corpus: its words, and letters and digits to spell others with; returns the path."""
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+
+    normalise, cut = BertNormalizer(lowercase=True).normalize_str, BertPreTokenizer().pre_tokenize_str
+    words = sorted({word for text in texts for word, _ in cut(normalise(text))})
+    spelling = [sign + letter for sign in ("", "##") for letter in string.ascii_lowercase + string.digits]
+    path = Path(path)
+    path.write_text("\n".join(dict.fromkeys(["[PAD]", "[UNK]", *words, *spelling])) + "\n", encoding="utf-8")
+    return path
 
 
 # -------------------------------------------------------------------------------------------------- zero-shot prompts

@@ -125,7 +125,8 @@ def contrast(case: Case) -> dict[str, Tensor]:
         command = [sys.executable, __file__, str(folder / "case.json")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
         ranks = [subprocess.Popen([*command, str(rank), name], env=environment) for rank in range(size)]
-        if any([process.wait(timeout=300) for process in ranks]):
+        codes = [process.wait(timeout=300) for process in ranks]
+        if any(codes):
             raise RuntimeError("a process of the case failed")
         found: dict[str, Tensor] = {}
         for rank in range(size):
