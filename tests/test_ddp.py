@@ -66,8 +66,6 @@ def test_flip_gradients_are_the_same_in_one_and_two_processes(tmp_path: Path) ->
 
 
 def test_flip_metrics_are_the_same_in_one_and_two_processes(tmp_path: Path) -> None:
-    one, two = (
-        json.loads(_run("metric", n, tmp_path / f"{n}.json", "tests.ddp_flip").read_text()) for n in (1, 2)
-    )
+    one, two = (json.loads(_run("metric", n, tmp_path / f"{n}.json", "tests.ddp_flip").read_text()) for n in (1, 2))
     assert one == pytest.approx(two, rel=1e-5)
     assert {"val/top1", "val/image_to_text_r1", "val/text_to_image_median"} <= one.keys()

@@ -241,12 +241,16 @@ def _picture(words: list[str]) -> int:
     parser.add_argument("-o", "--out", metavar="OUT", type=Path, help="a .png (one image) or a folder")
     parser.add_argument("--weights", help="a file to load instead of the published weights")
     parser.add_argument("--seed", type=int, default=0, help="of a random mask")
+    parser.add_argument("--labels", help="names that a zero-shot model chooses from: 'cat,dog' (default: ImageNet's)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(words)
     from zoo import picture
 
+    labels = None
+    if arguments.labels is not None and not (labels := [x.strip() for x in arguments.labels.split(",") if x.strip()]):
+        raise ZooError("--labels names nothing; write --labels 'cat,dog'")
     results = picture.predict(
-        arguments.model, arguments.images, arguments.out, weights=arguments.weights, seed=arguments.seed
+        arguments.model, arguments.images, arguments.out, weights=arguments.weights, seed=arguments.seed, labels=labels
     )
     if arguments.json:
         return _print_json(results)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -149,12 +150,12 @@ def _open_index(path: str) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _open_shard(path: str, process: int) -> int:
-    return os.open(path, os.O_RDONLY)
+def _open_shard(path: str) -> io.FileIO:
+    return io.FileIO(path)  # closed when it falls out of the cache
 
 
 def _piece(path: str, at: int, length: int) -> bytes:
-    return os.pread(_open_shard(path, os.getpid()), length, at)  # needs no position, so that forks may share it
+    return os.pread(_open_shard(path).fileno(), length, at)  # needs no position, so that forks may share the file
 
 
 def shard_index(path: str | os.PathLike[str], mmap: bool = False) -> np.ndarray:

@@ -113,7 +113,7 @@ def lr_schedule(case: Case) -> dict[str, Tensor]:
     return {"lr": torch.tensor(rates, dtype=torch.float64)}
 
 
-# -------------------------------------------------------------------------------------- the loss, over several processes
+# ------------------------------------------------------------------------------------- the loss, over several processes
 
 
 def contrast(case: Case) -> dict[str, Tensor]:
