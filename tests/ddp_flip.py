@@ -23,7 +23,7 @@ from zoo.multimodal.flip import FLIPPretraining
 from zoo.training import Optim
 
 SIZES: dict[str, Any] = {
-    **{"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "vocab_size": 40},
+    **{"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "vocab_size": 40},
     **{"context_length": 6, "text_embed_dim": 12, "text_depth": 2, "text_num_heads": 2, "proj_dim": 8},
 }
 BATCH, STEPS = 8, 3  # pairs a step over all processes
@@ -38,7 +38,7 @@ class Pinned(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(index)
         return {
-            "image": torch.randn(3, 16, 16, generator=draw, dtype=torch.float64),
+            "image": torch.randn(3, 32, 32, generator=draw, dtype=torch.float64),
             "text": torch.randint(0, 40, (6,), generator=draw),
             "mask_noise": torch.rand(16, generator=draw, dtype=torch.float64),
         }
@@ -95,7 +95,7 @@ def fit_in_pieces(devices: int, out: str) -> None:
 def metric(devices: int, out: str) -> None:
     L.seed_everything(0, verbose=False)
     data = ImageTextDataModule(
-        "shapes", batch_size=8, eval_batch_size=7, image_size=16, tokenizer="shapes", context_length=6
+        "shapes", batch_size=8, eval_batch_size=7, image_size=32, tokenizer="shapes", context_length=6
     )
     module = FLIPPretraining(None, **{**SIZES, "vocab_size": 125}, optim=Optim(lr=1e-3))
     run = trainer(devices, [], "32-true")

@@ -59,6 +59,7 @@ from zoo.errors import ZooError, unknown
 from zoo.paths import cache_dir
 
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "sentences", "title")
+_OF_DATASETS = ("dataset_info.json", "dataset_dict.json")  # files of Hugging Face's, not of Karpathy's
 _OPTIONS = ("revision", "config", "image_column", "caption_column")
 
 # -------------------------------------------------------------------------------------------------------------- sources
@@ -257,7 +258,7 @@ def _coco(folder: Path) -> Layout | None:
 
 
 def _karpathy(folder: Path) -> Layout | None:
-    files = sorted(folder.glob("dataset_*.json"))
+    files = [file for file in sorted(folder.glob("dataset_*.json")) if file.name not in _OF_DATASETS]
     if not files:
         return None
     content = _read_json(files[0], "images")["images"]
@@ -320,7 +321,8 @@ def _arrow(splits: dict[str, Any], name: str, image: str | None, caption: str | 
     caption = caption or next((k for k in CAPTION_COLUMNS if k in features), None)
     for kind, column in (("image", image), ("caption", caption)):
         if column not in features:
-            raise ZooError(f"{name} has no {kind} column {column or ''}; columns: {', '.join(features)}")
+            named = f" {column!r}" if column else ""
+            raise ZooError(f"{name} has no {kind} column{named}; columns: {', '.join(features)}")
     return list(splits), lambda part: ArrowPairs(splits[part], str(image), str(caption), name)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -36,7 +38,8 @@ def clip_loss(
         raise ZooError(f"pairs want features of one shape, not {tuple(image.shape)} and {tuple(text.shape)}")
     rank, size = world()
     count = len(image)
-    with torch.autocast(image.device.type, enabled=False):
+    kind = image.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         dtype = torch.promote_types(image.dtype, torch.float32)
         image, text = image.to(dtype), text.to(dtype)
         all_image, all_text = (_gathered(x, rank, size, local_loss, gather_grad) for x in (image, text))
