@@ -50,3 +50,22 @@ def test_moco_in_two_processes_is_what_its_equations_say(tmp_path: Path) -> None
     for name, value in ranks[0]["state"].items():
         apart = "running_" in name
         assert torch.equal(value, ranks[1]["state"][name]) != apart, name
+
+
+def test_flip_gradients_are_the_same_in_one_and_two_processes(tmp_path: Path) -> None:
+    """Pairs are contrasted over both, and gradients flow through the gathered features; encoding in pieces changes
+    nothing."""
+    runs = [("fit", 1), ("fit", 2), ("fit_in_pieces", 2)]
+    one, *others = (
+        torch.load(_run(what, n, tmp_path / f"{what}{n}", "tests.ddp_flip"), weights_only=True) for what, n in runs
+    )
+    assert len(one["gradients"]) == 3
+    assert {name for step in one["gradients"] for name in step} == one["state"].keys() - {"visual.pos_embed"}
+    for other in others:
+        torch.testing.assert_close(other, one, rtol=1e-7, atol=1e-10)
+
+
+def test_flip_metrics_are_the_same_in_one_and_two_processes(tmp_path: Path) -> None:
+    one, two = (json.loads(_run("metric", n, tmp_path / f"{n}.json", "tests.ddp_flip").read_text()) for n in (1, 2))
+    assert one == pytest.approx(two, rel=1e-5)
+    assert {"val/top1", "val/image_to_text_r1", "val/text_to_image_median"} <= one.keys()

@@ -243,6 +243,7 @@ class Columns(_Facts):
 
     image: str = "image"
     label: str = "label"
+    caption: str | None = None
 
 
 class DataCard(_Facts):

@@ -244,10 +244,14 @@ def _picture(words: list[str]) -> int:
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="of a detector: objects of a lower score are left out"
     )
+    parser.add_argument("--labels", help="names that a zero-shot model chooses from: 'cat,dog' (default: ImageNet's)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(words)
     from zoo import picture
 
+    labels = None
+    if arguments.labels is not None and not (labels := [x.strip() for x in arguments.labels.split(",") if x.strip()]):
+        raise ZooError("--labels names nothing; write --labels 'cat,dog'")
     results = picture.predict(
         arguments.model,
         arguments.images,
@@ -255,6 +259,7 @@ def _picture(words: list[str]) -> int:
         weights=arguments.weights,
         seed=arguments.seed,
         threshold=arguments.threshold,
+        labels=labels,
     )
     if arguments.json:
         return _print_json(results)

@@ -1,5 +1,5 @@
-"""What a published model makes of pictures: a sheet of its own drawing, the objects it finds, or its five likeliest
-classes."""
+"""What a published model makes of pictures: a sheet of its own drawing, the objects it finds, or the five likeliest
+classes, its own or any that are named."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zoo import catalog
 from zoo.data.sources import read_image
+from zoo.data.text import prompts
 from zoo.errors import ZooError
 from zoo.pretrained import create_model, create_preprocess
 
@@ -27,11 +28,13 @@ def predict(
     seed: int = 0,
     top: int = 5,
     threshold: float = 0.5,
+    labels: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Runs a model of the catalog on picture files.
 
     A model with a method ``picture(images, mean=, std=) -> uint8 (3, H, W)`` draws, one with a method ``detect`` finds
-    objects, one that gives logits (B, K) classifies.
+    objects, one with ``zero_shot(images, names) -> (B, K)`` tells which of any names is likely, one that gives logits
+    (B, K) classifies.
 
     Args:
         model: a model, with or without the tag of its weights; without, the first that its card lists are taken.
@@ -43,6 +46,7 @@ def predict(
         seed: of what a model draws at random, such as masks.
         top: classes named an image.
         threshold: objects of a lower score are left out.
+        labels: what a zero-shot model is to choose from; ImageNet's 1000 names by default.
 
     Returns:
         One dict an image: {"image", "picture"}, {"image", "top": [{"label", "index", "probability"}]}, or {"image",
@@ -61,15 +65,21 @@ def predict(
         raise ZooError(f"{model} is an encoder without a head: it neither draws nor classifies")
     prepare = create_preprocess(model)
     net = create_model(model, pretrained=weights is None, weights=weights).eval()
+    draws, free = (callable(getattr(net, name, None)) for name in ("picture", "zero_shot"))
+    if labels is not None and not free:
+        raise ZooError(f"{model} has classes of its own, or none: labels are for models that take any names")
     if callable(getattr(net, "detect", None)):
         return _detect(net, model, prepare, pictures, images, out, threshold)
-    if kind == "full" and not callable(getattr(net, "picture", None)):
+    if kind == "full" and not (draws or free):
         raise ZooError(f"{model} neither draws nor classifies; use it from Python: zoo.create_model({model!r})")
     batch = torch.stack([prepare(picture) for picture in pictures])
     with torch.inference_mode(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if callable(getattr(net, "picture", None)):
+        if draws:
             return _draw(net, model, batch, images, out)
+        if free:
+            names = list(labels) if labels is not None else prompts("imagenet1k")[0]
+            return _named(net.zero_shot(batch, names), names, model, images, out, top)  # type: ignore[operator]
         return _classify(net, model, batch, images, out, top)
 
 
@@ -107,8 +117,14 @@ def _classify(
     logits = net(batch)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise ZooError(f"{model} neither draws nor classifies; use it from Python: zoo.create_model({model!r})")
-    names = _class_names(logits.shape[1])
-    best = logits.float().softmax(dim=1).topk(min(top, logits.shape[1]))
+    return _named(logits.float().softmax(dim=1), _class_names(logits.shape[1]), model, images, out, top)
+
+
+def _named(
+    likely: Tensor, names: list[str] | None, model: str, images: Sequence[Path], out: Path | None, top: int
+) -> list[dict[str, Any]]:
+    """The `top` of the probabilities (B, K) by name."""
+    best = likely.topk(min(top, likely.shape[1]))
     results = []
     for image, probabilities, indices in zip(images, best.values.tolist(), best.indices.tolist(), strict=True):
         rows = [

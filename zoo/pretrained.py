@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zoo import __version__, catalog, download, pickles, torch7
+from zoo import __version__, catalog, download, pickles, t5x, torch7
 from zoo.catalog import PaperCard, Preprocess, Weight
 from zoo.errors import ZooError, unknown
 from zoo.paths import cache_dir
@@ -414,7 +414,8 @@ def shapes(net: nn.Module) -> dict[str, torch.Size]:
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, by name: safetensors, PyTorch, out of wrappers such as ``{"model": ...}``,
-    pickled NumPy arrays of Caffe2, Detectron and detectron2 (``.pkl``), or Torch7 (``.t7``), by place.
+    pickled NumPy arrays of Caffe2, Detectron and detectron2 (``.pkl``), Torch7 (``.t7``), by place, or a folder or zip
+    of t5x.
 
     A prefix that every key carries (``module.``, ``model.``) is taken off; of a checkpoint of ours, the network is
     taken (``network.``), not the metrics beside it. Nothing in the file is executed.
@@ -423,6 +424,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ZooError: not a file, not a whole checkpoint, no tensors in it, or a pickle that wants to run code.
     """
     path = Path(path)
+    if t5x.is_checkpoint(path):
+        return t5x.read_state_dict(path)
     if not path.is_file():
         raise ZooError(f"no weights file {str(path)!r}")
     if _is_safetensors(path):
@@ -447,7 +450,7 @@ def read_source(source: str | os.PathLike[str]) -> dict[str, Tensor]:
         ZooError: no such file or name, or nothing that can be read.
     """
     path = Path(source)
-    if not path.is_file():
+    if not path.is_file() and not t5x.is_checkpoint(path):
         if path.suffix in (".ckpt", ".pth", ".pt", ".pkl", ".safetensors") or len(path.parts) > 1:
             raise ZooError(f"init_from: no file {os.fspath(source)!r}")
         path = fetch_weights(os.fspath(source))
@@ -548,7 +551,7 @@ def _file_of(weights: str | os.PathLike[str]) -> Path:
     source = os.fspath(weights)
     if not re.match(r"(https?|hf|file)://", source):
         path = Path(source).expanduser()
-        if not path.is_file():
+        if not path.is_file() and not t5x.is_checkpoint(path):
             if path.suffix or os.sep in source:
                 raise ZooError(f"no weights file {source!r}")
             raise unknown("weights", source, catalog.list_weights())
@@ -623,7 +626,7 @@ def adapt(state: Mapping[str, Tensor], net: nn.Module, name: str) -> dict[str, T
         if given is not None and given.shape == own.shape:
             adapted[key] = given
         elif given is not None and _is_position_table(key, given, own):
-            adapted[key] = _resized(given, own, net)
+            adapted[key] = _resized(key, given, own, net)
             resized.append(f"{key} {tuple(given.shape)} to {tuple(own.shape)}")
         else:
             adapted[key] = own
@@ -641,10 +644,11 @@ def _is_position_table(key: str, given: Tensor, own: Tensor) -> bool:
     return key.endswith("pos_embed") and given.ndim == own.ndim == 3 and given.shape[-1] == own.shape[-1]
 
 
-def _resized(given: Tensor, own: Tensor, net: nn.Module) -> Tensor:
+def _resized(key: str, given: Tensor, own: Tensor, net: nn.Module) -> Tensor:
     from zoo.ops.pos_embed import resize_pos_embed
 
-    grid: Any = net.get_submodule("patch_embed").grid
+    owner = key.rpartition(".")[0]
+    grid: Any = net.get_submodule(f"{owner}.patch_embed" if owner else "patch_embed").grid
     return resize_pos_embed(given, grid, num_prefix=own.shape[1] - grid[0] * grid[1])
 
 

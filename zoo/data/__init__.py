@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from zoo.data.arc import ARCDataModule, ARCTaskDataModule
 from zoo.data.datamodule import ImageDataModule
+from zoo.data.image_text import ImageTextDataModule
 from zoo.data.loader import EpochSampler, ExactSampler, TrainLoader
 from zoo.data.sources import open_source
 from zoo.data.video import VideoDataModule
@@ -14,6 +15,7 @@ __all__ = [
     "EpochSampler",
     "ExactSampler",
     "ImageDataModule",
+    "ImageTextDataModule",
     "TrainLoader",
     "VideoDataModule",
     "open_source",

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from zoo.data.base import SALT, Batch, SeededDataModule, at_least_one, key_parts, own_randomness, sample_seeds
 from zoo.data.loader import Key
 from zoo.data.shapes import hash64
-from zoo.data.sources import ManyReader, Part, Source, describe, open_source
+from zoo.data.sources import Description, ManyReader, Part, Source, describe, open_source
 from zoo.data.transforms import EvalResizeCrop, ImageTransform
 from zoo.errors import ZooError
 
@@ -62,13 +62,7 @@ class SampleSet(Dataset):
         a list, {"views" list of (B, 3, S, S)} instead of the image."""
         parts = key_parts(keys)
         index = parts[:, 0]
-        images: Sequence[Tensor] | Tensor
-        if isinstance(self.source, ManyReader):
-            many = self.source.read_many(index.tolist())
-            images, label = many["image"], many["label"]
-        else:
-            rows = [self.source[i] for i in index.tolist()]
-            images, label = [row["image"] for row in rows], torch.tensor([row["label"] for row in rows])
+        images, facts = self._read(index.tolist())
         seeds = sample_seeds(self.seed, self.salt, parts) if self._random else []
         after = getattr(self.transform, "after_normalize", None)
         with own_randomness(self._foreign):
@@ -81,10 +75,18 @@ class SampleSet(Dataset):
                         np.random.seed(seeds[n] & 0xFFFFFFFF)
                 out = self.transform(image)
                 done.append(after(self._normalize(out)) if after is not None else out)
-        facts = {"label": label, "index": torch.from_numpy(index)}
+        facts["index"] = torch.from_numpy(index)
         if done and isinstance(done[0], list | tuple):
             return {"views": [self._stacked(view) for view in zip(*done, strict=True)], **facts}
         return {"image": self._stacked(done), **facts}
+
+    def _read(self, index: Sequence[int]) -> tuple[Sequence[Tensor] | Tensor, Batch]:
+        """The pictures of some samples, and what else the batch says of them."""
+        if isinstance(self.source, ManyReader):
+            many = self.source.read_many(index)
+            return many["image"], {"label": many["label"]}
+        rows = [self.source[i] for i in index]
+        return [row["image"] for row in rows], {"label": torch.tensor([row["label"] for row in rows])}
 
     def _stacked(self, images: Sequence[Tensor]) -> Tensor:
         try:
@@ -153,7 +155,7 @@ class ImageDataModule(SeededDataModule):
         std: list[float] | None = None,
     ) -> None:
         at_least_one(batch_size=batch_size, image_size=image_size, train_samples=train_samples)
-        about = describe(dataset, data_dir, **(options or {}))
+        about = self._describe(dataset, data_dir, dict(options or {}))
         super().__init__(batch_size, eval_batch_size, num_workers, repeats, seed, about.in_memory)
         self.dataset, self.data_dir, self.options = dataset, data_dir, dict(options or {})
         self.num_classes, self.class_names = about.num_classes, about.class_names
@@ -165,6 +167,12 @@ class ImageDataModule(SeededDataModule):
         self.train_transform = self._bound(train_transform)
         self.eval_transform = self._bound(eval_transform)
         self._sources: dict[str, Source] = {}
+
+    def _describe(self, dataset: str, data_dir: str | None, options: dict[str, Any]) -> Description:
+        return describe(dataset, data_dir, **options)
+
+    def _open(self, split: str, **options: Any) -> Source:
+        return open_source(self.dataset, split, self.data_dir, **options)
 
     def _bound(self, transform: nn.Module | None) -> nn.Module:
         transform = EvalResizeCrop(crop_pct=1.0) if transform is None else transform
@@ -179,7 +187,7 @@ class ImageDataModule(SeededDataModule):
             options = dict(self.options)
             if self.dataset == "shapes":
                 options = {"size": self.image_size, "length": self.train_samples, **options}
-            source = open_source(self.dataset, split, self.data_dir, **options)
+            source = self._open(split, **options)
             if split == "train" and self.train_samples is not None and self.dataset != "shapes":
                 if self.train_samples > len(source):
                     raise ZooError(f"train_samples is {self.train_samples}, but {self.dataset} has {len(source)}")
@@ -199,4 +207,4 @@ class ImageDataModule(SeededDataModule):
         """Download a set of the hub, in one process a node."""
         local = self.dataset == "shapes" or self.data_dir is not None or Path(self.dataset).expanduser().exists()
         if not local:
-            open_source(self.dataset, "predict", **self.options)
+            self._open("predict", **self.options)

@@ -225,7 +225,8 @@ def choose_part(split: str, parts: Sequence[str], name: str) -> tuple[str, str]:
     return train, "all" if split == "predict" else "held"
 
 
-def _select(source: Source, which: str) -> Source:
+def select(source: Source, which: str) -> Source:
+    """Those samples of a part that :func:`choose_part` means by "all", "kept" or "held"."""
     if which == "all":
         return source
     number = torch.arange(len(source))
@@ -421,7 +422,21 @@ def _parquet(path: Path) -> dict[str, Any] | None:
         raise ZooError(f"cannot read the parquet files of {path}: {str(error).splitlines()[0]}") from error
 
 
-def _hub(repository: str, revision: str | None, config: str | None) -> dict[str, Any]:
+def arrow_splits(path: Path) -> dict[str, Any] | None:
+    """The splits of a saved ``datasets`` folder or of parquet files at `path`; None where it is neither.
+
+    Raises:
+        ZooError: it is one of them but cannot be read.
+    """
+    return (_saved(path) if path.is_dir() else None) or _parquet(path)
+
+
+def hub_splits(repository: str, revision: str | None, config: str | None) -> dict[str, Any]:
+    """The splits of a set of the hub.
+
+    Raises:
+        ZooError: it cannot be loaded.
+    """
     import datasets
 
     try:
@@ -439,8 +454,7 @@ def _at_path(
         raise missing_path(path, what)
     if path.is_file() and path.suffix != ".parquet":
         raise ZooError(f"{path} is a file; a data set is a folder or a .parquet file")
-    splits = _saved(path) if path.is_dir() else None
-    splits = splits or _parquet(path)
+    splits = arrow_splits(path)
     if splits is not None:
         return _arrow_layout(str(path), splits, image, label, names)
     layout = _idx(path) or _image_folder(path)
@@ -485,7 +499,7 @@ def _resolve(
     revision, config = options.get("revision"), options.get("config")
     if dataset.startswith("hf://"):
         repository = dataset.removeprefix("hf://").strip("/")
-        return _arrow_layout(dataset, _hub(repository, revision, config), image, label, None), None
+        return _arrow_layout(dataset, hub_splits(repository, revision, config), image, label, None), None
     card = _card(dataset)
     if card is None:
         from zoo.catalog import list_datasets
@@ -510,7 +524,7 @@ def _resolve(
         return layout, card
     if card.hub_id is None:
         raise ZooError(f"{dataset} is read from a folder only: give its path as data_dir")
-    splits = _hub(card.hub_id, revision, config)
+    splits = hub_splits(card.hub_id, revision, config)
     # Splits the card leaves out have no labels.
     listed = {a for names_ in ALIASES.values() for a in names_ if set(names_) & set(card.splits)}
     return _arrow_layout(dataset, {k: v for k, v in splits.items() if k in listed}, image, label, names), card
@@ -548,7 +562,7 @@ def _open(layout: _Layout, split: str) -> Source:
     source = layout.open(part)
     if not len(source):
         raise ZooError(f"{layout.name}: no pictures in split {part!r}")
-    return _select(source, which)
+    return select(source, which)
 
 
 def _shapes_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -584,6 +598,8 @@ def describe(dataset: str, data_dir: str | os.PathLike[str] | None = None, **opt
         mean, std = (card.mean, card.std) if card is not None else ((0.5,) * 3, (0.25,) * 3)
         names = knobs.class_names
         return Description(len(names), names, int(options.get("size", 64)), tuple(mean), tuple(std), True)
+    if card is not None and card.num_classes is None:
+        raise ZooError(f"{dataset} is a set of {card.task}, not of labelled pictures")
     if card is None or data_dir is not None:
         layout, _ = _resolve(dataset, data_dir, options)
         names, in_memory = layout.class_names(), layout.in_memory

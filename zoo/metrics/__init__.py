@@ -5,6 +5,19 @@ from __future__ import annotations
 from zoo.metrics.arc import ARCScore, vote
 from zoo.metrics.coco import CocoAP
 from zoo.metrics.knn import KNNAccuracy, knn_scores
+from zoo.metrics.retrieval import ImageTextRetrieval
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
+from zoo.metrics.zero_shot import class_features
 
-__all__ = ["ARCScore", "CocoAP", "FrameMAP", "KNNAccuracy", "MultiLabelMAP", "MultiViewAccuracy", "knn_scores", "vote"]
+__all__ = [
+    "ARCScore",
+    "CocoAP",
+    "FrameMAP",
+    "ImageTextRetrieval",
+    "KNNAccuracy",
+    "MultiLabelMAP",
+    "MultiViewAccuracy",
+    "class_features",
+    "knn_scores",
+    "vote",
+]

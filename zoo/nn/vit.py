@@ -1,13 +1,14 @@
 """The plain Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929): blocks, patch embedding, classifier.
 
 Parameter names are those of timm and of the official MAE, MoCo v3 and DeiT releases. LayerNorm eps 1e-6, qkv with
-bias, exact GELU.
+bias, exact GELU (JAX's releases have the tanh approximation).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -46,14 +47,25 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), each with stochastic depth."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), each with stochastic depth.
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+    `gelu` is the form of the activation: the exact one, or its "tanh" approximation.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        gelu: Literal["exact", "tanh"] = "exact",
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        activation: Any = nn.GELU if gelu == "exact" else partial(nn.GELU, approximate=gelu)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=activation)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:

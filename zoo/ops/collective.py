@@ -1,6 +1,11 @@
-"""What processes tell each other; with one process (or none declared) everything is the identity. No gradients."""
+"""What processes tell each other; with one process (or none declared) everything is the identity.
+
+Only :func:`gather_with_grad` carries a gradient.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +28,28 @@ def gather(x: Tensor) -> Tensor:
     out = x.new_empty(size * len(x), *x.shape[1:])
     dist.all_gather(list(out.chunk(size)), x.detach().contiguous())
     return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        rank, size = world()
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(size)[rank]
+
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """As :func:`gather`, with the gradient: a process's `x` gets the sum of what the losses of all processes send back.
+
+    Where every process computes the same loss, or its own share of a mean, the gradient is R times that of the whole,
+    which the mean over processes of data-parallel training makes right.
+    """
+    return x if world()[1] == 1 else _Gather.apply(x)
 
 
 @torch.no_grad()

@@ -169,9 +169,10 @@ def _scheduled(
 def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     """The trainable parameters of `model`, grouped by weight decay and learning-rate scale.
 
-    Undecayed are what `no_decay` spares and the names in `no_weight_decay()` of the model or of any part of it. Without
-    layer decay the undecayed group comes first; with it, groups come in the order in which they first occur in
-    `named_parameters`, and a layer's scale is layer_decay ** (top - id), top being `model.num_layer_ids` - 1.
+    Undecayed are what `no_decay` spares and the names in `no_weight_decay()` of the model or of any part of it, save the
+    names in its `weight_decay_too()`. Without layer decay the undecayed group comes first; with it, groups come in the
+    order in which they first occur in `named_parameters`, and a layer's scale is layer_decay ** (top - id), top being
+    `model.num_layer_ids` - 1.
 
     Returns:
         Groups with keys `params`, `names`, `weight_decay`, `lr_scale`.
@@ -189,6 +190,7 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     if optim.layer_decay is not None and layer_id is None:
         raise ZooError(f"optim.layer_decay wants a model with layer_id(name); {type(model).__name__} has none")
 
+    included: set[str] = getattr(model, "weight_decay_too", set)()
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -197,7 +199,7 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
             plain = isinstance(model.get_submodule(name.rpartition(".")[0]), NORMS)
         else:
             plain = parameter.ndim <= 1 or name.endswith(".bias")
-        decayed = optim.no_decay == "none" or not (plain or name in spared)
+        decayed = optim.no_decay == "none" or name in included or not (plain or name in spared)
         layer, scale = 0, 1.0
         if optim.layer_decay is not None and layer_id is not None:
             layer = layer_id(name)
