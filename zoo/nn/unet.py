@@ -231,7 +231,7 @@ class SongUNet(nn.Module):
             skips.append(x)
         *blocks, norm, conv = self.dec.values()
         for block in blocks:
-            if block.in_channels != x.shape[1]:  # type: ignore[comparison-overlap]
+            if block.in_channels != x.shape[1]:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, emb)
         return conv(silu(norm(x)))
