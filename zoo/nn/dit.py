@@ -97,7 +97,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoids(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids(t).to(self.mlp.get_parameter("0.weight").dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -148,7 +148,8 @@ class SwiGLU(nn.Module):
 def _mlp(kind: str, dim: int, hidden: int) -> nn.Module:
     if kind == "swiglu":
         return SwiGLU(dim, hidden)
-    return Mlp(dim, hidden, act_layer=partial(nn.GELU, approximate="tanh" if kind == "gelu_tanh" else "none"))
+    gelu: Any = partial(nn.GELU, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return Mlp(dim, hidden, act_layer=gelu)
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
@@ -302,10 +303,9 @@ class DiT(nn.Module):
         small += [self.in_context_posemb] if self.context_tokens else []
         for weight in small:
             nn.init.normal_(weight, std=0.02)
-        gates = [block.adaLN_modulation[1] for block in self.blocks]
-        for layer in (*gates, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(parameter)
 
     @property
     def time_embedders(self) -> list[Any]:

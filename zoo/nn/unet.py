@@ -167,7 +167,7 @@ class SongUNet(nn.Module):
             raise ZooError(f"a side of {img_resolution} cannot be halved {levels - 1} times: shorten channel_mult")
         if len(resample_filter) % 2:
             raise ZooError(f"resample_filter must have an even number of taps, not {len(resample_filter)}")
-        self.img_resolution, self.num_times = img_resolution, num_times
+        self.img_resolution, self.in_channels, self.num_times = img_resolution, in_channels, num_times
         self.noise_channels = model_channels * channel_mult_noise
         emb_channels = model_channels * channel_mult_emb
 

@@ -40,15 +40,16 @@ def spaced_steps(total: int, respacing: str | int | Sequence[int]) -> list[int]:
     """
     if isinstance(respacing, str) and respacing.startswith("ddim"):
         wanted = int(respacing.removeprefix("ddim"))
-        for stride in range(1, total):
-            if len(range(0, total, stride)) == wanted:
-                return list(range(0, total, stride))
+        for every in range(1, total):
+            if len(range(0, total, every)) == wanted:
+                return list(range(0, total, every))
         raise ZooError(f"no whole stride keeps {wanted} of {total} steps")
     if isinstance(respacing, str):
         counts = [int(part) for part in respacing.split(",")] if respacing else [total]
     else:
         counts = [respacing] if isinstance(respacing, int) else list(respacing)
-    kept, start = set(), 0
+    kept: set[int] = set()
+    start = 0
     for index, count in enumerate(counts):
         size = total // len(counts) + (index < total % len(counts))
         if size < count:

@@ -132,8 +132,8 @@ class Path:
         s = like(self._s(t), x)
         sigma = self._sigma(s)[0]
         error = output - noise if prediction == "noise" else output * sigma + noise
-        factor = {
-            "none": lambda: 1.0,
+        factor: Tensor = {
+            "none": lambda: torch.ones_like(s),
             "velocity": lambda: (self._half_variance(s) / sigma).square(),
             "likelihood": lambda: self._half_variance(s) / sigma.square(),
         }[weight]()

@@ -1,5 +1,5 @@
-"""Runs the kinds of cases that the papers of generation share: DiT and SiT. No paper of ours owns them, so their slug is
-that of the field. Everything but the kind is read from the case."""
+"""Runs the kinds of cases that the papers of generation share: DiT, SiT, and the scores of samples. No paper of ours
+owns them, so their slug is that of the field. Everything but the kind is read from the case."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.metrics.generation import (
+    Statistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    tf1_resize,
+)
 from zoo.nn.dit import DiT, convert_dit
 from zoo.ops.diffusion import Diffusion
 from zoo.ops.flow import GVPPath, LinearPath, Path, VPPath
@@ -54,7 +62,7 @@ def _network(case: Case, variance: bool) -> Any:
 def dit(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
     network, x, y, t = _network(case, True), inputs["latents"], inputs["y"], inputs["timesteps"]
-    variance = "learned_range" if config["constructor"].get("learn_sigma", True) else "fixed_large"
+    variance: Any = "learned_range" if config["constructor"].get("learn_sigma", True) else "fixed_large"
     process = Diffusion(variance=variance)
     losses = process.losses(network(process.noised(x, t, inputs["noise"]), t, y), x, inputs["noise"], t)
     outputs = {"out": network(x, t, y), **losses}
@@ -137,7 +145,7 @@ def transport_loss(case: Case) -> dict[str, Tensor]:
     start, end = _interval(case, _eps(case)[0])
     t = inputs["t_uniform"] * (end - start) + start
     pred = network(path.interpolate(x, noise, t), t, inputs["y"])
-    weight = case["config"]["transport"].get("loss_weight") or "none"
+    weight: Any = case["config"]["transport"].get("loss_weight") or "none"
     return {"pred": pred, "loss_per_sample": path.loss(prediction, pred, x, noise, t, weight)}
 
 
@@ -183,9 +191,43 @@ def transport_sampler(case: Case) -> dict[str, Tensor]:
     return {"first": states[1], "last": states[-1]}  # the noise itself is not among the official states
 
 
+# -------------------------------------------------------------------------------------------------------------- scores
+
+
+def scores(case: Case) -> dict[str, Tensor]:
+    config, inputs = case["config"], filled_inputs(case)
+    generated, real = inputs["features_gen"], inputs["features_real"]
+    logits, splits, seed = (
+        inputs["logits_gen"] * config.get("logit_scale", 1.0),
+        config["isc_splits"],
+        config["rng_seed"],
+    )
+    score, score_std = inception_score(logits, splits, seed)
+    kid, kid_std = kernel_distance(generated, real, config["kid_subsets"], config["kid_subset_size"], seed)
+    precision, recall = precision_recall(generated, real, config["prc_neighborhood"])
+    return {
+        "fid": frechet_distance(Statistics.of(generated), Statistics.of(real)),
+        "isc_mean": score,
+        "isc_std": score_std,
+        "isc_mean_unshuffled": inception_score(logits, splits, None)[0],
+        "kid_mean": kid,
+        "kid_std": kid_std,
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def tf1_bilinear(case: Case) -> dict[str, Tensor]:
+    size = case["config"]["size"]
+    side = (size, size) if isinstance(size, int) else tuple(size)
+    return {"resized": tf1_resize(filled_inputs(case)["image"], side)}
+
+
 KINDS = {
     "models.DiT + diffusion.create_diffusion": dit,
     "models.SiT": sit,
     "transport.Transport.training_losses": transport_loss,
     "transport.Sampler": transport_sampler,
+    "metric_fid / metric_isc / metric_kid / metric_prc": scores,
+    "interpolate_compat_tensorflow.interpolate_bilinear_2d_like_tensorflow1x": tf1_bilinear,
 }
