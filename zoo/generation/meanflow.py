@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from zoo.data.augment import EDMAugment
 from zoo.errors import ZooError, unknown
 from zoo.metrics.generation import to_uint8
 from zoo.nn.autoencoder import PIXELS, FrozenAutoencoder, convert_autoencoder, sd_vae
@@ -180,10 +181,14 @@ def velocity_and_derivative(
 ) -> tuple[Tensor, Tensor]:
     """u and its derivative along (dz, dr, dt) = (velocity, *tangent); Table 1b has wrong tangents.
 
-    In one forward pass, of which u can be differentiated. Fused attention has no forward-mode derivative, so the
-    written-out kernel is taken.
+    In one forward pass, of which u can be differentiated; in two for a network that checkpoints its activations, where
+    the second keeps none. Fused attention has no forward-mode derivative, so the written-out kernel is taken.
     """
     dr, dt = (torch.full_like(t, value) for value in tangent)
+    if getattr(network, "grad_checkpointing", False) and torch.is_grad_enabled():
+        u = average_velocity(network, z, t, r, condition)
+        with torch.no_grad():
+            return u, velocity_and_derivative(network, z, t, r, condition, velocity, tangent)[1]
     with sdpa_kernel(SDPBackend.MATH):
         u, derivative, *_ = torch.func.jvp(
             lambda z, t, r: average_velocity(network, z, t, r, condition), (z, t, r), (velocity, dt, dr)
@@ -498,6 +503,7 @@ class UnconditionalMeanFlow(MeanFlow):
         img_size: side of the pictures.
         dropout: in every block.
         augment_dim: A; 0 for none.
+        augment: chance of each of EDM's geometric changes in training, whose labels the network sees; 0 for none.
         optim, pairs, loss_power, loss_eps, sampling_times: as in :class:`MeanFlow`.
     """
 
@@ -513,6 +519,7 @@ class UnconditionalMeanFlow(MeanFlow):
         attn_resolutions: list[int] | None = None,
         dropout: float | None = None,
         augment_dim: int | None = None,
+        augment: float = 0.12,
         pairs: TimePairs = TimePairs(mean=-2.0, std=2.0, equal=0.25, equal_by="chance"),
         loss_power: float = 0.75,
         loss_eps: float = 1e-3,
@@ -537,6 +544,16 @@ class UnconditionalMeanFlow(MeanFlow):
         network = (UNETS[model] if model else _unet)(**options)
         super().__init__(network, optim, pairs, loss_power, loss_eps, sampling_times or [1.0, 0.0])
         self.save_hyperparameters()
+        self.augment = EDMAugment(augment) if augment else None
+        if self.augment is not None and self.augment.label_dim != network.augment_dim:
+            raise ZooError(
+                f"the augmentation's labels hold {self.augment.label_dim} numbers: set augment_dim, or augment: 0"
+            )
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        if self.augment is not None and "augment" not in batch:
+            batch = self.augment(dict(batch))
+        return super().training_step(batch, batch_idx)
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         noise, t, r = self._draws(batch)

@@ -141,6 +141,7 @@ def _unet_options(case: Case) -> dict[str, Any]:
         "img_size": net["img_resolution"],
         "in_chans": net["in_channels"],
         "augment_dim": net.get("augment_dim", 0),
+        "augment": 0.0,
         "pairs": TimePairs(
             mean=args["P_mean_t"],
             std=args["P_std_t"],
