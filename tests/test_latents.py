@@ -81,7 +81,7 @@ def _batches(module: LatentDataModule, epoch: int = 0) -> dict[str, Tensor]:
 
 def test_latents_are_drawn_afresh_and_scaled(latents: Path) -> None:
     module = LatentDataModule(str(latents), batch_size=3, num_workers=0, seed=1)
-    assert (module.image_size, module.channels, module.num_classes, module.scale) == (8, 4, 2, 0.18215)
+    assert (module.image_size, module.num_classes, module.class_names) == (8, 2, ["a", "b"])
     first, again, later = _batches(module), _batches(module), _batches(module, epoch=1)
     assert first["image"].shape == (9, 4, 8, 8)
     assert sorted(first["index"].tolist()) == list(range(9))
@@ -159,6 +159,12 @@ def test_from_the_command_line(
 def test_mistakes_are_told(latents: Path, autoencoder: str, pictures: str, tmp_path: Path) -> None:
     with pytest.raises(ZooError, match="is no folder of latents"):
         LatentDataModule(str(tmp_path))
+    early = LatentDataModule(str(tmp_path / "later"), image_size=8, num_classes=2)  # a recipe before its latents
+    assert (early.image_size, early.num_classes) == (8, 2)
+    with pytest.raises(ZooError, match="is no folder of latents"):
+        early.train_dataloader()
+    with pytest.raises(ZooError, match="num_classes of the latents is 2, not 10"):
+        LatentDataModule(str(latents), num_classes=10)
     with pytest.raises(ZooError, match=r"data.train_samples must be at least 1"):
         LatentDataModule(str(latents), train_samples=0)
     with pytest.raises(ZooError, match="train_samples is 99"):

@@ -282,15 +282,18 @@ class LatentDataModule(SeededDataModule):
         dataset: the folder.
         batch_size: per device.
         eval_batch_size: per device; None: as `batch_size`.
+        image_size: side of the latents, and
+        num_classes: of the labels: what a recipe says of them before they are made; the folder must agree.
         mirrored: train on mirror images too, half of the time; the folder must hold them.
         num_workers: loading processes; None: what the machine's cores allow.
         train_samples: train on this many samples only, drawn once with the seed.
         seed: of order and draws; None: the one of ``seed_everything``, else 0.
 
     Attributes:
-        image_size: side of the latents; channels: theirs; scale: what they were multiplied by.
-        autoencoder: the weights they were made by.
-        num_classes, class_names: of the labels.
+        class_names: of the labels; none before the latents are made.
+
+    Raises:
+        ZooError: no such folder where its sizes are not stated, or one that does not agree.
     """
 
     def __init__(
@@ -298,21 +301,30 @@ class LatentDataModule(SeededDataModule):
         dataset: str,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
+        image_size: int | None = None,
+        num_classes: int | None = None,
         mirrored: bool = True,
         num_workers: int | None = None,
         train_samples: int | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, 1, seed)
-        at_least_one(train_samples=train_samples)
+        at_least_one(train_samples=train_samples, image_size=image_size)
         self.dataset, self.folder = dataset, Path(dataset).expanduser()
-        facts = read_facts(self.folder)
-        if mirrored and facts["views"] < 2:
-            raise ZooError(f"{dataset} holds no mirror images: set data.mirrored to false, or make the latents anew")
         self.mirrored, self.train_samples = mirrored, train_samples
-        self.channels, _, self.image_size = facts["shape"]
-        self.scale, self.autoencoder = facts["scale"], facts["autoencoder"]
-        self.num_classes, self.class_names = facts["num_classes"], facts["class_names"]
+        self.class_names: list[str] = []
+        if image_size is None or num_classes is None or (self.folder / FACTS).is_file():
+            facts = read_facts(self.folder)
+            if mirrored and facts["views"] < 2:
+                raise ZooError(f"{dataset} holds no mirror images: set data.mirrored to false, or make them anew")
+            for name, stated, there in (
+                ("image_size", image_size, facts["shape"][-1]),
+                ("num_classes", num_classes, facts["num_classes"]),
+            ):
+                if stated not in (None, there):
+                    raise ZooError(f"{dataset}: {name} of the latents is {there}, not {stated}")
+            image_size, num_classes, self.class_names = facts["shape"][-1], facts["num_classes"], facts["class_names"]
+        self.image_size, self.num_classes = image_size, num_classes
 
     def source(self, split: str) -> LatentSource:
         """The moments behind a split."""
