@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -108,9 +110,10 @@ def test_resize_of_tensorflow_1() -> None:
 
 
 def test_statistics_files_of_every_kind(tmp_path: Path) -> None:
-    ours = Statistics.of(_features(30).float(), "mine")
+    ours = replace(Statistics.of(_features(30).float(), "mine"), facts={"features": "drawn"})
     ours.write(tmp_path / "ours.npz", features=True)
     back = Statistics.read(tmp_path / "ours.npz")
+    assert back.facts == {"features": "drawn"}
     torch.testing.assert_close(back.mean, ours.mean)
     torch.testing.assert_close(back.covariance, ours.covariance)
     assert back.features is not None
@@ -146,6 +149,7 @@ def test_reference_statistics_by_sums_are_those_of_all_features() -> None:
     assert whole.features.shape == (40, 256)
     assert by_sums.features is None
     assert by_sums.name == "shapes train, 40 pictures"
+    assert by_sums.facts == whole.facts == extractor.facts
     torch.testing.assert_close(by_sums.mean, whole.mean)
     torch.testing.assert_close(by_sums.covariance, whole.covariance)
 
@@ -276,6 +280,11 @@ def test_the_metric_does_not_depend_on_order_batches_and_repeats() -> None:
     [
         (["fid"], None, "fid wants the statistics of real pictures"),
         (["kid"], Statistics(torch.zeros(256), torch.eye(256), None, "adm.npz"), "the reference adm.npz holds their"),
+        (
+            ["fid"],
+            Statistics(torch.zeros(256), torch.eye(256), None, "old.npz", {"features": "vgg"}),
+            "reference old.npz was made with .*cannot be compared",
+        ),
         (["sfid"], None, "unknown metric of generation 'sfid'"),
         (["is"], None, "come without logits"),
     ],
@@ -361,6 +370,15 @@ def test_evaluation_by_sampling_follows_learning() -> None:
     assert facts["features"].startswith("random convolutions")
 
 
+def test_without_pictures_a_reference_must_be_a_file() -> None:
+    class Latents(L.LightningDataModule):
+        def val_dataloader(self) -> list[Tensor]:
+            return [torch.zeros(1)]
+
+    with pytest.raises(ZooError, match=r"reference: train wants a data module of pictures; name a file"):
+        trainer(evaluation()).validate(Painter(), datamodule=Latents(), verbose=False)
+
+
 def test_a_task_that_does_not_sample_is_told() -> None:
     class Silent(Painter):
         noise_shape = property()  # type: ignore[assignment]
@@ -384,3 +402,65 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
         results.append(json.loads(out.read_text()))
     assert results[0] == pytest.approx(results[1], rel=1e-5, abs=1e-7)
     assert set(results[0]) == {f"test/{n}_random" for n in ("frechet", "kernel", "kernel_std", "precision", "recall")}
+
+
+OWN_PAPER = """
+import torch
+from zoo.nn.autoencoder import AutoencoderKL
+
+class Blobs(torch.nn.Module):
+    autoencoder = "decoder.pth"
+    noise_shape = (4, 4, 4)
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.colour = torch.nn.Parameter(torch.zeros(3, 4, 1, 1))
+
+    def sample(self, noise, label):
+        return self.colour[label] + noise
+
+def blobs(**overrides):
+    return Blobs(**overrides)
+
+def silent(**overrides):
+    return torch.nn.Linear(1, 1)
+
+def convert_official(state):
+    return state
+"""
+
+
+def test_a_published_model_draws_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torchvision.io import read_image
+
+    from zoo.cli import main
+    from zoo.nn.autoencoder import AutoencoderKL
+
+    monkeypatch.setenv("ZOO_PAPERS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blobs_paper.py").write_text(OWN_PAPER)
+    facts = {"slug": "blobs_paper", "field": "generation", "title": "Blobs", "authors": ["A"], "year": 2026}
+    facts |= {"summary": "A test's.", "models": [{"name": name, "params": 12} for name in ("blobs", "silent")]}
+    (tmp_path / "blobs_paper.yaml").write_text(json.dumps(facts))
+    torch.manual_seed(0)
+    torch.save(AutoencoderKL(width=32, channel_mult=(1, 1), depth=1).state_dict(), "decoder.pth")
+    torch.save({"colour": torch.randn(3, 4, 1, 1)}, "blobs.pth")
+    words = ["predict", "blobs", "--weights", "blobs.pth", "--count", "6"]
+    assert main([*words, "--classes", "2", "0", "-o", "sheet.png"]) == 0
+    assert "blobs: sheet.png" in capsys.readouterr().out
+    sheet = read_image("sheet.png")
+    assert sheet.shape == (3, 2 + 2 * 66, 2 + 3 * 66)
+    assert main(words) == 0
+    assert not torch.equal(read_image("blobs.png"), sheet)  # of the first classes
+    assert main([*words, "-o", "samples"]) == 2
+    assert "drawn into a .png" in capsys.readouterr().err
+    assert main([*words, "--classes", "7"]) == 2
+    assert "no class 7" in capsys.readouterr().err
+    torch.save(torch.nn.Linear(1, 1).state_dict(), "silent.pth")
+    assert main(["predict", "silent", "--weights", "silent.pth"]) == 2
+    assert "makes nothing without pictures" in capsys.readouterr().err
+    assert main(["predict", "silent", "one.png", "--count", "3"]) == 2
+    assert "which want no pictures" in capsys.readouterr().err

@@ -262,24 +262,33 @@ def _is_model(name: str) -> bool:
 
 
 def _picture(words: list[str]) -> int:
-    parser = _Parser(prog="zoo predict", description="What a model makes of pictures.")
+    parser = _Parser(prog="zoo predict", description="What a model makes of pictures, or a generative one of noise.")
     parser.add_argument("model", help="a model with a weight tag: mae_vit_base_patch16.in1k_1600ep_visualize")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
+    parser.add_argument("images", nargs="*", metavar="IMAGE", type=Path, help="none: a sheet of samples is drawn")
     parser.add_argument("-o", "--out", metavar="OUT", type=Path, help="a .png (one image) or a folder")
     parser.add_argument("--weights", help="a file to load instead of the published weights")
-    parser.add_argument("--seed", type=int, default=0, help="of a random mask")
+    parser.add_argument("--seed", type=int, default=0, help="of a random mask, or of the samples")
+    parser.add_argument("--count", type=int, help="of samples (16)")
+    parser.add_argument("--classes", type=int, nargs="+", metavar="K", help="of samples, a row each")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(words)
     from zoo import picture
 
-    results = picture.predict(
-        arguments.model, arguments.images, arguments.out, weights=arguments.weights, seed=arguments.seed
-    )
+    if arguments.images:
+        if arguments.count or arguments.classes:
+            raise ZooError("--count and --classes are of samples, which want no pictures")
+        results = picture.predict(
+            arguments.model, arguments.images, arguments.out, weights=arguments.weights, seed=arguments.seed
+        )
+    else:
+        results = picture.sample(
+            arguments.model, arguments.out, arguments.weights, arguments.count or 16, arguments.classes, arguments.seed
+        )
     if arguments.json:
         return _print_json(results)
     for result in results:
         if "picture" in result:
-            print(f"{result['image']}: {result['picture']}")
+            print(f"{result.get('image', arguments.model)}: {result['picture']}")
         for row in result.get("top", []):
             print(f"{result['image']}: {row['probability']:6.1%}  {row['label']}")
     return 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 import zipfile
@@ -76,12 +77,13 @@ def tf1_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 @dataclass(frozen=True)
 class Statistics:
     """What a set of pictures is compared with: the mean (D,) and covariance (D, D) of its features, float64, and, for
-    distances that want them, the features (N, D) themselves."""
+    distances that want them, the features (N, D) themselves. `facts` of the extractor, where they are known."""
 
     mean: Tensor
     covariance: Tensor
     features: Tensor | None = None
     name: str = ""
+    facts: dict[str, Any] | None = None
 
     @staticmethod
     def of(features: Tensor, name: str = "") -> Statistics:
@@ -105,16 +107,19 @@ class Statistics:
                 raise ZooError(f"{path}: no mu and sigma (or ref_mu and ref_sigma); it has {', '.join(file.files)}")
             mean, covariance = (torch.from_numpy(np.asarray(file[name], np.float64)) for name in names)
             features = torch.from_numpy(file["features"]) if "features" in file.files else None
+            facts = json.loads(str(file["facts"])) if "facts" in file.files else None
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ZooError(f"{path}: a mean of shape {tuple(mean.shape)} beside a covariance {tuple(covariance.shape)}")
-        return Statistics(mean, covariance, features, Path(path).name)
+        return Statistics(mean, covariance, features, Path(path).name, facts)
 
     def write(self, path: str | os.PathLike[str], features: bool = False) -> None:
         """As npz with ``mu`` and ``sigma``, which torch-fidelity reads too; with `features` for KID, precision and
-        recall."""
+        recall. What the extractor was goes along, and :class:`GenerationMetrics` refuses another one."""
         if Path(path).suffix != ".npz":
             raise ZooError(f"statistics are written as .npz, not {str(path)!r}")
         arrays: dict[str, Any] = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy()}
+        if self.facts is not None:
+            arrays["facts"] = np.array(json.dumps(self.facts))
         if features:
             if self.features is None:
                 raise ZooError(f"these statistics ({self.name or 'unnamed'}) hold no features to write")
@@ -498,6 +503,11 @@ class GenerationMetrics(torchmetrics.Metric):
     def _reference(self, name: str) -> Statistics:
         if self.reference is None:
             raise ZooError(f"{name} wants the statistics of real pictures (reference)")
+        if self.reference.facts not in (None, self.extractor.facts):
+            raise ZooError(
+                f"the reference {self.reference.name} was made with {self.reference.facts}, and the features of samples"
+                f" are {self.extractor.facts}: they cannot be compared"
+            )
         if name != "fid" and self.reference.features is None:
             raise ZooError(
                 f"{name} wants the features of real pictures, and the reference {self.reference.name or ''} holds their"

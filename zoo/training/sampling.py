@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -146,13 +147,13 @@ def reference_statistics(
         found, index = (torch.cat(column).clone() for column in zip(*rows, strict=True))
         if trainer:
             found = gather_samples(trainer, {"features": found, "index": index})["features"]
-        return Statistics.of(found, name)
+        return replace(Statistics.of(found, name), facts=extractor.facts)
     if world > 1 and trainer:
         total, square, count = (
             trainer.strategy.all_gather(v.clone()).reshape(world, *v.shape).sum(0) for v in (total, square, count)
         )
     mean = total / count
-    return Statistics(mean, (square - count * mean.outer(mean)) / (count - 1), None, name)
+    return Statistics(mean, (square - count * mean.outer(mean)) / (count - 1), None, name, extractor.facts)
 
 
 def _pictures(trainer: L.Trainer, split: str) -> Any:
@@ -317,7 +318,11 @@ class SamplingEvaluation(L.Callback):
         if stage in ("fit", "validate", "test") and self._metric is None:
             # Made here, so that missing weights are told before hours of training and not after them.
             extractor = make_extractor(self.extractor, **self.extractor_options)
-            fixed = Statistics.read(self.reference) if self.reference not in ("train", "val") else None
+            fixed = None
+            if self.reference not in ("train", "val"):
+                fixed = Statistics.read(self.reference)
+            elif self.metrics != ["is"]:
+                _pictures(trainer, self.reference)
             self._metric = GenerationMetrics(extractor, self.metrics, fixed, kid_subset_size=self.kid_subset_size)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -344,7 +349,7 @@ class SamplingEvaluation(L.Callback):
             raise ZooError(f"{count} samples cannot be shared by {trainer.world_size} processes")
         metric = self._metric.to(pl_module.device)
         metric.reset()
-        if metric.reference is None:
+        if metric.reference is None and self.metrics != ["is"]:
             whole = bool({"kid", "precision_recall"} & set(self.metrics))
             metric.reference = reference_statistics(
                 _pictures(trainer, self.reference), self.reference, metric.extractor, metric.device, whole, trainer
