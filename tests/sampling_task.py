@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.data import ImageDataModule
+from zoo.metrics.generation import RandomFeatures
 from zoo.training import BaseModule, Optim, SamplingEvaluation
+from zoo.training.sampling import reference_statistics
 
 METRICS = ["fid", "kid", "precision_recall"]
 
@@ -65,10 +67,19 @@ def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
     return L.Trainer(**{**quiet, "callbacks": list(callbacks), **options})
 
 
+class BySums(L.Callback):
+    """Logs what statistics without features give, which are summed over the processes."""
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        found = reference_statistics(data(), "train", RandomFeatures(), trainer=trainer)
+        pl_module.log_dict({"mean": found.mean.norm().item(), "covariance": found.covariance.norm().item()})
+
+
 def main(devices: int, out: str) -> None:
     strategy = "auto" if devices == 1 else "ddp"
     # Shares of 23 and 22 samples, in batches of 8: neither the order nor the batches are those of one process.
-    run = trainer(evaluation(batch_size=45 if devices == 1 else 8), devices=devices, strategy=strategy)
+    callbacks = evaluation(batch_size=45 if devices == 1 else 8), BySums()
+    run = trainer(*callbacks, devices=devices, strategy=strategy)
     run.test(Painter(), datamodule=data(), verbose=False)
     if run.is_global_zero:
         with open(out, "w") as file:

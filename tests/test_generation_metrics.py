@@ -379,6 +379,25 @@ def test_without_pictures_a_reference_must_be_a_file() -> None:
         trainer(evaluation()).validate(Painter(), datamodule=Latents(), verbose=False)
 
 
+def test_a_reference_with_pictures_serves_every_metric(tmp_path: Path) -> None:
+    """ADM's files hold statistics and some of the pictures."""
+    pictures = _bytes(30, side=32)
+    real = Statistics.of(RandomFeatures()(pictures)[0])
+    real.write(tmp_path / "plain.npz")
+    arrays = {"mu": real.mean.numpy(), "sigma": real.covariance.numpy()}
+    np.savez(tmp_path / "adm.npz", arr_0=pictures.permute(0, 2, 3, 1).numpy(), **arrays)
+    callback = evaluation(reference=str(tmp_path / "adm.npz"))
+    found = trainer(callback).validate(Painter(), datamodule=data(), verbose=False)[0]
+    samples = to_uint8(draw_samples(Painter(), range(45), "cpu", 0, labels_of(range(45), 10, 45)))
+    features = RandomFeatures()(samples)[0]
+    assert found["val/frechet_random"] == pytest.approx(
+        frechet_distance(Statistics.of(features), real).item(), rel=1e-5
+    )
+    assert found["val/recall_random"] == precision_recall(features, RandomFeatures()(pictures)[0])[1]
+    with pytest.raises(ZooError, match=r"want features or pictures of the reference; .*plain.npz holds"):
+        trainer(evaluation(reference=str(tmp_path / "plain.npz"))).validate(Painter(), datamodule=data(), verbose=False)
+
+
 def test_a_task_that_does_not_sample_is_told() -> None:
     class Silent(Painter):
         noise_shape = property()  # type: ignore[assignment]
@@ -401,7 +420,8 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
         results.append(json.loads(out.read_text()))
     assert results[0] == pytest.approx(results[1], rel=1e-5, abs=1e-7)
-    assert set(results[0]) == {f"test/{n}_random" for n in ("frechet", "kernel", "kernel_std", "precision", "recall")}
+    scores = {f"test/{name}_random" for name in ("frechet", "kernel", "kernel_std", "precision", "recall")}
+    assert set(results[0]) == {*scores, "mean", "covariance"}
 
 
 OWN_PAPER = """

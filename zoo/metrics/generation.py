@@ -128,6 +128,12 @@ class Statistics:
         np.savez(path, **arrays)
 
 
+def has_pictures(path: str | os.PathLike[str]) -> bool:
+    """Whether an npz file holds pictures for :func:`read_pictures`."""
+    with _npz(path) as file:
+        return "arr_0" in file.files
+
+
 def read_pictures(path: str | os.PathLike[str]) -> Tensor:
     """The pictures ``arr_0`` (N, H, W, 3) uint8 of one of ADM's npz files, as (N, 3, H, W)."""
     with _npz(path) as file:

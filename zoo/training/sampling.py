@@ -25,7 +25,16 @@ from torch import Tensor
 
 from zoo.data.shapes import hash64
 from zoo.errors import ZooError, unknown
-from zoo.metrics.generation import Extractor, GenerationMetrics, Rounding, Statistics, make_extractor, to_uint8
+from zoo.metrics.generation import (
+    Extractor,
+    GenerationMetrics,
+    Rounding,
+    Statistics,
+    has_pictures,
+    make_extractor,
+    read_pictures,
+    to_uint8,
+)
 from zoo.training.ema import evaluation_weights
 
 Labels = Literal["random", "balanced"]
@@ -276,8 +285,9 @@ class SamplingEvaluation(L.Callback):
         metrics: of "fid", "is", "kid" and "precision_recall".
         extractor: "inception", "random", or an extractor.
         extractor_options: of the extractor by name, such as {resize: antialias} or {weights: FILE}.
-        reference: an .npz of statistics (`mu` and `sigma`, or `ref_mu` and `ref_sigma`), or a split of the run's data,
-            "train" or "val", without augmentation.
+        reference: an .npz of statistics (`mu` and `sigma`, or `ref_mu` and `ref_sigma`), for KID, precision and recall
+            with `features` or ADM's pictures (`arr_0`); or a split of the run's data, "train" or "val", without
+            augmentation.
         labels: "random", or "balanced", equally many of each class.
         rounding: of pictures to bytes, see :func:`~zoo.metrics.generation.to_uint8`.
         batch_size: samples drawn at a time on each device.
@@ -321,6 +331,11 @@ class SamplingEvaluation(L.Callback):
             fixed = None
             if self.reference not in ("train", "val"):
                 fixed = Statistics.read(self.reference)
+                if self._wants_features and fixed.features is None and not has_pictures(self.reference):
+                    raise ZooError(
+                        f"KID, precision and recall want features or pictures of the reference; {self.reference} holds"
+                        " statistics only"
+                    )
             elif self.metrics != ["is"]:
                 _pictures(trainer, self.reference)
             self._metric = GenerationMetrics(extractor, self.metrics, fixed, kid_subset_size=self.kid_subset_size)
@@ -350,10 +365,12 @@ class SamplingEvaluation(L.Callback):
         metric = self._metric.to(pl_module.device)
         metric.reset()
         if metric.reference is None and self.metrics != ["is"]:
-            whole = bool({"kid", "precision_recall"} & set(self.metrics))
+            data, whole = _pictures(trainer, self.reference), self._wants_features
             metric.reference = reference_statistics(
-                _pictures(trainer, self.reference), self.reference, metric.extractor, metric.device, whole, trainer
+                data, self.reference, metric.extractor, metric.device, whole, trainer
             )
+        elif metric.reference and self._wants_features and metric.reference.features is None:
+            metric.reference = replace(metric.reference, features=self._features(read_pictures(self.reference)))
         with (
             evaluation_weights(trainer, pl_module),
             torch.inference_mode(),
@@ -366,6 +383,18 @@ class SamplingEvaluation(L.Callback):
         found = metric.compute()
         metric.reset()
         return found
+
+    @property
+    def _wants_features(self) -> bool:
+        return not {"kid", "precision_recall"}.isdisjoint(self.metrics)
+
+    def _features(self, pictures: Tensor) -> Tensor:
+        assert self._metric is not None
+        with torch.inference_mode():
+            parts = [
+                self._metric.extractor(part.to(self._metric.device))[0] for part in pictures.split(self.batch_size)
+            ]
+        return torch.cat(parts).clone()
 
     def _shares(self, count: int, rank: int, world: int) -> Iterator[list[int]]:
         mine = range(rank, count, world)
