@@ -18,7 +18,7 @@ from zoo.ops.flow import GVPPath, LinearPath, VPPath
 from zoo.ops.flow import Path as FlowPath
 from zoo.ops.guidance import drop_labels, guide, guided, scale_within
 from zoo.ops.pos_embed import apply_rope, rope_2d
-from zoo.ops.samplers import ode_path, sde_path, times_between
+from zoo.ops.samplers import dopri5_path, ode_path, sde_path, times_between
 
 SMALL: dict[str, Any] = {"img_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 5}
 STYLES = {
@@ -246,6 +246,30 @@ def test_ode_solvers_have_their_order(method: Any, order: int) -> None:
         *_, end = ode_path(lambda z, t: -z * (1 + t[:, None]), torch.ones(1, 1, dtype=torch.float64), times, method)
         errors.append(abs(end.item() - torch.tensor(-1.5).exp().item()))
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.25)
+
+
+@pytest.mark.parametrize("times", [(0.0, 0.3, 1.0), (1.0, 0.3, 0.0)])
+def test_the_adaptive_solver_keeps_its_tolerance(times: tuple[float, ...]) -> None:
+    def exact(t: float) -> float:
+        return torch.tensor(3 * t - 4 * t**2).exp().item()
+
+    calls = []
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:
+        calls.append(t[0].item())
+        return z * (3 - 8 * t[:, None])
+
+    start = torch.full((2, 1), exact(times[0]), dtype=torch.float64)
+    for tolerance in (1e-3, 1e-8):
+        calls.clear()
+        states = dopri5_path(velocity, start, torch.tensor(times), atol=tolerance, rtol=tolerance)
+        for t, state in zip(times[1:], states, strict=True):
+            assert state[0, 0].item() == pytest.approx(exact(t), rel=100 * tolerance)
+        assert len(calls) < {1e-3: 60, 1e-8: 400}[tolerance]
+    with pytest.raises(ZooError, match="rise, or that fall"):
+        list(dopri5_path(velocity, start, torch.tensor([0.0, 0.5, 0.2])))
+    with pytest.raises(ZooError, match="more than 2 steps"):
+        list(dopri5_path(velocity, start, torch.tensor([0.0, 1.0]), rtol=1e-9, max_steps=2))
 
 
 def test_the_sde_sampler_finds_a_gaussian() -> None:

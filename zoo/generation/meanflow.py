@@ -351,7 +351,9 @@ class MeanFlow(BaseModule):
         if len(sampling_times) < 2 or any(t <= r for t, r in pairwise(sampling_times)):
             raise ZooError(f"sampling_times must fall from the noise at 1 to the data at 0, not {list(sampling_times)}")
         self.network: Any = network
-        self.pairs, self.loss_power, self.loss_eps = pairs, loss_power, loss_eps
+        # A checkpoint holds declarations as plain mappings.
+        self.pairs = TimePairs(**pairs) if isinstance(pairs, Mapping) else pairs
+        self.loss_power, self.loss_eps = loss_power, loss_eps
         self.sampling_times = tuple(sampling_times)
         self.autoencoder = FrozenAutoencoder(autoencoder)
 

@@ -20,7 +20,7 @@ from zoo.nn.dit import DiT, convert_dit
 from zoo.ops.diffusion import Diffusion
 from zoo.ops.flow import GVPPath, LinearPath, Path, VPPath
 from zoo.ops.guidance import guide, guided
-from zoo.ops.samplers import OdeMethod, ode_path, sde_path, times_between
+from zoo.ops.samplers import OdeMethod, dopri5_path, ode_path, sde_path, times_between
 from zoo.parity import Case, filled_inputs, load_filled
 
 PATHS = {"Linear": LinearPath, "GVP": GVPPath, "VP": VPPath}
@@ -161,14 +161,16 @@ def transport_sampler(case: Case) -> dict[str, Tensor]:
     if config["sampler"] == "ode":
         steps = options.get("num_steps", 50) - 1
         times = times_between(*_interval(case, eps), steps, z)
-        states = list(
-            ode_path(
-                lambda z, t: path.velocity_from(prediction, output(z, t), z, t),
-                z,
-                times,
-                ODE_METHODS[options["sampling_method"]],
-            )
-        )
+
+        def velocity(z: Tensor, t: Tensor) -> Tensor:
+            return path.velocity_from(prediction, output(z, t), z, t)
+
+        method = options.get("sampling_method", "dopri5")
+        if method == "dopri5":
+            walk = dopri5_path(velocity, z, times, options.get("atol", 1e-6), options.get("rtol", 1e-3))
+        else:
+            walk = ode_path(velocity, z, times, ODE_METHODS[method])
+        states = list(walk)
         return {"first": states[0], "last": states[-1]}
     form, steps = options.get("diffusion_form", "SBDM"), options.get("num_steps", 250) - 1
     last = options.get("last_step", "Mean")
