@@ -14,6 +14,7 @@ from zoo import parity
 from zoo.errors import ZooError
 from zoo.nn.unet import ResampleConv2d, SongUNet, sinusoid
 
+CASES = Path(__file__).parent / "parity" / "cases"
 TINY: dict[str, Any] = {"img_resolution": 8, "model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1}
 TINY |= {"attn_resolutions": (4,), "dropout": 0.0, "num_times": 2, "augment_dim": 6}
 
@@ -31,8 +32,9 @@ def _moved(network: SongUNet) -> SongUNet:
     return network
 
 
-def test_the_official_forward_pass(shared: Path) -> None:
-    case = parity.load(shared / "parity" / "meanflow" / "cifar_unet_forward.json") | {"device": "cpu"}
+def test_the_official_forward_pass() -> None:
+    """The network by itself; tests/parity goes by way of the task that wears it."""
+    case = parity.load(CASES / "meanflow" / "cifar_unet_forward.json") | {"device": "cpu"}
     config = {key: value for key, value in case["config"]["net"].items() if not key.endswith("_type")}
     network = SongUNet(**config, num_times=2).double().eval()
     official = {key.removeprefix("net."): value for key, value in parity.filled_state(case).items()}
