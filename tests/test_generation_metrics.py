@@ -101,6 +101,10 @@ def test_bytes_by_each_protocol() -> None:
 def test_resize_of_tensorflow_1() -> None:
     reference = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
     images = _bytes(2, side=32)[:, :, :20].float()
+    for size in ((299, 299), (40, 64), (9, 17)):
+        for corners in (False, True):
+            wanted = reference.interpolate_bilinear_2d_like_tensorflow1x(images, size=size, align_corners=corners)
+            torch.testing.assert_close(tf1_resize(images, size, corners), wanted, rtol=0, atol=1e-4)
     wanted = reference.interpolate_bilinear_2d_like_tensorflow1x(images, size=(299, 299), align_corners=False)
     assert torch.equal(tf1_resize(images, (299, 299)), wanted)
     assert torch.equal(tf1_resize(images, (20, 32)), images)

@@ -54,14 +54,16 @@ def to_uint8(images: Tensor, rounding: Rounding = "adm") -> Tensor:
     return (values.round() if rounding == "round" else values.floor()).to(torch.uint8)
 
 
-def tf1_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+def tf1_resize(images: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
     """Bilinear resize (B, C, H, W) to (B, C, *size) as TensorFlow 1 does it: pixel k lies at k times in / out, without
-    the half pixel that other libraries add, and the border is repeated. The Inception network of FID expects it."""
+    the half pixel that other libraries add, and the border is repeated. The Inception network of FID expects it. With
+    `align_corners` the corners stay where they are."""
     lows, highs, shares = [], [], []
     for old, new in zip(images.shape[-2:], size, strict=True):
         place = torch.arange(new, dtype=images.dtype, device=images.device)
-        place = place * torch.tensor(old / new, dtype=torch.float32, device=images.device)  # the graph's precision
-        low = place.long()
+        step = (old - 1) / max(1, new - 1) if align_corners else old / new
+        place = place * torch.tensor(step, dtype=torch.float32, device=images.device)  # the graph's precision
+        low = place.long().clamp(max=old - 1)
         lows.append(low)
         highs.append((low + 1).clamp(max=old - 1))
         shares.append(place - low)

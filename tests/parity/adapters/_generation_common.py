@@ -220,9 +220,9 @@ def scores(case: Case) -> dict[str, Tensor]:
 
 
 def tf1_bilinear(case: Case) -> dict[str, Tensor]:
-    size = case["config"]["size"]
+    size, corners = case["config"]["size"], case["config"].get("align_corners", False)
     side = (size, size) if isinstance(size, int) else tuple(size)
-    return {"resized": tf1_resize(filled_inputs(case)["image"], side)}
+    return {"resized": tf1_resize(filled_inputs(case)["image"], side, corners)}
 
 
 KINDS = {
