@@ -139,13 +139,8 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("--to", metavar="FORMAT", help="convert: into another library's layout (detectron2, ...)")
     one.set_defaults(do=_weights)
 
-    one = commands.add_parser("data", help="look a dataset over before a run")
-    one.add_argument("what", choices=["check"])
-    one.add_argument("dataset", help="a dataset's name or a folder")
-    one.add_argument("--data_dir", help="where the named dataset lies")
-    one.add_argument("--quick", action="store_true", help="count only; do not read every sample")
-    one.add_argument("--json", action="store_true")
-    one.set_defaults(do=_data)
+    one = commands.add_parser("data", help="look a dataset over before a run; make its latents or statistics")
+    _data_parsers(one)
 
     one = commands.add_parser("explain", help="why two numbers differ: rows of a leaderboard, runs or result files")
     one.add_argument("a", metavar="A")
@@ -157,6 +152,38 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("shell", choices=["bash", "zsh", "fish"])
     one.set_defaults(do=_completion)
     return parser, list(commands.choices)
+
+
+def _data_parsers(data: argparse.ArgumentParser) -> None:
+    kinds = data.add_subparsers(metavar="check|latents|stats", required=True)
+    for name, text, do in (
+        ("check", "count and read every sample", _data_check),
+        ("latents", "encode the pictures of a dataset by an autoencoder, once", _data_latents),
+        ("stats", "the statistics of a dataset's pictures that FID compares with", _data_stats),
+    ):
+        one = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        one.add_argument("dataset", help="a dataset's name or a folder")
+        one.add_argument("--data_dir", help="where the named dataset lies")
+        one.set_defaults(do=do)
+        if name == "check":
+            one.add_argument("--quick", action="store_true", help="count only; do not read every sample")
+            one.add_argument("--json", action="store_true")
+            continue
+        one.add_argument("-o", "--out", required=True, help="latents: the folder; stats: the .npz file")
+        one.add_argument("--image_size", type=int, default=256, help="side of the pictures in pixels, ADM's crop")
+        one.add_argument("--batch_size", type=int, default=32)
+        one.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+        if name == "latents":
+            one.add_argument("--autoencoder", default="sd_vae.ft_mse", help="published weights, or a file")
+            one.add_argument("--splits", nargs="+", default=["train"], metavar="SPLIT")
+            one.add_argument("--no_mirror", action="store_true", help="without the pictures' mirror images")
+            one.add_argument("--dtype", default="float32", help="of the moments: float32, float16, bfloat16")
+            one.add_argument("--part", default="0/1", metavar="K/N", help="the K-th of N shares, for N devices at once")
+        else:
+            one.add_argument("--split", default="train")
+            one.add_argument("--extractor", default="inception", help="inception, or random where it is not to be had")
+            one.add_argument("--resize", default="tf1", help="inception's: tf1 (torch-fidelity, ADM) or antialias")
+            one.add_argument("--features", action="store_true", help="keep the features: for KID, precision and recall")
 
 
 def _version() -> str:
@@ -235,16 +262,18 @@ def _is_model(name: str) -> bool:
 
 
 def _picture(words: list[str]) -> int:
-    parser = _Parser(prog="zoo predict", description="What a model makes of pictures.")
+    parser = _Parser(prog="zoo predict", description="What a model makes of pictures, or a generative one of noise.")
     parser.add_argument("model", help="a model with a weight tag: mae_vit_base_patch16.in1k_1600ep_visualize")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
+    parser.add_argument("images", nargs="*", metavar="IMAGE", type=Path, help="none: a sheet of samples is drawn")
     parser.add_argument("-o", "--out", metavar="OUT", type=Path, help="a .png (one image), a folder, or a .json")
     parser.add_argument("--weights", help="a file to load instead of the published weights")
-    parser.add_argument("--seed", type=int, default=0, help="of a random mask")
+    parser.add_argument("--seed", type=int, default=0, help="of a random mask, or of the samples")
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="of a detector: objects of a lower score are left out"
     )
     parser.add_argument("--labels", help="names that a zero-shot model chooses from: 'cat,dog' (default: ImageNet's)")
+    parser.add_argument("--count", type=int, help="of samples (16)")
+    parser.add_argument("--classes", type=int, nargs="+", metavar="K", help="of samples, a row each")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(words)
     from zoo import picture
@@ -252,20 +281,27 @@ def _picture(words: list[str]) -> int:
     labels = None
     if arguments.labels is not None and not (labels := [x.strip() for x in arguments.labels.split(",") if x.strip()]):
         raise ZooError("--labels names nothing; write --labels 'cat,dog'")
-    results = picture.predict(
-        arguments.model,
-        arguments.images,
-        arguments.out,
-        weights=arguments.weights,
-        seed=arguments.seed,
-        threshold=arguments.threshold,
-        labels=labels,
-    )
+    if arguments.images:
+        if arguments.count or arguments.classes:
+            raise ZooError("--count and --classes are of samples, which want no pictures")
+        results = picture.predict(
+            arguments.model,
+            arguments.images,
+            arguments.out,
+            weights=arguments.weights,
+            seed=arguments.seed,
+            threshold=arguments.threshold,
+            labels=labels,
+        )
+    else:
+        results = picture.sample(
+            arguments.model, arguments.out, arguments.weights, arguments.count or 16, arguments.classes, arguments.seed
+        )
     if arguments.json:
         return _print_json(results)
     for result in results:
         if "picture" in result:
-            print(f"{result['image']}: {result['picture']}")
+            print(f"{result.get('image', arguments.model)}: {result['picture']}")
         for row in result.get("objects", []):
             box = ", ".join(f"{value:.0f}" for value in row["box"])
             print(f"{result['image']}: {row['score']:6.1%}  {row['label']} ({box})")
@@ -388,7 +424,7 @@ def _weights(arguments: argparse.Namespace, extra: list[str]) -> int:
     return 0
 
 
-def _data(arguments: argparse.Namespace, extra: list[str]) -> int:
+def _data_check(arguments: argparse.Namespace, extra: list[str]) -> int:
     from zoo import datacheck
 
     report = datacheck.check(arguments.dataset, arguments.data_dir, read=not arguments.quick)
@@ -397,6 +433,51 @@ def _data(arguments: argparse.Namespace, extra: list[str]) -> int:
     else:
         datacheck.print_report(report)
     return int(bool(report["problems"]))
+
+
+def _data_latents(arguments: argparse.Namespace, extra: list[str]) -> int:
+    part = arguments.part.split("/")
+    if len(part) != 2 or not all(number.isdecimal() for number in part):
+        raise ZooError(f"--part is K/N, such as 0/8, not {arguments.part!r}")
+    from zoo.data.latents import cache_latents
+
+    facts = cache_latents(
+        arguments.dataset,
+        arguments.out,
+        arguments.autoencoder,
+        arguments.image_size,
+        arguments.data_dir,
+        arguments.splits,
+        not arguments.no_mirror,
+        arguments.dtype,
+        device=arguments.device,
+        batch_size=arguments.batch_size,
+        part=(int(part[0]), int(part[1])),
+    )
+    counts = ", ".join(f"{count} of {split}" for split, count in facts["splits"].items())
+    print(f"{arguments.out}: latents {'x'.join(map(str, facts['shape']))}, {counts}")
+    return 0
+
+
+def _data_stats(arguments: argparse.Namespace, extra: list[str]) -> int:
+    from zoo.data import ImageDataModule
+    from zoo.data.transforms import ADMCrop
+    from zoo.metrics.generation import make_extractor
+    from zoo.training.sampling import reference_statistics
+
+    options = {"resize": arguments.resize} if arguments.extractor == "inception" else {}
+    extractor = make_extractor(arguments.extractor, **options).to(arguments.device)
+    data = ImageDataModule(
+        arguments.dataset,
+        arguments.data_dir,
+        arguments.batch_size,
+        image_size=arguments.image_size,
+        eval_transform=ADMCrop(),
+    )
+    found = reference_statistics(data, arguments.split, extractor, arguments.device, arguments.features)
+    found.write(arguments.out, arguments.features)
+    print(f"{arguments.out}: {found.name}, {extractor.facts}")
+    return 0
 
 
 # -------------------------------------------------------------------------------------------------------- completion
@@ -443,7 +524,7 @@ def _complete(words: list[str]) -> int:
     elif done[0] == "weights":
         candidates = ["get", "verify", "convert"] if len(done) == 1 else catalog.list_weights()
     elif done[0] == "data":
-        candidates = ["check"] if len(done) == 1 else catalog.list_datasets("*")
+        candidates = ["check", "latents", "stats"] if len(done) == 1 else catalog.list_datasets("*")
     elif done[0] == "completion":
         candidates = list(_SCRIPTS)
     print("\n".join(name for name in candidates if name.startswith(prefix)))

@@ -137,7 +137,9 @@ _PRECISION: dict[str, Any] = {
 }
 
 
-def fit(case: Case, module: Any, data: Any, callback: Any, max_epochs: int, **options: Any) -> Any:
+def fit(
+    case: Case, module: Any, data: Any, callback: Any, max_epochs: int, also: Iterable[Any] = (), **options: Any
+) -> Any:
     """Trains a task on a case's batches with Lightning's trainer, in the case's dtype and on its device; the trainer.
 
     Args:
@@ -146,6 +148,7 @@ def fit(case: Case, module: Any, data: Any, callback: Any, max_epochs: int, **op
         data: a LightningDataModule that gives the case's batches in order.
         callback: keeps what the case compares.
         max_epochs: the length that the schedule sees.
+        also: further callbacks, such as averages of the weights.
         options: further ones of the trainer.
     """
     import lightning as L
@@ -155,7 +158,7 @@ def fit(case: Case, module: Any, data: Any, callback: Any, max_epochs: int, **op
         devices=1,
         precision=_PRECISION[case["dtype"]],
         max_epochs=max_epochs,
-        callbacks=[callback],
+        callbacks=[callback, *also],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

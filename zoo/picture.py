@@ -1,5 +1,5 @@
 """What a published model makes of pictures: a sheet of its own drawing, the objects it finds, or the five likeliest
-classes, its own or any that are named."""
+classes, its own or any that are named; and what one makes of noise."""
 
 from __future__ import annotations
 
@@ -81,6 +81,62 @@ def predict(
             names = list(labels) if labels is not None else prompts("imagenet1k")[0]
             return _named(net.zero_shot(batch, names), names, model, images, out, top)  # type: ignore[operator]
         return _classify(net, model, batch, images, out, top)
+
+
+class _Decoded:
+    """A network that samples latents, with the autoencoder that makes pictures of them."""
+
+    def __init__(self, net: Any) -> None:
+        from zoo.nn.autoencoder import PIXELS, FrozenAutoencoder
+
+        self.net, self.noise_shape, self.num_classes = net, net.noise_shape, net.num_classes
+        self.autoencoder = FrozenAutoencoder(getattr(net, "autoencoder", PIXELS))
+
+    def sample(self, noise: Tensor, label: Tensor | None) -> Tensor:
+        return self.autoencoder.decode(self.net.sample(noise, label))
+
+
+def sample(
+    model: str,
+    out: Path | None = None,
+    weights: str | None = None,
+    count: int = 16,
+    classes: list[int] | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """A sheet of what a generative model of the catalog samples, a row a class.
+
+    Args:
+        model: as in :func:`predict`; it gives ``sample``, ``noise_shape`` and ``num_classes``
+            (:mod:`zoo.training.sampling`), and ``autoencoder`` where it samples latents.
+        out: the ``.png``; default ``<model>.png`` here.
+        weights: as in :func:`predict`.
+        count: pictures.
+        classes: labels of the rows; default the first ones.
+        seed: of the noise.
+
+    Returns:
+        [{"picture"}].
+
+    Raises:
+        ZooError: the model does not sample; unknown names; weights that do not match.
+    """
+    from torchvision.io import write_png
+
+    from zoo.training.sampling import SampleGrid, check_samples
+
+    path = out or Path(f"{model}.png")
+    if path.suffix != ".png":
+        raise ZooError(f"samples are drawn into a .png, not {str(path)!r}")
+    net = create_model(model, pretrained=weights is None, weights=weights).eval()
+    if not callable(getattr(net, "sample", None)):
+        raise ZooError(f"{model} makes nothing without pictures: zoo predict {model} IMAGE...")
+    check_samples(net)
+    with torch.inference_mode():
+        sheet = SampleGrid(count, classes=classes, seed=seed).sheet(_Decoded(net), "cpu")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_png(sheet, str(path))
+    return [{"picture": str(path)}]
 
 
 def _draw(net: nn.Module, model: str, batch: Tensor, images: Sequence[Path], out: Path | None) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zoo import __version__, catalog, download, pickles, t5x, torch7
+from zoo import __version__, catalog, download, flax, pickles, t5x, torch7
 from zoo.catalog import PaperCard, Preprocess, Weight
 from zoo.errors import ZooError, unknown
 from zoo.paths import cache_dir
@@ -414,8 +414,8 @@ def shapes(net: nn.Module) -> dict[str, torch.Size]:
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, by name: safetensors, PyTorch, out of wrappers such as ``{"model": ...}``,
-    pickled NumPy arrays of Caffe2, Detectron and detectron2 (``.pkl``), Torch7 (``.t7``), by place, or a folder or zip
-    of t5x.
+    pickled NumPy arrays of Caffe2, Detectron and detectron2 (``.pkl``), Torch7 (``.t7``), by place, a folder or zip of
+    t5x, or flax (``.msgpack``, or a zip of ``checkpoint_<step>``), by path.
 
     A prefix that every key carries (``module.``, ``model.``) is taken off; of a checkpoint of ours, the network is
     taken (``network.``), not the metrics beside it. Nothing in the file is executed.
@@ -426,6 +426,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = Path(path)
     if t5x.is_checkpoint(path):
         return t5x.read_state_dict(path)
+    if flax.is_checkpoint(path):
+        return flax.read_state_dict(path)
     if not path.is_file():
         raise ZooError(f"no weights file {str(path)!r}")
     if _is_safetensors(path):

@@ -567,6 +567,9 @@ def _result(cli: RecipeCLI, metrics: dict[str, float], command: list[str], secon
         "world_size": cli.trainer.world_size,
         "seed": dump.get("seed_everything"),
     }
+    for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
+        if callable(facts := getattr(callback, "protocol", None)):  # how a callback measures
+            protocol |= {f"{type(callback).__name__}.{key}": value for key, value in facts().items()}
     return {
         "recipe": cli.recipe,
         "command": "zoo " + shlex.join(command),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from zoo.data.arc import ARCDataModule, ARCTaskDataModule
 from zoo.data.datamodule import ImageDataModule
 from zoo.data.image_text import ImageTextDataModule
+from zoo.data.latents import LatentDataModule
 from zoo.data.loader import EpochSampler, ExactSampler, TrainLoader
 from zoo.data.sources import open_source
 from zoo.data.video import VideoDataModule
@@ -16,6 +17,7 @@ __all__ = [
     "ExactSampler",
     "ImageDataModule",
     "ImageTextDataModule",
+    "LatentDataModule",
     "TrainLoader",
     "VideoDataModule",
     "open_source",

@@ -291,6 +291,36 @@ class EvalResizeCrop(ImageTransform):
         return f"{super().extra_repr()}, crop_pct={self.crop_pct:g}, crop_mode={self.crop_mode!r}"
 
 
+class ADMCrop(ImageTransform):
+    """The square middle of a picture as the field of generation takes it (guided-diffusion, "ADM"): halved by a box
+    filter as long as it stays large enough, then Pillow's bicubic resize of the short side, then the centre crop.
+
+    Args:
+        size: side of the output in pixels.
+        flip: chance of a horizontal flip.
+    """
+
+    def __init__(self, size: int | None = None, flip: float = 0.0) -> None:
+        super().__init__(size)
+        if not 0 <= flip <= 1:
+            raise ZooError(f"the chance of a flip must lie in [0, 1], got {flip}")
+        self.flip = flip
+        self.random = flip > 0
+
+    def forward(self, image: Tensor) -> Tensor:
+        from PIL.Image import Resampling
+        from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+        side, picture = self.side, to_pil_image(image)
+        while min(picture.size) >= 2 * side:
+            picture = picture.resize((picture.width // 2, picture.height // 2), Resampling.BOX)
+        scale = side / min(picture.size)
+        picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Resampling.BICUBIC)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        image = pil_to_tensor(picture.crop((left, top, left + side, top + side)))
+        return image.flip(-1) if self.flip and torch.rand(()) < self.flip else image
+
+
 # ------------------------------------------------------------------------------------------- views for self-supervision
 
 

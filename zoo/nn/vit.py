@@ -93,14 +93,14 @@ class PatchEmbed(nn.Module):
         super().__init__()
         if img_size % patch_size:
             raise ZooError(f"img_size {img_size} is no multiple of patch_size {patch_size}")
-        self.img_size, self.patch_size = img_size, patch_size
+        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
         self.grid = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
 
     def check(self, images: Tensor) -> None:
         """Raises ZooError unless images are (B, in_chans, img_size, img_size)."""
-        wanted = (self.proj.in_channels, self.img_size, self.img_size)
+        wanted = (self.in_chans, self.img_size, self.img_size)
         if tuple(images.shape[1:]) != wanted:
             raise ZooError(
                 f"the model takes images of shape {wanted} (channels, height, width), not {tuple(images.shape[1:])};"

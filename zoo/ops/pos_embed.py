@@ -37,6 +37,34 @@ def sincos_2d(embed_dim: int, grid: tuple[int, int], num_prefix: int = 0) -> Ten
     return torch.cat([table.new_zeros(1, num_prefix, embed_dim), table], dim=1).float()
 
 
+def rope_2d(head_dim: int, grid: tuple[int, int], num_prefix: int = 0, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (num_prefix + rows*columns, head_dim), float32, of rotary positions on a grid.
+
+    The first half of a head's channels turns by the row, the second by the column, each in neighbouring pairs
+    (2i, 2i+1) at rate theta^(-2i / (head_dim/2)). Prefix tokens are not turned.
+
+    Raises:
+        ZooError: `head_dim` is no multiple of 4.
+    """
+    if head_dim % 4:
+        raise ZooError(f"2-D rotary positions want heads of a width divisible by 4, not {head_dim}")
+    rows, columns = grid
+    half = head_dim // 2
+    rates = theta ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)
+    row, column = ((torch.arange(n)[:, None] * rates).repeat_interleave(2, dim=1) for n in grid)
+    angles = torch.cat(
+        [row[:, None].expand(rows, columns, half), column[None].expand(rows, columns, half)], dim=-1
+    ).reshape(rows * columns, head_dim)
+    angles = torch.cat([angles.new_zeros(num_prefix, head_dim), angles])
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the channel pairs (2i, 2i+1) of queries or keys (B, H, N, D) by the angles of `cos` and `sin` (N, D)."""
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
 def resize_pos_embed(pos_embed: Tensor, new_grid: tuple[int, int], num_prefix: int = 1) -> Tensor:
     """A table (1, num_prefix + h*w, D) of a square grid, resized to `new_grid` (rows, columns); prefix rows are kept.
 

@@ -9,6 +9,7 @@ from zoo.training.ema import EMA, evaluation_weights
 from zoo.training.lars import LARS
 from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_optimizer, param_groups
 from zoo.training.probe import KNNProbe, LinearProbe, extract_features, fit_probe, gather_samples, probe_head
+from zoo.training.sampling import SampleGrid, SamplingEvaluation
 from zoo.training.video import ActionDetection, MultiLabelVideoClassification, VideoClassification
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "Optim",
     "Pictures",
     "PreciseBN",
+    "SampleGrid",
+    "SamplingEvaluation",
     "Timing",
     "VideoClassification",
     "build",

@@ -14,8 +14,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from zoo.errors import ZooError
 
-KEY = "ema_state_dict"
-
 
 class EMA(L.Callback):
     """Keeps ema <- decay * ema + (1 - decay) * weights after every optimiser step.
@@ -25,23 +23,44 @@ class EMA(L.Callback):
     in `state_dict` and the averaged ones in `ema_state_dict`; a resumed run takes both up. For the strategies that keep
     whole weights on every device (one device, ddp).
 
+    Several averages of one run are several of these callbacks with different `name`; the first with `evaluate` is used.
+
     Args:
         decay: in [0, 1).
         every_n_steps: optimiser steps between two updates.
         evaluate: validate, test and predict with the averaged weights; also those of a loaded checkpoint.
+        per_step: `decay` is that of one optimiser step, so that an update takes decay ** every_n_steps.
+        name: of the set of weights in a checkpoint, ``<name>_state_dict``.
+
+    Attributes:
+        weights: the averaged weights by name.
+        steps: optimiser steps counted; an update comes where `every_n_steps` divides them.
     """
 
-    def __init__(self, decay: float = 0.9999, every_n_steps: int = 1, evaluate: bool = True) -> None:
+    def __init__(
+        self,
+        decay: float = 0.9999,
+        every_n_steps: int = 1,
+        evaluate: bool = True,
+        per_step: bool = False,
+        name: str = "ema",
+    ) -> None:
         if not 0 <= decay < 1 or every_n_steps < 1:
             raise ZooError(f"EMA wants 0 <= decay < 1 and every_n_steps >= 1, not {decay} and {every_n_steps}")
-        self.decay, self.every_n_steps, self.evaluate = decay, every_n_steps, evaluate
+        self.decay, self.every_n_steps, self.evaluate, self.name = decay, every_n_steps, evaluate, name
+        self.key = f"{name}_state_dict"
         self.weights: dict[str, Tensor] = {}
-        self._average = get_ema_multi_avg_fn(decay)
+        self.steps = 0
+        self._average = get_ema_multi_avg_fn(decay**every_n_steps if per_step else decay)
         self._seen = 0
         self._raw: dict[str, Tensor] | None = None  # the module's own weights while it holds the averaged ones
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._seen = trainer.global_step
+        self.start(pl_module)
+
+    def start(self, pl_module: L.LightningModule) -> None:
+        """The average begins as a copy of the module's weights, unless it is there already."""
         if not self.weights:
             self.weights = {name: _wide(value.detach()).clone() for name, value in pl_module.state_dict().items()}
         self._to(pl_module)
@@ -57,7 +76,12 @@ class EMA(L.Callback):
         if step == self._seen:  # still accumulating
             return
         self._seen = step
-        if step % self.every_n_steps == 0:
+        self.step(pl_module)
+
+    def step(self, pl_module: L.LightningModule) -> None:
+        """Counts an optimiser step, and updates where one is due."""
+        self.steps += 1
+        if self.steps % self.every_n_steps == 0:
             self.update(pl_module)
 
     @torch.no_grad()
@@ -111,7 +135,7 @@ class EMA(L.Callback):
         self.weights = {name: self.weights[name].to(value.device) for name, value in state.items()}
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.evaluate:
+        if _evaluated(trainer) is self:
             self._swap_in(pl_module)
 
     def _end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -126,26 +150,34 @@ class EMA(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self.weights:
             return
-        checkpoint[KEY] = dict(self.weights)
+        checkpoint[self.key] = dict(self.weights)
+        checkpoint[f"{self.name}_steps"] = self.steps
         if self._raw is not None:  # saved from within an evaluation
             checkpoint["state_dict"] = dict(self._raw)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if KEY in checkpoint:
-            self.weights = {name: value.clone() for name, value in checkpoint[KEY].items()}
+        # Checkpoints without the count were written when it was the trainer's.
+        self.steps = int(checkpoint.get(f"{self.name}_steps", checkpoint.get("global_step", 0)))
+        if self.key in checkpoint:
+            self.weights = {name: value.clone() for name, value in checkpoint[self.key].items()}
         else:
             self.weights = {}
-            rank_zero_warn("the checkpoint holds no averaged weights (ema_state_dict); its raw weights are used")
+            rank_zero_warn(f"the checkpoint holds no averaged weights ({self.key}); its raw weights are used")
 
 
 def _wide(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
+def _evaluated(trainer: L.Trainer) -> EMA | None:
+    """The average that evaluation takes."""
+    return next((c for c in trainer.callbacks if isinstance(c, EMA) and c.evaluate), None)  # type: ignore[attr-defined]
+
+
 @contextmanager
 def evaluation_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
     """The module as it is evaluated: with averaged weights where an :class:`EMA` callback says so, in eval mode."""
-    ema = next((c for c in trainer.callbacks if isinstance(c, EMA) and c.evaluate), None)  # type: ignore[attr-defined]
+    ema = _evaluated(trainer)
     modes = {module: module.training for module in pl_module.modules()}
     pl_module.eval()
     try:

@@ -1,0 +1,166 @@
+"""Reads checkpoints of flax (JAX): ``.msgpack`` files, and what ``flax.training.checkpoints`` writes, a file or an
+orbax folder ``checkpoint_<step>``, alone, in a folder or in a zip.
+
+Names are the paths of the tree joined with "/". Of a training state the averaged parameters are taken (``ema_params``),
+else the parameters. Nothing in the files is executed. Wants msgpack, and for orbax tensorstore.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoo.errors import ZooError
+
+STATES = ("ema_params", "params")  # of a training state, what is read: the first that is there
+_STEP = re.compile(r"checkpoint_\d+")
+_ARRAY, _SCALAR = 1, 3  # flax's msgpack extensions: an array, and one without axes
+_CHUNKED = "__msgpack_chunked_array__"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a msgpack file, or a folder or zip that holds ``checkpoint_<step>``."""
+    if path.is_dir():
+        return _below(path) is not None
+    if not path.is_file():
+        return False
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.endswith("/data.pkl") for name in names):  # torch's own format, named after its file
+            return False
+        return any(_STEP.fullmatch(part) for name in names for part in PurePosixPath(name).parts)
+    return path.suffix == ".msgpack" or _STEP.fullmatch(path.name) is not None
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The parameters of a checkpoint by their paths; of several steps, the last.
+
+    Raises:
+        ZooError: no checkpoint, or a damaged one; msgpack or tensorstore is missing.
+    """
+    if path.is_dir():
+        found = _below(path)
+        if found is None:
+            raise ZooError(f"{path}: no flax checkpoint, it has no checkpoint_<step>")
+        return _read_orbax(found) if found.is_dir() else _read_msgpack(found)
+    if not zipfile.is_zipfile(path):
+        return _read_msgpack(path)
+    try:
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory(prefix="zoo-flax-") as name:
+            archive.extractall(name)  # leaves out "..", drives and the leading slash
+            return read_state_dict(Path(name))
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ZooError(f"{path}: not a whole zip ({_line(error)})") from error
+
+
+def _below(folder: Path) -> Path | None:
+    """The checkpoint of the last step in `folder` or in one of its folders."""
+    if _STEP.fullmatch(folder.name):
+        return folder
+    found = [path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}checkpoint_*")]
+    steps = [path for path in found if _STEP.fullmatch(path.name)]
+    return max(steps, key=lambda path: int(path.name.rpartition("_")[2]), default=None)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _missing(error: ImportError) -> ZooError:
+    return ZooError(f"flax checkpoints are read with {error.name}, which is not installed: pip install {error.name}")
+
+
+def _chosen(names: Mapping[str, Any] | set[str]) -> str | None:
+    return next((name for name in STATES if name in names), None)
+
+
+# ------------------------------------------------------------------------------------------------------------- msgpack
+
+
+def _read_msgpack(path: Path) -> dict[str, Tensor]:
+    try:
+        import msgpack
+    except ImportError as error:
+        raise _missing(error) from error
+
+    def array(code: int, data: bytes) -> Any:
+        if code not in (_ARRAY, _SCALAR):
+            raise ValueError(f"an extension of kind {code}")
+        shape, kind, values = msgpack.unpackb(data, raw=True)
+        dtype = kind.decode("ascii")
+        if dtype == "bfloat16":  # numpy has none: the upper half of a float32
+            halves = np.frombuffer(values, np.uint16).astype(np.uint32) << 16
+            return halves.view(np.float32).reshape(shape)
+        if np.dtype(dtype).kind not in "biuf":
+            raise ValueError(f"an array of {dtype}")
+        return np.frombuffer(values, np.dtype(dtype)).reshape(shape)
+
+    try:
+        tree = msgpack.unpackb(path.read_bytes(), ext_hook=array, raw=False, strict_map_key=False)
+        while isinstance(tree, Mapping) and (name := _chosen(tree)) is not None:
+            tree = tree[name]
+        state = dict(_leaves(tree))
+    except Exception as error:  # msgpack raises whatever it meets
+        raise ZooError(f"{path}: not a whole flax checkpoint ({_line(error)})") from error
+    if not state:
+        raise ZooError(f"{path}: holds no parameters")
+    return {key: torch.from_numpy(np.array(value, order="C")) for key, value in state.items()}
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, np.ndarray]]:
+    if isinstance(tree, np.ndarray):
+        yield "/".join(path), tree
+    elif isinstance(tree, Mapping) and tree.get(_CHUNKED):
+        parts = [tree["chunks"][str(k)] for k in range(len(tree["chunks"]))]
+        yield "/".join(path), np.concatenate(parts).reshape([tree["shape"][str(k)] for k in range(len(tree["shape"]))])
+    elif isinstance(tree, Mapping):
+        for name, below in tree.items():
+            yield from _leaves(below, (*path, str(name)))
+
+
+# --------------------------------------------------------------------------------------------------------------- orbax
+
+
+def _read_orbax(folder: Path) -> dict[str, Tensor]:
+    """Arrays lie as zarr under their dotted paths, each in its folder or all in one store (OCDBT)."""
+    try:
+        import tensorstore
+    except ImportError as error:
+        raise _missing(error) from error
+    base = {"driver": "file", "path": f"{folder}/"}
+    store: dict[str, Any] = {"driver": "ocdbt", "base": base} if (folder / "manifest.ocdbt").is_file() else base
+    try:
+        keys = tensorstore.KvStore.open(store).result().list().result()
+        metadata = ("/.zarray", "/zarr.json")
+        names = {name.removesuffix(end) for name in (key.decode() for key in keys) for end in metadata
+                 if name.endswith(end)}  # fmt: skip
+        chosen = _chosen({name.partition(".")[0] for name in names})
+        prefix = f"{chosen}." if chosen else ""
+        version = "zarr3" if any(key.endswith(b"/zarr.json") for key in keys) else "zarr"
+        opened = {}
+        for name in sorted(names):
+            if name.startswith(prefix):
+                where = {**store, "path": f"{store.get('path', '')}{name}/"}
+                spec = {"driver": version, "kvstore": where}
+                opened[name.removeprefix(prefix)] = tensorstore.open(spec, open=True, read=True)
+        # All are opened, then all are read, so that the waits overlap.
+        reads = {name: array.result().read() for name, array in opened.items()}
+        arrays = {name: read.result() for name, read in reads.items()}
+    except ValueError as error:  # tensorstore's only kind
+        raise ZooError(f"{folder}: not a whole orbax checkpoint ({_line(error)})") from error
+    if not arrays:
+        raise ZooError(f"{folder}: holds no parameters")
+    state = {}
+    for name, value in arrays.items():
+        wide = value if value.dtype.kind in "biuf" else value.astype(np.float32)  # bfloat16
+        state[name.removeprefix("params.").replace(".", "/")] = torch.from_numpy(np.array(wide, order="C"))
+    return state

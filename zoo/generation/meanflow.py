@@ -1,0 +1,661 @@
+"""Mean Flows for One-step Generative Modeling.
+
+Zhengyang Geng, Mingyang Deng, Xingjian Bai, J. Zico Kolter, Kaiming He. NeurIPS 2025, arXiv 2505.13447.
+
+Flow matching learns the velocity v of the path from noise to data, and integrates it in many steps. MeanFlow learns the
+average velocity u(z, r, t) = 1/(t - r) * integral of v from r to t, whose one step is the whole way. Differentiating
+(t - r) u in t gives u = v - (t - r) du/dt with the total derivative du/dt = v . grad_z u + d_t u, which is one
+Jacobian-vector product of the network: the target that it regresses, its gradient stopped. No teacher, no curriculum.
+Guidance is put into the target, so that a guided sample still takes one evaluation.
+
+Conventions: x data, e noise, z_t = (1 - t) x + t e, so that the noise is at t = 1 and v = e - x; 0 <= r <= t <= 1, and
+h = t - r. Networks are called as network(z, (t, h), condition) with unscaled times; the condition is a label for the
+transformers (the last row of whose table is "no label") and how a picture was augmented for the U-Net.
+
+Deviations from the official code, none of which changes a value of a network without dropout:
+- The Jacobian-vector product is taken of the samples with r < t only. Where r = t its factor is 0.
+- Where r = t and the label is kept, the conditional velocity of the guidance is what the network predicts anyway, and
+  is not evaluated anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from zoo.data.augment import EDMAugment
+from zoo.errors import ZooError, unknown
+from zoo.metrics.generation import to_uint8
+from zoo.nn.autoencoder import PIXELS, FrozenAutoencoder, convert_autoencoder, sd_vae
+from zoo.nn.dit import SIZES, DiT, flax_to_torch
+from zoo.nn.unet import SongUNet
+from zoo.ops.flow import LinearPath, like, logit_normal
+from zoo.ops.guidance import drop_labels, scale_within
+from zoo.training import BaseModule, Optim
+from zoo.training.sampling import noise_of
+
+__all__ = [
+    "ClassConditionalMeanFlow",
+    "Guidance",
+    "MeanFlow",
+    "MeanFlowDiT",
+    "MeanFlowUNet",
+    "TimePairs",
+    "UnconditionalMeanFlow",
+    "adaptive_loss",
+    "average_velocity",
+    "convert_autoencoder",
+    "convert_official",
+    "meanflow_b2",
+    "meanflow_b4",
+    "meanflow_l2",
+    "meanflow_loss",
+    "meanflow_m2",
+    "meanflow_unet_cifar10",
+    "meanflow_xl2",
+    "sd_vae",
+    "steps",
+    "velocity_and_derivative",
+]
+
+PATH = LinearPath(noise_at=1)
+TIMES = ("t", "h")
+
+# ------------------------------------------------------------------------------------------------------- 1. equations
+
+
+@dataclass(frozen=True)
+class TimePairs:
+    """How the pairs r <= t of training are drawn (section 4.3, Tables 1a and 1d).
+
+    Args:
+        distribution: of t and r: "logit_normal" or "uniform".
+        mean, std: of the logit-normal.
+        mean_r, std_r: of r, where they differ from those of t.
+        equal: share of the samples with r = t.
+        equal_by: these are the first of a batch ("count": int(equal * B) of them, the ImageNet code), or drawn one by
+            one ("chance", the CIFAR-10 code).
+        order: where the draws come as r > t, they are swapped ("sort"), or r is set to t ("clamp": the improved sampler
+            of the CIFAR-10 code, v1).
+
+    Raises:
+        ZooError: an unknown word, or a share outside [0, 1].
+    """
+
+    distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    mean: float = -0.4
+    std: float = 1.0
+    mean_r: float | None = None
+    std_r: float | None = None
+    equal: float = 0.75
+    equal_by: Literal["count", "chance"] = "count"
+    order: Literal["sort", "clamp"] = "sort"
+
+    def __post_init__(self) -> None:
+        for kind, value, known in (
+            ("distribution of times", self.distribution, ("logit_normal", "uniform")),
+            ("equal_by", self.equal_by, ("count", "chance")),
+            ("order of times", self.order, ("sort", "clamp")),
+        ):
+            if value not in known:
+                raise unknown(kind, value, known)
+        if not 0 <= self.equal <= 1:
+            raise ZooError(f"the share of samples with r = t must be in [0, 1], not {self.equal}")
+
+    def noise(self, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Fresh draws (B,) for :meth:`pairs`."""
+        draw = torch.randn if self.distribution == "logit_normal" else torch.rand
+        return draw(count, device=device), draw(count, device=device), torch.rand(count, device=device)
+
+    def pairs(self, noise_t: Tensor, noise_r: Tensor, chance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(t, r), (B,) each, of draws (B,): standard normal, or uniform, for t and r; and uniform ones by which, with
+        `equal_by` "chance", r becomes t."""
+        t, r = noise_t, noise_r
+        if self.distribution == "logit_normal":
+            t = logit_normal(t, self.mean, self.std)
+            mean_r = self.mean if self.mean_r is None else self.mean_r
+            r = logit_normal(r, mean_r, self.std if self.std_r is None else self.std_r)
+        if self.order == "sort":
+            t, r = torch.maximum(t, r), torch.minimum(t, r)
+        else:
+            r = torch.minimum(t, r)
+        if self.equal_by == "count":
+            equal = torch.arange(len(t), device=t.device) < int(len(t) * self.equal)
+        elif chance is None:
+            raise ZooError("pairs that are equal by chance want the draws for it")
+        else:
+            equal = chance < self.equal
+        return t, torch.where(equal, t, r)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance in the target (section 4.2; with kappa, equation 21 and Table 5).
+
+    The effective scale is omega / (1 - kappa). With omega 1 and kappa 0 there is none.
+
+    Args:
+        omega: weight of the sample's own velocity.
+        kappa: weight of the network's conditional velocity.
+        t_start, t_end: times within which it acts.
+    """
+
+    omega: float = 1.0
+    kappa: float = 0.5
+    t_start: float = 0.0
+    t_end: float = 1.0
+
+    def velocity(self, v: Tensor, unconditional: Tensor, conditional: Tensor | None, t: Tensor) -> Tensor:
+        """omega v + (1 - omega - kappa) u(z, t, t) + kappa u(z, t, t, label), (B, ...); plain v outside the interval.
+
+        `conditional` is not wanted where kappa is 0.
+        """
+        omega = like(scale_within(t, self.omega, self.t_start, self.t_end), v)
+        if conditional is None:
+            return unconditional + omega * (v - unconditional)
+        kappa = like(scale_within(t, self.kappa, self.t_start, self.t_end, otherwise=0.0), v)
+        return omega * v + (1 - omega - kappa) * unconditional + kappa * conditional
+
+
+def average_velocity(network: Callable[..., Tensor], z: Tensor, t: Tensor, r: Tensor, condition: Any = None) -> Tensor:
+    """u(z, r, t) (B, ...): the network at those of t, r and h = t - r that it is conditioned on (Table 1c)."""
+    values = {"t": t, "r": r, "h": t - r}
+    return network(z, [values[name] for name in getattr(network, "times", TIMES)], condition)
+
+
+def velocity_and_derivative(
+    network: Callable[..., Tensor],
+    z: Tensor,
+    t: Tensor,
+    r: Tensor,
+    condition: Any,
+    velocity: Tensor,
+    tangent: tuple[float, float] = (0.0, 1.0),
+) -> tuple[Tensor, Tensor]:
+    """u and its derivative along (dz, dr, dt) = (velocity, *tangent); Table 1b has wrong tangents.
+
+    In one forward pass, of which u can be differentiated; in two for a network that checkpoints its activations, where
+    the second keeps none. Fused attention has no forward-mode derivative, so the written-out kernel is taken.
+    """
+    dr, dt = (torch.full_like(t, value) for value in tangent)
+    if getattr(network, "grad_checkpointing", False) and torch.is_grad_enabled():
+        u = average_velocity(network, z, t, r, condition)
+        with torch.no_grad():
+            return u, velocity_and_derivative(network, z, t, r, condition, velocity, tangent)[1]
+    with sdpa_kernel(SDPBackend.MATH):
+        u, derivative, *_ = torch.func.jvp(
+            lambda z, t, r: average_velocity(network, z, t, r, condition), (z, t, r), (velocity, dt, dr)
+        )
+    return u, derivative
+
+
+class Loss(NamedTuple):
+    """The `loss` (), and per sample (B,) the `error` |u - target|^2 that it weighs and |u - v|^2, which is watched."""
+
+    loss: Tensor
+    error: Tensor
+    velocity_error: Tensor
+
+
+def adaptive_loss(error: Tensor, power: float = 1.0, eps: float = 0.01) -> Tensor:
+    """The mean of error / (error + eps)^power, the weight's gradient stopped (section 4.3, Table 1e). A power of 0 is
+    plain L2; at 1 the loss is about 1 whatever the error."""
+    return (error / (error.detach() + eps) ** power).mean()
+
+
+def meanflow_loss(
+    network: Callable[..., Tensor],
+    x: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    r: Tensor,
+    condition: Tensor | None = None,
+    guidance: Guidance | None = None,
+    null_label: int | None = None,
+    dropped: Tensor | None = None,
+    power: float = 1.0,
+    eps: float = 0.01,
+    tangent: tuple[float, float] = (0.0, 1.0),
+) -> Loss:
+    """The loss of a batch (sections 4.1 and 4.2).
+
+    Args:
+        network: (z, times, condition) to u.
+        x: data (B, C, S, S).
+        noise: e, likewise.
+        t, r: (B,), r <= t.
+        condition: labels (B,), or what else the network is conditioned on.
+        guidance: None for none.
+        null_label: the label of "no label"; wanted by `guidance` and `dropped`.
+        dropped: (B,) bool: these train the unconditional velocity, towards the plain v.
+        power, eps: of :func:`adaptive_loss`.
+        tangent: (dr, dt) of the Jacobian-vector product.
+    """
+    z, v = PATH.interpolate(x, noise, t), PATH.velocity(x, noise, t)
+    given = condition
+    if dropped is not None and condition is not None and null_label is not None:
+        given = drop_labels(condition, dropped, null_label)
+
+    def at(rows: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return z[rows], t[rows], r[rows], None if labels is None else labels[rows]
+
+    still, apart = ((r >= t).nonzero()[:, 0], (r < t).nonzero()[:, 0])
+    u = torch.empty_like(z)
+    if len(still):
+        u = u.index_put((still,), average_velocity(network, *at(still, given)).to(u.dtype))
+    target = v
+    if guidance is not None and condition is not None and null_label is not None:
+        conditional = None
+        with torch.no_grad():
+            unconditional = average_velocity(network, z, t, t, torch.full_like(condition, null_label))
+            if guidance.kappa > 0:
+                conditional = u.detach().clone()
+                if len(apart):
+                    rows, times, _, labels = at(apart, condition)
+                    conditional[apart] = average_velocity(network, rows, times, times, labels).to(u.dtype)
+            target = guidance.velocity(v, unconditional, conditional, t)
+            if dropped is not None:
+                target = torch.where(like(dropped, v), v, target)
+    if len(apart):
+        moved, derivative = velocity_and_derivative(network, *at(apart, given), target[apart], tangent)
+        u = u.index_put((apart,), moved.to(u.dtype))
+        span = like(t - r, v)[apart]
+        target = target.index_put((apart,), target[apart] - span * derivative.detach().to(v.dtype))
+    error = (u - target).square().flatten(1).sum(1)
+    watched = (u.detach() - v).square().flatten(1).sum(1)
+    return Loss(adaptive_loss(error, power, eps), error.detach(), watched)
+
+
+def steps(
+    network: Callable[..., Tensor], z: Tensor, condition: Any = None, times: Sequence[float] = (1.0, 0.0)
+) -> Iterator[Tensor]:
+    """The states (B, ...) after each step z - (t - r) u(z, r, t), from noise z over falling `times`; with two times
+    there is one step, one evaluation."""
+    for t, r in pairwise(times):
+        now, then = (torch.full((len(z),), value, dtype=z.dtype, device=z.device) for value in (t, r))
+        z = z - (t - r) * average_velocity(network, z, now, then, condition)
+        yield z
+
+
+# --------------------------------------------------------------------------------------------------------- 2. networks
+
+
+class MeanFlowDiT(DiT):
+    """A transformer of average velocities on Stable Diffusion's latents, or on pixels."""
+
+    autoencoder = "sd_vae.ft_mse"
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of what a sample starts from, and of what it is."""
+        return self.in_chans, self.img_size, self.img_size
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, label: Tensor | None = None, times: Sequence[float] = (1.0, 0.0)) -> Tensor:
+        """Samples like `noise` (B, C, S, S) of classes `label` (B,), in as many evaluations as `times` has steps."""
+        return list(steps(self, noise, label, times))[-1]
+
+
+class MeanFlowUNet(SongUNet):
+    """An unconditional U-Net of average velocities, on pixels."""
+
+    num_classes = 0
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of what a sample starts from, and of what it is."""
+        return self.in_channels, self.img_resolution, self.img_resolution
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, label: None = None, times: Sequence[float] = (1.0, 0.0)) -> Tensor:
+        """Samples like `noise` (B, C, S, S), in as many evaluations as `times` has steps."""
+        return list(steps(self, noise, None, times))[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------ 3. tasks
+
+
+class MeanFlow(BaseModule):
+    """Training and sampling, whatever the network; the two tasks below say what it is conditioned on.
+
+    Batches hold `image` (B, C, S, S), pictures in [-1, 1] or scaled latents. They may pin the draws: `noise` (B, C, S,
+    S), and (B,) each `noise_t`, `noise_r`, `chance`, `drop`.
+
+    Args:
+        network: of (z, times, condition); it samples.
+        optim: optimiser and schedule.
+        pairs: how times are drawn.
+        loss_power, loss_eps: of :func:`adaptive_loss`.
+        sampling_times: from 1 to 0; [1, 0] is one step.
+        autoencoder: weights of the autoencoder whose latents are modelled, or "pixels".
+    """
+
+    def __init__(
+        self,
+        network: MeanFlowDiT | MeanFlowUNet,
+        optim: Optim,
+        pairs: TimePairs,
+        loss_power: float,
+        loss_eps: float,
+        sampling_times: Sequence[float],
+        autoencoder: str = PIXELS,
+    ) -> None:
+        super().__init__(optim)
+        if len(sampling_times) < 2 or any(t <= r for t, r in pairwise(sampling_times)):
+            raise ZooError(f"sampling_times must fall from the noise at 1 to the data at 0, not {list(sampling_times)}")
+        self.network: Any = network
+        # A checkpoint holds declarations as plain mappings.
+        self.pairs = TimePairs(**pairs) if isinstance(pairs, Mapping) else pairs
+        self.loss_power, self.loss_eps = loss_power, loss_eps
+        self.sampling_times = tuple(sampling_times)
+        self.autoencoder = FrozenAutoencoder(autoencoder)
+
+    def trainable(self) -> nn.Module:
+        return self.network
+
+    def _draws(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """(noise, t, r) of a batch."""
+        x = batch["image"]
+        drawn = self.pairs.noise(len(x), x.device)
+        names = ("noise_t", "noise_r", "chance")
+        fresh = (batch.get(name, value) for name, value in zip(names, drawn, strict=True))
+        t, r = self.pairs.pairs(*fresh)
+        return batch.get("noise", torch.randn_like(x)), t.to(x.dtype), r.to(x.dtype)
+
+    def loss(self, batch: Mapping[str, Any]) -> Loss:
+        raise NotImplementedError
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        out = self.loss(batch)
+        error, watched = out.error.mean(), out.velocity_error.mean()
+        self.log("train/error", error, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(out.error))
+        return {"loss": out.loss, "error": error, "velocity_error": watched}
+
+    def _evaluate(self, stage: str, batch: Mapping[str, Any]) -> None:
+        out = self.loss(batch)
+        logs = {f"{stage}/error": out.error.mean(), f"{stage}/velocity_error": out.velocity_error.mean()}
+        self.log_dict(logs, sync_dist=True, batch_size=len(out.error))
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    @property
+    def num_classes(self) -> int:
+        """0 for an unconditional model."""
+        return self.network.num_classes
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of the noise that a sample starts from."""
+        return self.network.noise_shape
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """Pictures (B, 3, H, W), about in [-1, 1], of noise (B, C, S, S) and, for a conditional model, labels (B,)."""
+        return self.autoencoder.decode(self.network.sample(noise, label, self.sampling_times))
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """A generated picture (B, 3, H, W), uint8, of each sample's class, from noise that its index decides."""
+        noise = noise_of(batch["index"].tolist(), self.noise_shape).to(batch["image"])
+        pictures = self.sample(noise, batch["label"] if self.num_classes else None)
+        return {"picture": to_uint8(pictures), "index": batch["index"]}
+
+
+class ClassConditionalMeanFlow(MeanFlow):
+    """A transformer conditioned on classes, with guidance in the target: the ImageNet models (Tables 1, 2 and 4).
+
+    Batches hold `label` (B,) too.
+
+    Args:
+        model: a published size, or null for one made of the sizes that follow. A size given overrides `model`'s.
+        img_size, in_chans: of the latents, or of the pictures.
+        num_classes: taken from the data module by a recipe.
+        times: which of t, r and h = t - r the network is conditioned on.
+        guidance: null trains without.
+        label_dropout: share of samples that train without label; count(draws below it) of them, the first of the batch.
+        tangent: (dr, dt) of the Jacobian-vector product; other than [0, 1] it is wrong on purpose (Table 1b).
+        optim, pairs, loss_power, loss_eps, sampling_times, autoencoder: as in :class:`MeanFlow`.
+    """
+
+    def __init__(
+        self,
+        model: str | None = "meanflow_b4",
+        img_size: int | None = None,
+        patch_size: int | None = None,
+        in_chans: int | None = None,
+        embed_dim: int | None = None,
+        depth: int | None = None,
+        num_heads: int | None = None,
+        mlp_ratio: float | None = None,
+        num_classes: int = 1000,
+        times: list[Literal["t", "r", "h"]] | None = None,
+        guidance: Guidance | None = Guidance(),
+        label_dropout: float = 0.1,
+        pairs: TimePairs = TimePairs(),
+        tangent: tuple[float, float] = (0.0, 1.0),
+        loss_power: float = 1.0,
+        loss_eps: float = 0.01,
+        sampling_times: list[float] | None = None,
+        autoencoder: str = PIXELS,
+        grad_checkpointing: bool = False,
+        optim: Optim = Optim(lr=1e-4, weight_decay=0.0, schedule="constant"),  # noqa: B008 (frozen)
+    ) -> None:
+        if num_classes < 1:
+            raise ZooError("a class-conditional model wants num_classes of 1 or more")
+        options: dict[str, Any] = {
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "in_chans": in_chans,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "num_classes": num_classes,
+            "times": times,
+            "grad_checkpointing": grad_checkpointing,
+        }
+        options = {key: value for key, value in options.items() if value is not None}
+        if model is not None and model not in TRANSFORMERS:
+            raise unknown("model", model, TRANSFORMERS)
+        network = (TRANSFORMERS[model] if model else _transformer)(**options)
+        super().__init__(network, optim, pairs, loss_power, loss_eps, sampling_times or [1.0, 0.0], autoencoder)
+        self.save_hyperparameters()
+        self.label_dropout, self.tangent = label_dropout, tangent
+        self.guidance = Guidance(**guidance) if isinstance(guidance, Mapping) else guidance
+
+    def loss(self, batch: Mapping[str, Any]) -> Loss:
+        x, labels = batch["image"], batch["label"]
+        noise, t, r = self._draws(batch)
+        draws = batch.get("drop")
+        draws = torch.rand(len(x), device=x.device) if draws is None else draws
+        dropped = torch.arange(len(x), device=x.device) < (draws < self.label_dropout).sum()
+        return meanflow_loss(
+            self.network,
+            x,
+            noise,
+            t,
+            r,
+            labels,
+            self.guidance,
+            self.num_classes,
+            dropped,
+            self.loss_power,
+            self.loss_eps,
+            self.tangent,
+        )
+
+
+class UnconditionalMeanFlow(MeanFlow):
+    """The U-Net on pixels, without classes: CIFAR-10 (Table 3).
+
+    Batches may hold `augment` (B, A), which says how pictures were augmented; sampling goes without.
+
+    Args:
+        model: the published network, or null for one of the sizes that follow. A size given overrides `model`'s.
+        img_size: side of the pictures.
+        dropout: in every block.
+        augment_dim: A; 0 for none.
+        augment: chance of each of EDM's geometric changes in training, whose labels the network sees; 0 for none.
+        optim, pairs, loss_power, loss_eps, sampling_times: as in :class:`MeanFlow`.
+    """
+
+    def __init__(
+        self,
+        model: str | None = "meanflow_unet_cifar10",
+        img_size: int | None = None,
+        in_chans: int | None = None,
+        model_channels: int | None = None,
+        channel_mult: list[int] | None = None,
+        channel_mult_emb: int | None = None,
+        num_blocks: int | None = None,
+        attn_resolutions: list[int] | None = None,
+        dropout: float | None = None,
+        augment_dim: int | None = None,
+        augment: float = 0.12,
+        pairs: TimePairs = TimePairs(mean=-2.0, std=2.0, equal=0.25, equal_by="chance"),
+        loss_power: float = 0.75,
+        loss_eps: float = 1e-3,
+        sampling_times: list[float] | None = None,
+        optim: Optim = Optim(lr=6e-4, betas=(0.9, 0.999), weight_decay=0.0, schedule="constant", warmup_epochs=200),  # noqa: B008
+    ) -> None:
+        options: dict[str, Any] = {
+            "img_resolution": img_size,
+            "in_channels": in_chans,
+            "out_channels": in_chans,
+            "model_channels": model_channels,
+            "channel_mult": channel_mult,
+            "channel_mult_emb": channel_mult_emb,
+            "num_blocks": num_blocks,
+            "attn_resolutions": attn_resolutions,
+            "dropout": dropout,
+            "augment_dim": augment_dim,
+        }
+        options = {key: value for key, value in options.items() if value is not None}
+        if model is not None and model not in UNETS:
+            raise unknown("model", model, UNETS)
+        network = (UNETS[model] if model else _unet)(**options)
+        super().__init__(network, optim, pairs, loss_power, loss_eps, sampling_times or [1.0, 0.0])
+        self.save_hyperparameters()
+        self.augment = EDMAugment(augment) if augment else None
+        if self.augment is not None and self.augment.label_dim != network.augment_dim:
+            raise ZooError(
+                f"the augmentation's labels hold {self.augment.label_dim} numbers: set augment_dim, or augment: 0"
+            )
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        if self.augment is not None and "augment" not in batch:
+            batch = self.augment(dict(batch))
+        return super().training_step(batch, batch_idx)
+
+    def loss(self, batch: Mapping[str, Any]) -> Loss:
+        noise, t, r = self._draws(batch)
+        condition = batch.get("augment")
+        return meanflow_loss(
+            self.network, batch["image"], noise, t, r, condition, power=self.loss_power, eps=self.loss_eps
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- 4. models
+
+
+def _transformer(**overrides: Any) -> MeanFlowDiT:
+    return MeanFlowDiT(**{"times": TIMES, "pos_embed": "fixed", **overrides})
+
+
+def meanflow_b4(**overrides: Any) -> MeanFlowDiT:
+    """MF-B/4 on latents of 32 x 32 x 4."""
+    return _transformer(**{**SIZES["B"], "patch_size": 4, **overrides})
+
+
+def meanflow_b2(**overrides: Any) -> MeanFlowDiT:
+    """MF-B/2 on latents of 32 x 32 x 4."""
+    return _transformer(**{**SIZES["B"], "patch_size": 2, **overrides})
+
+
+def meanflow_m2(**overrides: Any) -> MeanFlowDiT:
+    """MF-M/2 on latents of 32 x 32 x 4."""
+    return _transformer(**{**SIZES["M"], "patch_size": 2, **overrides})
+
+
+def meanflow_l2(**overrides: Any) -> MeanFlowDiT:
+    """MF-L/2 on latents of 32 x 32 x 4."""
+    return _transformer(**{**SIZES["L"], "patch_size": 2, **overrides})
+
+
+def meanflow_xl2(**overrides: Any) -> MeanFlowDiT:
+    """MF-XL/2 on latents of 32 x 32 x 4."""
+    return _transformer(**{**SIZES["XL"], "patch_size": 2, **overrides})
+
+
+def _unet(**overrides: Any) -> MeanFlowUNet:
+    return MeanFlowUNet(**{"channel_mult_noise": 2, "resample_filter": (1, 3, 3, 1), "num_times": 2, **overrides})
+
+
+def meanflow_unet_cifar10(**overrides: Any) -> MeanFlowUNet:
+    """The DDPM++ U-Net for CIFAR-10, with labels of augmentation and dropout 0.2."""
+    return _unet(**{"dropout": 0.2, "augment_dim": 6, **overrides})
+
+
+TRANSFORMERS = {f.__name__: f for f in (meanflow_b4, meanflow_b2, meanflow_m2, meanflow_l2, meanflow_xl2)}
+UNETS = {f.__name__: f for f in (meanflow_unet_cifar10,)}
+
+# ------------------------------------------------------------------------------------------------ 5. official weights
+
+_AFFINE = r"\.(?:weight|bias)"
+_TRANSFORMER = re.compile(
+    rf"x_embedder\.proj{_AFFINE}|[th]_embedder\.mlp\.[02]{_AFFINE}|y_embedder\.embedding_table\.weight"
+    rf"|blocks\.\d+\.(?:attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2|adaLN_modulation\.1){_AFFINE}"
+    rf"|final_layer\.(?:linear|adaLN_modulation\.1){_AFFINE}"
+)
+_UNET = re.compile(
+    rf"map_augment\.weight|map_layer[01]{_AFFINE}|(?:enc|dec)\.\d+x\d+_(?:conv|aux_norm|aux_conv){_AFFINE}"
+    rf"|(?:enc|dec)\.\d+x\d+_(?:block\d+|down|up|in[01])"
+    rf"\.(?:norm[012]{_AFFINE}|affine{_AFFINE}|qkv{_AFFINE}|proj{_AFFINE}"
+    r"|(?:conv[01]|skip)\.(?:weight|bias|resample_filter))"
+)
+AVERAGES = ("net_ema", "net_ema1", "net_ema2")
+
+
+def convert_official(state_dict: Mapping[str, Tensor], average: str = "net_ema1") -> dict[str, Tensor]:
+    """A published state dict in our names: flax parameters of the transformers (with or without ``net/``), or the
+    PyTorch file of the U-Net, which holds the raw weights `net` and three averages.
+
+    Args:
+        average: of the U-Net, the set to take where there is more than `net`: net, net_ema (decay 0.9999), net_ema1
+            (0.99995, the published one), net_ema2 (0.9996).
+
+    Raises:
+        ZooError: a key that belongs to neither layout.
+    """
+    if any("/" in key for key in state_dict):
+        state = flax_to_torch({key.removeprefix("net/"): value for key, value in state_dict.items()})
+        if foreign := [key for key in state if not _TRANSFORMER.fullmatch(key)]:
+            raise ZooError(f"not a MeanFlow checkpoint: {len(foreign)} unknown keys, such as {foreign[0]!r}")
+        return state
+    sets: dict[str, dict[str, Tensor]] = {}
+    for key, value in state_dict.items():
+        name, _, rest = key.partition(".")
+        if key == "num_updates":
+            continue
+        if name not in ("net", *AVERAGES):
+            name, rest = "net", key
+        if not (_UNET.fullmatch(rest) or _TRANSFORMER.fullmatch(rest)):
+            raise ZooError(f"not a MeanFlow checkpoint: unknown key {key!r}")
+        sets.setdefault(name, {})[rest] = value
+    if len(sets) == 1:
+        return next(iter(sets.values()))
+    if average not in sets:
+        raise ZooError(f"the checkpoint holds no {average!r}; it has {', '.join(sets) or 'nothing'}")
+    if odd := next((name for name, found in sets.items() if found.keys() != sets[average].keys()), None):
+        raise ZooError(f"the sets of weights {odd} and {average} of the checkpoint hold different keys")
+    return sets[average]
