@@ -175,3 +175,14 @@ def test_no_samples_is_no_error():
     world = render(0, "train", [])
     assert world["image"].shape == (0, 3, 64, 64)
     assert world["caption"] == []
+
+
+@pytest.mark.parametrize("size", [16, 17, 24])
+def test_tiny_pictures_are_drawn_within_their_borders(size: int) -> None:
+    """Objects of a pixel or two: what lies beyond the border is painted nowhere, not even in the next row."""
+    for first in range(0, 1000, 250):
+        drawn = render(0, "train", range(first, first + 250), size, ("image", "boxes"))
+        alone = render(0, "train", [first + 249], size, ("image", "boxes"))
+        assert torch.equal(drawn["image"][-1], alone["image"][0])
+        assert drawn["boxes"].min() >= 0
+        assert drawn["boxes"].max() <= size

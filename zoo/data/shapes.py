@@ -405,11 +405,16 @@ def _draw(
         middle = np.float32(_ATLAS / 2)
         u = t(c * delta[:, 0] + middle + delta_rim[:, 0])[:, None, :] + t(s * delta[:, 1] + delta_rim[:, 1])[:, :, None]
         v = t(-s * delta[:, 0] + middle)[:, None, :] + t(c * delta[:, 1])[:, :, None]
+        # Of an object of a few pixels the rim is not far enough away to stand for everything beyond it.
+        tiny = radius.min() * (_EXTENT - _REACH) < 1
+        beyond = torch.maximum((u - middle).abs(), (v - middle).abs()) > middle - 1 if tiny else None
         at = v.clamp_(0, _ATLAS - 1).to(torch.int32).mul_(_ATLAS).add_(u.clamp_(0, _ATLAS - 1).to(torch.int32))
         shape = scenes.shape[row, obj] * _ATLAS * _ATLAS
         at.add_(t(shape.astype(np.int32))[:, None, None])
         alpha = _shape_table().index_select(0, at.view(-1)).view(at.shape)
         alpha.mul_(t(-radius)[:, None, None]).add_(0.5).clamp_(0, 1)
+        if beyond is not None:
+            alpha.masked_fill_(beyond, 0)
 
         # Only the pixels an object touches go on.
         where = alpha.view(-1).nonzero()[:, 0]
