@@ -528,13 +528,15 @@ class ARCDataModule(SeededDataModule):
         return pairs
 
     def _tests(self, split: str) -> list[_Known]:
+        """The first test of every task, then the second ones, ..."""
         found = []
         for task in self.tasks:
             tests = task.test
             if self.dataset == WORLD and len(tests) > 1:
                 tests = tests[::2] if split == "val" else tests[1::2]
-            found += [_Known(pair, task.index, 1 / len(tests)) for pair in tests if self._fits(pair)]
-        return found
+            known = [_Known(pair, task.index, 1 / len(tests)) for pair in tests]
+            found += [(number, entry) for number, entry in enumerate(known) if self._fits(entry.pair)]
+        return [entry for _, entry in sorted(found, key=lambda both: both[0])]
 
     def samples(self, split: str) -> CanvasSet:
         """The pairs of "train", "val", "test" or "predict" on their canvases."""
