@@ -39,22 +39,23 @@ ARMS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the numbers but the seed and the arm."""
+    """All that decides the numbers but the seed and the arm. Pictures of `img_size` are averaged to `side` pixels."""
 
     dataset: str = "cifar10"
-    img_size: int = 16
+    img_size: int = 32
+    side: int = 16
     patch_size: int = 4
     embed_dim: int = 128
-    depth: int = 4
+    depth: int = 3
     num_heads: int = 4
-    batch: int = 128
+    batch: int = 64
     train_images: int = 50_000
     test_images: int = 5000
-    steps: int = 1200
+    steps: int = 1600
     lr: float = 1e-3
     warmup_steps: int = 100
     ema: float = 0.99
-    samples: int = 2000
+    samples: int = 1000
     long_steps: int = 16
     judge_steps: int = 600
 
@@ -132,7 +133,7 @@ def _judge(settings: Settings, world: World) -> tuple[Judge, Statistics, float]:
         torch.manual_seed(0)
         network = Judge(world.classes)
     batches = Pictures(*world.train, world, settings.judge_steps, settings.batch, seed=0)
-    batches.side = settings.img_size
+    batches.side = settings.side
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=settings.judge_steps)
     for step in range(settings.judge_steps):
@@ -142,7 +143,7 @@ def _judge(settings: Settings, world: World) -> tuple[Judge, Statistics, float]:
         optimizer.step()
         schedule.step()
     network.eval()
-    images, labels = small(world.test[0], settings.img_size), world.test[1]
+    images, labels = small(world.test[0], settings.side), world.test[1]
     with torch.no_grad():
         accuracy = (network(images).argmax(1) == labels).float().mean().item()
         return network, Statistics.of(network.features(images)), accuracy
@@ -161,7 +162,7 @@ def one_arm(settings: Settings, world: World, seed: int, arm: str) -> dict[str, 
     L.seed_everything(seed, verbose=False)
     task = ClassConditionalMeanFlow(
         model=None,
-        img_size=settings.img_size,
+        img_size=settings.side,
         in_chans=3,
         patch_size=settings.patch_size,
         embed_dim=settings.embed_dim,
@@ -173,7 +174,7 @@ def one_arm(settings: Settings, world: World, seed: int, arm: str) -> dict[str, 
         **ARMS[arm],
     )
     batches = Pictures(*world.train, world, settings.steps, settings.batch, seed)
-    batches.side = settings.img_size
+    batches.side = settings.side
     diary = Averaged(settings.ema)
     train(task, batches, diary)
     task.load_state_dict(diary.ema.weights)
