@@ -17,8 +17,13 @@ class ZooError(Exception):
 def unknown(kind: str, name: str, known: Iterable[str]) -> ZooError:
     """The error for a `name` that is none of the `known` ones of this `kind`; names the nearest valid one."""
     known = sorted(set(known))
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-    if near:
-        return ZooError(f"unknown {kind} {name!r}; did you mean {near[0]!r}?")
+    near = max(known, key=lambda one: _likeness(name, one), default="")
+    if _likeness(name, near) >= 0.3:
+        return ZooError(f"unknown {kind} {name!r}; did you mean {near!r}?")
     shown = known if len(known) <= 20 else [*known[:20], f"... ({len(known)} in all)"]
     return ZooError(f"unknown {kind} {name!r}; known: {', '.join(shown) or 'none'}")
+
+
+def _likeness(name: str, known: str) -> float:
+    """How alike two names are, 0 to 1; a long name's beginning counts as much as the whole."""
+    return max(difflib.SequenceMatcher(None, one, name).ratio() for one in (known, known[: len(name)]))

@@ -407,7 +407,7 @@ def _draw(
         v = t(-s * delta[:, 0] + middle)[:, None, :] + t(c * delta[:, 1])[:, :, None]
         # Of an object of a few pixels the rim is not far enough away to stand for everything beyond it.
         tiny = radius.min() * (_EXTENT - _REACH) < 1
-        beyond = torch.maximum((u - middle).abs(), (v - middle).abs()) > middle - 1 if tiny else None
+        beyond = torch.maximum((u - _ATLAS / 2).abs(), (v - _ATLAS / 2).abs()) > _ATLAS / 2 - 1 if tiny else None
         at = v.clamp_(0, _ATLAS - 1).to(torch.int32).mul_(_ATLAS).add_(u.clamp_(0, _ATLAS - 1).to(torch.int32))
         shape = scenes.shape[row, obj] * _ATLAS * _ATLAS
         at.add_(t(shape.astype(np.int32))[:, None, None])
