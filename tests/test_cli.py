@@ -177,7 +177,7 @@ def test_leaderboard_in_every_form(here: Path, capsys: pytest.CaptureFixture[str
     [
         (["lits"], "list"),
         (["list", "paper"], "papers"),
-        (["list", "models", "maee_vit"], "mae_vit"),
+        (["list", "models", "maee_vit_base"], "mae_vit_base"),
         (["show", "maee"], "mae"),
         (["leaderboard", "mea"], "mae"),
         (["claim", "mea"], "mae"),
