@@ -118,14 +118,20 @@ class Diffusion:
 
     @staticmethod
     def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """Entries of a table at steps (B,), shaped to multiply x."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return like(table.to(t.device)[t].to(wide), x)
+        """Entries of a table at steps (B,), shaped to multiply x; rounded to float32, as the official code does."""
+        return like(table.to(t.device)[t].float(), x)
 
     def noised(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """z_t of data x (B, ...) at steps t (B,)."""
-        abar = self._at(self.abar, t, x)
-        return abar.sqrt() * x + (1 - abar).sqrt() * noise
+        return self._at(self.abar.sqrt(), t, x) * x + self._at((1 - self.abar).sqrt(), t, x) * noise
+
+    def _data(self, noise: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """The data that z_t and its noise stand for."""
+        return self._at((1 / self.abar).sqrt(), t, z) * z - self._at((1 / self.abar - 1).sqrt(), t, z) * noise
+
+    def _noise(self, data: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """The noise that z_t and its data stand for."""
+        return (self._at((1 / self.abar).sqrt(), t, z) * z - data) / self._at((1 / self.abar - 1).sqrt(), t, z)
 
     def network_steps(self, t: Tensor) -> Tensor:
         """The numbers (B,) that a network knows the steps t by: those of the full process."""
@@ -141,8 +147,7 @@ class Diffusion:
         else:
             fixed = self.large_log_variance if self.variance == "fixed_large" else self.small_log_variance
             log_variance = self._at(fixed, t, z).expand_as(z)
-        abar = self._at(self.abar, t, z)
-        data = output if self.prediction == "data" else (z - (1 - abar).sqrt() * output) / abar.sqrt()
+        data = output if self.prediction == "data" else self._data(output, z, t)
         data = data.clamp(-1, 1) if clip else data
         return Posterior(self._posterior_mean(data, z, t), log_variance, data)
 
@@ -197,7 +202,7 @@ class Diffusion:
             t = torch.full((len(z),), step, device=z.device)
             data = self.posterior(network(z, self.network_steps(t)), z, t, clip).data
             abar, before = self._at(self.abar, t, z), self._at(self.abar_before, t, z)
-            epsilon = (z - abar.sqrt() * data) / (1 - abar).sqrt()
+            epsilon = self._noise(data, z, t)
             sigma = eta * ((1 - before) / (1 - abar)).sqrt() * (1 - abar / before).sqrt()
             z = before.sqrt() * data + (1 - before - sigma.square()).sqrt() * epsilon
             if step:
