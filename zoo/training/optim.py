@@ -170,9 +170,9 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     """The trainable parameters of `model`, grouped by weight decay and learning-rate scale.
 
     Undecayed are what `no_decay` spares and the names in `no_weight_decay()` of the model or of any part of it, save
-    the names in its `weight_decay_too()`. Without layer decay the undecayed group comes first; with it, groups come in the
-    order in which they first occur in `named_parameters`, and a layer's scale is layer_decay ** (top - id), top being
-    `model.num_layer_ids` - 1.
+    the names in its `weight_decay_too()`. Without layer decay the undecayed group comes first; with it, groups come in
+    the order in which they first occur in `named_parameters`, and a layer's scale is layer_decay ** (top - id), top
+    being `model.num_layer_ids` - 1.
 
     Returns:
         Groups with keys `params`, `names`, `weight_decay`, `lr_scale`.
