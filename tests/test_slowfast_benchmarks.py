@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,12 +60,11 @@ def test_slow_frames_say_nothing_of_the_pattern() -> None:
         for bins in (steps[0][:, 0], steps[0][:, 2]):
             expected = torch.histc(bins, 8, 0, 1) / len(bins)
             torch.testing.assert_close(torch.histc(other[:, 0], 8, 0, 1) / len(other), expected, atol=0.05, rtol=0)
-    # From frame to frame they are told apart with ease: by the sign, and by the size of the step.
-    step = [((c.diff(dim=1) + 0.5) % 1 - 0.5).mean(1) for c in clips]
-    assert (step[0] > 0).all()
-    assert (step[1] < 0).all()
-    assert step[0].max() < step[2].min()
-    assert step[1].min() > step[3].max()
+    # From frame to frame they are told apart with ease, by the size of the step.
+    step = [((c.diff(dim=1) + 0.5) % 1 - 0.5).abs().mean(1) for c in clips]
+    for slower, faster in pairwise(step):
+        assert slower.max() < faster.min() + 0.02
+        assert (slower.mean() - faster.mean()).abs() > 0.08
 
 
 def test_all_arms_see_the_same_clips() -> None:
