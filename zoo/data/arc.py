@@ -492,7 +492,7 @@ class ARCDataModule(SeededDataModule):
         seed: int | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed=seed, in_memory=dataset == WORLD)
+        super().__init__(batch_size, eval_batch_size, num_workers, seed=seed, in_memory=True)
         at_least_one(image_size=image_size, scale=scale, eval_scale=eval_scale, rearc_limit=rearc_limit)
         if test_views < 0:
             raise ZooError(f"data.test_views must not be negative, got {test_views}")

@@ -29,7 +29,8 @@ def run(case: Case) -> dict[str, Tensor]:
 
 def canvas(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
-    pair, size = Pair(*(inputs[name].cpu().numpy() for name in ("input", "output"))), config["max_size"]
+    grids = {name: grid.cpu().numpy() for name, grid in inputs.items()}
+    pair, size = Pair(grids["input"], grids.get("output")), config["max_size"]
     draws, ranges = iter(config["draws"]), []
 
     def draw(low: int, high: int) -> int:
@@ -83,20 +84,15 @@ def vit(case: Case) -> dict[str, Tensor]:
     options["img_size"] = options.pop("image_size")
     net = load_filled(VARCViT(**options), case, convert_official).eval()
     assert isinstance(net, VARCViT)
-    canvas, task, mask, target = (inputs[name] for name in ("canvas", "task_ids", "mask", "targets"))
-    logits = net(canvas, task, mask)
-    loss = net.loss(canvas, task, mask, target)  # of the patches that decide it, not from the logits
-    loss.backward()
-    outputs = {
-        "logits": logits,
-        "logits_no_mask": net(canvas, task),
-        "loss": loss,
-        "grad_task_tokens": net.task_embed.weight.grad,
-        "grad_head": net.head.weight.grad,
-    }
+    canvas, task, mask = inputs["canvas"], inputs["task_ids"], inputs.get("mask")
+    outputs = {"logits": net(canvas, task, mask), "logits_no_mask": net(canvas, task)}
+    if "targets" in inputs:
+        loss = net.loss(canvas, task, mask, inputs["targets"])  # of the patches that decide it, not from the logits
+        loss.backward()
+        outputs |= {"loss": loss, **_gradients(net)}
     if "q" in inputs:
         outputs["rope_of_q"] = rotate(inputs["q"], net.rope_cos, net.rope_sin)
-    return outputs  # type: ignore[return-value]
+    return outputs
 
 
 def unet(case: Case) -> dict[str, Tensor]:
@@ -106,9 +102,17 @@ def unet(case: Case) -> dict[str, Tensor]:
     net = VARCUNet(embed_dim=width, depth=depth, num_heads=width // 40, mid_block=mid_block, **options)
     load_filled(net, case, convert_official).eval()
     logits = net(inputs["canvas"], inputs["task_ids"])
-    loss = pixel_loss(logits, inputs["targets"])
-    outputs = {"logits": logits, "loss": loss}
-    if any(name.startswith("grad") for name in case["outputs"]):
+    outputs = {"logits": logits}
+    if "targets" in inputs:
+        loss = pixel_loss(logits, inputs["targets"])
         loss.backward()
-        outputs |= {"grad_task_tokens": net.task_embed.weight.grad, "grad_color_embed": net.color_embed.weight.grad}
+        outputs |= {"loss": loss, **_gradients(net)}
     return outputs
+
+
+def _gradients(net: torch.nn.Module) -> dict[str, Tensor]:
+    """Gradients by the short names that cases give them."""
+    found = {name: value.grad for name, value in net.named_parameters() if value.grad is not None}
+    short = {"task_tokens": "task_embed.weight", "color_embed": "color_embed.weight", "head": "head.weight"}
+    short |= {"positional_embed": "pos_embed", "patch_embed": "patch_embed.proj.weight"}
+    return {f"grad_{name}": found[ours] for name, ours in short.items() if ours in found}
