@@ -416,7 +416,11 @@ def test_views_are_joined_and_order_of_memory_changes_nothing() -> None:
     assert scores["top1"].item() == pytest.approx((summed.argmax(1) == torch.tensor([1, 3])).float().mean().item())
     assert scores["top5"].item() == 1
     assert plain.val_metrics["loss"].compute().item() == pytest.approx(math.log(5), abs=0.3)
-    torch.testing.assert_close(plain.predict_step(batch, 0).sum(1), torch.ones(4))
+    with torch.no_grad():
+        predicted = plain.predict_step(batch, 0)
+    torch.testing.assert_close(predicted["probabilities"].sum(1), torch.ones(4))
+    assert torch.equal(predicted["video_id"], batch["video_id"])
+    assert torch.equal(predicted["view"], batch["view"])
 
 
 def test_several_labels_are_scored_by_their_own_sigmoid() -> None:
@@ -447,6 +451,10 @@ def test_boxes_are_scored_on_their_key_frames() -> None:
     torch.testing.assert_close(task.training_step(batch, 0), binary_cross_entropy(logits.sigmoid(), labels))
     task.validation_step(batch, 0)
     assert task.val_metrics["score"].compute()["mAP"].item() > 0.5
+    predicted = task.predict_step(batch, 0)
+    assert [len(frame["probabilities"]) for frame in predicted] == [2, 0]
+    assert [(frame["video_id"], frame["second"]) for frame in predicted] == [(0, 902), (1, 903)]
+    torch.testing.assert_close(predicted[0]["probabilities"], logits.sigmoid())
     empty = {"video": _video(1, side=64), "target": [{**none, "video_id": 2, "second": 904}]}
     task.validation_step(empty, 1)
 

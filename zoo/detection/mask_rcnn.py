@@ -186,7 +186,7 @@ class MaskRCNNDetection(Detection):
         super().__init__(network, optim, network.iou_types, oks_sigmas, clip_each, init_from)
         self.save_hyperparameters()
 
-    def load_weights(self, source: str) -> None:
+    def load_initial(self, source: str) -> None:
         load_weights(self.network, source)
 
 

@@ -446,7 +446,7 @@ class MAEFineTuning(Classification):
         if init_from is not None:
             nn.init.trunc_normal_(self.network.get_parameter("head.weight"), std=2e-5)
 
-    def load_encoder(self, source: str) -> None:
+    def load_initial(self, source: str) -> None:
         load_encoder(self.network, source)
 
 
@@ -493,7 +493,7 @@ class MAELinearProbe(LinearClassification):
         super().__init__(network, probe_head(network.embed_dim, num_classes), "head", optim, num_classes, init_from)
         self.save_hyperparameters()
 
-    def load_encoder(self, source: str) -> None:
+    def load_initial(self, source: str) -> None:
         load_encoder(self.network, source)
 
 

@@ -393,7 +393,7 @@ class MoCoLinearProbe(LinearClassification):
         super().__init__(network, head, "fc", optim, num_classes, init_from)
         self.save_hyperparameters()
 
-    def load_encoder(self, source: str) -> None:
+    def load_initial(self, source: str) -> None:
         trunk = torchvision_trunk(convert_trunk(read_source(source)))
         fill(self.network, trunk, source, lambda key: not key.startswith("fc."))
 

@@ -45,6 +45,8 @@ class BaseModule(L.LightningModule):
     - A checkpoint with non-finite weights is refused, and holds plain types only (it loads with weights_only=True);
       `zoo_task` names the task's class.
 
+    - A task with an attribute `init_from` starts from the weights named there, which it loads in :meth:`load_initial`.
+
     A subclass that overrides one of the hooks below calls super.
 
     Args:
@@ -54,6 +56,22 @@ class BaseModule(L.LightningModule):
     def __init__(self, optim: Optim) -> None:
         super().__init__()
         self.optim = optim if isinstance(optim, Optim) else Optim(**optim)
+
+    init_from: str | None = None
+
+    def load_initial(self, source: str) -> None:
+        """Fill the network from pre-trained weights: a name, a file, a checkpoint. Tasks that can start so override it.
+
+        Raises:
+            ZooError: here always; elsewhere, a missing file or one that does not fit.
+        """
+        raise ZooError(f"{type(self).__name__} takes no pre-trained weights: leave init_from ({source}) out")
+
+    def setup(self, stage: str) -> None:
+        """Fetch the weights from `init_from`, once, unless a checkpoint of this task is about to be loaded."""
+        if self.init_from is not None and (self._trainer is None or self.trainer.ckpt_path is None):
+            self.load_initial(self.init_from)
+            self.init_from = None
 
     def trainable(self) -> nn.Module:
         """The module whose parameters are optimised; its names are those that layer decay and exclusions see."""

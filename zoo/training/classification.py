@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from zoo.errors import ZooError
 from zoo.training.base import BaseModule
 from zoo.training.optim import Optim
 
@@ -34,7 +33,7 @@ class Classification(BaseModule):
         mixup: Beta parameter of mixup, 0 for none; its draws are paired with those of `cutmix`.
         cutmix: Beta parameter of CutMix, 0 for none.
         label_smoothing: of the training targets.
-        init_from: where :meth:`setup` takes pre-trained weights from by :meth:`load_encoder`; null: from scratch.
+        init_from: where :meth:`setup` takes pre-trained weights from by :meth:`load_initial`; null: from scratch.
         channels_last: keep activations in the order (B, H, W, C), which most convolutions are faster in.
     """
 
@@ -66,20 +65,6 @@ class Classification(BaseModule):
 
     def trainable(self) -> nn.Module:
         return self.network
-
-    def load_encoder(self, source: str) -> None:
-        """Fill the network from pre-trained weights; a task that can be initialised overrides it.
-
-        Raises:
-            ZooError: always here.
-        """
-        raise ZooError(f"{type(self).__name__} takes no pre-trained weights: leave init_from ({source}) out")
-
-    def setup(self, stage: str) -> None:
-        """Fetch the weights from `init_from`, once, unless a checkpoint of this task is about to be loaded."""
-        if self.init_from is not None and (self._trainer is None or self.trainer.ckpt_path is None):
-            self.load_encoder(self.init_from)
-            self.init_from = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, S, S) to logits (B, num_classes)."""

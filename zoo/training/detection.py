@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from zoo.errors import ZooError
 from zoo.metrics.coco import CocoAP
 from zoo.training.base import BaseModule
 from zoo.training.optim import Optim
@@ -31,7 +30,7 @@ class Detection(BaseModule):
         iou_types: what is evaluated, of "bbox", "segm" and "keypoints".
         oks_sigmas: of the keypoints, as in COCO's OKS; null for COCO's 17.
         clip_each: bound of the norm of each parameter's own gradient; null for none.
-        init_from: where :meth:`setup` takes pre-trained weights from by :meth:`load_weights`; null: from scratch.
+        init_from: where :meth:`setup` takes pre-trained weights from by :meth:`load_initial`; null: from scratch.
     """
 
     monitor = ("val/box/AP", "max")
@@ -52,20 +51,6 @@ class Detection(BaseModule):
 
     def trainable(self) -> nn.Module:
         return self.network
-
-    def load_weights(self, source: str) -> None:
-        """Fill the network from pre-trained weights; a task that can be initialised overrides it.
-
-        Raises:
-            ZooError: always here.
-        """
-        raise ZooError(f"{type(self).__name__} takes no pre-trained weights: leave init_from ({source}) out")
-
-    def setup(self, stage: str) -> None:
-        """Fetch the weights from `init_from`, once, unless a checkpoint of this task is about to be loaded."""
-        if self.init_from is not None and (self._trainer is None or self.trainer.ckpt_path is None):
-            self.load_weights(self.init_from)
-            self.init_from = None
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
         return self.network(batch)

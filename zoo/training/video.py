@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics import MeanMetric, Metric
 
-from zoo.errors import ZooError
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
 from zoo.training.base import BaseModule
 from zoo.training.optim import Optim
@@ -31,7 +30,7 @@ class VideoClassification(BaseModule):
         optim: optimiser and schedule.
         num_classes: K; top-5 counts min(5, K) classes.
         label_smoothing: of the training targets.
-        init_from: where :meth:`setup` takes pre-trained weights from by :meth:`load_encoder`; null: from scratch.
+        init_from: where :meth:`setup` takes pre-trained weights from by :meth:`load_initial`; null: from scratch.
         channels_last: keep activations in the order (B, T, H, W, C), which poolings and normalisations are faster in.
     """
 
@@ -61,20 +60,6 @@ class VideoClassification(BaseModule):
 
     def trainable(self) -> nn.Module:
         return self.network
-
-    def load_encoder(self, source: str) -> None:
-        """Fill the network from pre-trained weights; a task that can be initialised overrides it.
-
-        Raises:
-            ZooError: always here.
-        """
-        raise ZooError(f"{type(self).__name__} takes no pre-trained weights: leave init_from ({source}) out")
-
-    def setup(self, stage: str) -> None:
-        """Fetch the weights from `init_from`, once, unless a checkpoint of this task is about to be loaded."""
-        if self.init_from is not None and (self._trainer is None or self.trainer.ckpt_path is None):
-            self.load_encoder(self.init_from)
-            self.init_from = None
 
     def forward(self, video: Tensor | Sequence[Tensor], *inputs: Any) -> Tensor:
         """Videos (B, C, T, H, W), or what each pathway takes of them, to logits (B, num_classes)."""
@@ -130,9 +115,10 @@ class VideoClassification(BaseModule):
     def on_test_epoch_end(self) -> None:
         self._log_scores(self.test_metrics, "test")
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Class probabilities (B, num_classes) of each view; of boxes, of all boxes of the batch."""
-        return self.probabilities(self.predict_logits(batch))
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Any:
+        """What is predicted of which view: {"probabilities" (B, num_classes), "video_id" (B,), "view" (B,)}."""
+        named = {name: batch[name] for name in ("video_id", "view")}
+        return {"probabilities": self.probabilities(self.predict_logits(batch)), **named}
 
 
 class MultiLabelVideoClassification(VideoClassification):
@@ -172,6 +158,16 @@ class ActionDetection(VideoClassification):
     def predict_logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (sum of N, num_classes) of the boxes of all videos."""
         return self(batch["video"], [target["boxes"] for target in batch["target"]])
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Any:
+        """For each key frame {"probabilities" (N, num_classes), "boxes" (N, 4) in units of the frame's sides, "video_id",
+        "second"}."""
+        scores = self.probabilities(self.predict_logits(batch))
+        parts = scores.split([len(target["boxes"]) for target in batch["target"]])
+        return [
+            {"probabilities": part, "boxes": target["original_boxes"], **{k: target[k] for k in ("video_id", "second")}}
+            for part, target in zip(parts, batch["target"], strict=True)
+        ]
 
     def losses(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
         labels = torch.cat([target["labels"] for target in batch["target"]]).to(logits.dtype)

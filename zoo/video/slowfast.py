@@ -483,7 +483,7 @@ class SlowFastClassification(VideoClassification):
         super().__init__(network, optim, num_classes, label_smoothing, init_from, channels_last)
         self.save_hyperparameters()
 
-    def load_encoder(self, source: str) -> None:
+    def load_initial(self, source: str) -> None:
         from zoo.pretrained import fill, read_source
 
         state = convert_official(read_source(source))
