@@ -160,8 +160,8 @@ class ActionDetection(VideoClassification):
         return self(batch["video"], [target["boxes"] for target in batch["target"]])
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Any:
-        """For each key frame {"probabilities" (N, num_classes), "boxes" (N, 4) in units of the frame's sides, "video_id",
-        "second"}."""
+        """For each key frame {"probabilities" (N, num_classes), "boxes" (N, 4) in units of the frame's sides,
+        "video_id", "second"}."""
         scores = self.probabilities(self.predict_logits(batch))
         parts = scores.split([len(target["boxes"]) for target in batch["target"]])
         return [
