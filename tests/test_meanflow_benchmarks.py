@@ -30,7 +30,7 @@ def test_claim_quick_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert claim.main(arguments) == 0
     record = json.loads(out.read_text())
     assert set(record["arms"]) == {"meanflow", "flow_matching", "wrong_tangent"}
-    assert [part["name"] for part in record["claims"]] == ["flow_matching", "tangent", "consistency"]
+    assert [part["name"] for part in record["claims"]] == ["flow_matching", "tangent"]
     for arm in record["arms"].values():
         assert all(value > 0 for value in arm["frechet_1_step"] + arm["one_to_long"])
         assert all(0 <= value <= 1 for value in arm["recognised_1_step"])
