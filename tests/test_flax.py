@@ -102,7 +102,7 @@ def test_what_is_no_flax_checkpoint(tmp_path: Path) -> None:
     assert not flax.is_checkpoint(tmp_path / "checkpoint_3.pt")
     assert read_state_dict(tmp_path / "checkpoint_3.pt").keys() == {"w"}
     (tmp_path / "broken.msgpack").write_bytes(_state()[:-5])
-    with pytest.raises(ZooError, match=r"broken\.msgpack: not a whole flax checkpoint"):
+    with pytest.raises(ZooError, match=r"broken\.msgpack: not a whole msgpack file of flax"):
         read_state_dict(tmp_path / "broken.msgpack")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ZooError, match="no flax checkpoint"):

@@ -390,10 +390,10 @@ def test_t5x_checkpoints_that_are_none_are_refused(tmp_path: Path) -> None:
     whole = (folder / "checkpoint").read_bytes()
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": "../elsewhere"}}
     for content, message in (
-        (whole[:-5], "not the index"),
-        (b"", "not the index"),
+        (whole[:-5], "not a whole msgpack"),
+        (b"", "not a whole msgpack"),
         (msgpack.packb({"optimizer": {"target": {"a": {"kernel": spec}}}}), "outside the checkpoint"),
-        (msgpack.packb({"optimizer": {"target": {"a": "text"}}}), "a is str"),
+        (msgpack.packb({"optimizer": {"target": {"a": "text"}}}), "holds a str"),
         (msgpack.packb({"optimizer": {"target": {"a": {**spec, "kvstore": {"path": "absent"}}}}}), "ckpt: "),
     ):
         (folder / "checkpoint").write_bytes(content)
@@ -409,7 +409,7 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "checkpoint").write_bytes(b"\x80")
     monkeypatch.setitem(__import__("sys").modules, "tensorstore", None)
     pytest.importorskip("msgpack")
-    with pytest.raises(ZooError, match=r"pip install 'paperzoo\[t5x\]'"):
+    with pytest.raises(ZooError, match=r"pip install 'paperzoo\[jax\]'"):
         t5x.read_state_dict(tmp_path)
 
 

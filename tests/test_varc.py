@@ -38,7 +38,7 @@ from zoo.data import ARCDataModule, ARCTaskDataModule
 from zoo.data.arc import BACKGROUND, ARCTask, Pair, pseudo_tasks, read_tasks
 from zoo.errors import ZooError
 from zoo.ops.attention import attention
-from zoo.ops.rope import rope_2d, rotate
+from zoo.ops.pos_embed import apply_rope, rope_2d
 from zoo.pretrained import mismatch, shapes
 from zoo.training import Optim
 
@@ -68,12 +68,12 @@ def trainer(folder: Path | None = None, **options: Any) -> L.Trainer:
 def test_rotation_shows_relative_positions_only() -> None:
     cos, sin = (table.double() for table in rope_2d(8, (5, 6), num_prefix=1))
     q, k = torch.randn(2, 8, dtype=torch.float64)
-    scores = rotate(q.expand(31, -1), cos, sin) @ rotate(k.expand(31, -1), cos, sin).T
+    scores = apply_rope(q.expand(31, -1), cos, sin) @ apply_rope(k.expand(31, -1), cos, sin).T
     assert torch.allclose(scores[0, 0], q @ k)  # the prefix does not turn
     grid = scores[1:, 1:].reshape(5, 6, 5, 6)
     assert torch.allclose(grid[1, 1, 3, 2], grid[0, 3, 2, 4])  # two down, one to the right
     assert not torch.allclose(grid[1, 1, 3, 2], grid[1, 1, 2, 3])
-    with pytest.raises(ZooError, match="multiple of 4"):
+    with pytest.raises(ZooError, match="divisible by 4"):
         rope_2d(6, (2, 2))
 
 
@@ -189,7 +189,7 @@ def test_wrong_sizes_are_named() -> None:
     pytest.importorskip("diffusers", reason="the U-Net wants diffusers")
     with pytest.raises(ZooError, match=r"model\.patch_size is not a size of varc_unet_small"):
         VARCTraining("varc_unet_small", patch_size=2)
-    with pytest.raises(ZooError, match="multiple of 4"):
+    with pytest.raises(ZooError, match="divisible by 4"):
         VARCUNet(img_size=10)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -75,8 +75,11 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _missing(error: ImportError) -> ZooError:
-    return ZooError(f"flax checkpoints are read with {error.name}, which is not installed: pip install {error.name}")
+def missing(error: ImportError) -> ZooError:
+    """The error for a package that JAX's checkpoints are read with and that is not there."""
+    return ZooError(
+        f"checkpoints of JAX are read with {error.name}, which is not installed: pip install 'paperzoo[jax]'"
+    )
 
 
 def _chosen(names: Mapping[str, Any] | set[str]) -> str | None:
@@ -86,11 +89,16 @@ def _chosen(names: Mapping[str, Any] | set[str]) -> str | None:
 # ------------------------------------------------------------------------------------------------------------- msgpack
 
 
-def _read_msgpack(path: Path) -> dict[str, Tensor]:
+def unpack(path: Path) -> Any:
+    """The tree of names in a msgpack file of flax, its leaves NumPy arrays (bfloat16 widened) and plain values.
+
+    Raises:
+        ZooError: msgpack is missing, the file is damaged, or holds arrays of other things than numbers.
+    """
     try:
         import msgpack
     except ImportError as error:
-        raise _missing(error) from error
+        raise missing(error) from error
 
     def array(code: int, data: bytes) -> Any:
         if code not in (_ARRAY, _SCALAR):
@@ -105,26 +113,36 @@ def _read_msgpack(path: Path) -> dict[str, Tensor]:
         return np.frombuffer(values, np.dtype(dtype)).reshape(shape)
 
     try:
-        tree = msgpack.unpackb(path.read_bytes(), ext_hook=array, raw=False, strict_map_key=False)
-        while isinstance(tree, Mapping) and (name := _chosen(tree)) is not None:
-            tree = tree[name]
-        state = dict(_leaves(tree))
+        return msgpack.unpackb(path.read_bytes(), ext_hook=array, raw=False, strict_map_key=False)
     except Exception as error:  # msgpack raises whatever it meets
-        raise ZooError(f"{path}: not a whole flax checkpoint ({_line(error)})") from error
-    if not state:
-        raise ZooError(f"{path}: holds no parameters")
-    return {key: torch.from_numpy(np.array(value, order="C")) for key, value in state.items()}
+        raise ZooError(f"{path}: not a whole msgpack file of flax ({_line(error)})") from error
 
 
-def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, np.ndarray]]:
-    if isinstance(tree, np.ndarray):
+def leaves(
+    tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False, path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Any]]:
+    """The arrays of a tree, and what `is_leaf` takes for one, by their paths joined with "/"; other values are left."""
+    if isinstance(tree, np.ndarray) or is_leaf(tree):
         yield "/".join(path), tree
     elif isinstance(tree, Mapping) and tree.get(_CHUNKED):
         parts = [tree["chunks"][str(k)] for k in range(len(tree["chunks"]))]
         yield "/".join(path), np.concatenate(parts).reshape([tree["shape"][str(k)] for k in range(len(tree["shape"]))])
     elif isinstance(tree, Mapping):
         for name, below in tree.items():
-            yield from _leaves(below, (*path, str(name)))
+            yield from leaves(below, is_leaf, (*path, str(name)))
+
+
+def _read_msgpack(path: Path) -> dict[str, Tensor]:
+    tree = unpack(path)
+    try:
+        while isinstance(tree, Mapping) and (name := _chosen(tree)) is not None:
+            tree = tree[name]
+        state = dict(leaves(tree))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ZooError(f"{path}: not a whole flax checkpoint ({_line(error)})") from error
+    if not state:
+        raise ZooError(f"{path}: holds no parameters")
+    return {key: torch.from_numpy(np.array(value, order="C")) for key, value in state.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------- orbax
@@ -135,7 +153,7 @@ def _read_orbax(folder: Path) -> dict[str, Tensor]:
     try:
         import tensorstore
     except ImportError as error:
-        raise _missing(error) from error
+        raise missing(error) from error
     base = {"driver": "file", "path": f"{folder}/"}
     store: dict[str, Any] = {"driver": "ocdbt", "base": base} if (folder / "manifest.ocdbt").is_file() else base
     try:

@@ -4,7 +4,7 @@ A checkpoint is a folder, or a zip of one: the file ``checkpoint`` holds the tre
 of the others where they lie, ``target.<path>``. Optimiser states are not touched. Nothing in the files is executed, and
 no array is read from elsewhere than the checkpoint's own folder, whatever the index says.
 
-Wants the extra ``t5x`` (tensorstore, msgpack).
+Wants the extra ``jax`` (tensorstore, msgpack).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.flax import leaves, missing, unpack
 
 INDEX = "checkpoint"
-_ARRAY, _SCALAR = 1, 3  # flax's msgpack extensions; a scalar is an array without axes
-_CHUNKED = "__msgpack_chunked_array__"
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -76,31 +75,18 @@ def _index_in(archive: zipfile.ZipFile) -> str | None:
 
 def _read(index: Path) -> dict[str, Tensor]:
     try:
-        import msgpack
         import tensorstore
     except ImportError as error:
-        raise ZooError(
-            f"t5x checkpoints are read with {error.name}, which is not installed: pip install 'paperzoo[t5x]'"
-        ) from error
-
-    def array(code: int, data: bytes) -> Any:
-        if code not in (_ARRAY, _SCALAR):
-            raise ValueError(f"an extension of kind {code}")
-        shape, kind, values = msgpack.unpackb(data, raw=True)
-        dtype = np.dtype(kind.decode("ascii"))
-        if dtype.kind not in "biuf":
-            raise ValueError(f"an array of {dtype}")
-        return np.frombuffer(values, dtype).reshape(shape)
-
+        raise missing(error) from error
+    tree = unpack(index)
     try:
-        tree = msgpack.unpackb(index.read_bytes(), ext_hook=array, raw=False, strict_map_key=False)
         target = tree["optimizer"]["target"]
-        leaves = dict(_leaves(target["params"] if set(target) == {"params"} else target))
-    except Exception as error:  # msgpack raises whatever it meets
+        found = dict(leaves(target["params"] if set(target) == {"params"} else target, _lies_elsewhere))
+    except (KeyError, ValueError, TypeError) as error:
         raise ZooError(f"{index}: not the index of a t5x checkpoint ({' '.join(str(error).split())[:200]})") from error
     state: dict[str, Any] = {}
     try:
-        for key, leaf in leaves.items():
+        for key, leaf in found.items():
             if isinstance(leaf, Mapping):
                 where = {"driver": "file", "path": str(_place(index.parent, leaf, key))}
                 leaf = tensorstore.open({"driver": "zarr", "kvstore": where}, open=True, read=True)
@@ -113,19 +99,11 @@ def _read(index: Path) -> dict[str, Tensor]:
     return {key: _tensor(value) for key, value in state.items()}
 
 
-def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """The arrays of a tree and the specs of those that lie elsewhere, by path."""
-    if isinstance(tree, np.ndarray) or (isinstance(tree, Mapping) and "driver" in tree and "kvstore" in tree):
-        yield "/".join(path), tree
-    elif isinstance(tree, Mapping) and tree.get(_CHUNKED):
-        parts = [tree["chunks"][str(k)] for k in range(len(tree["chunks"]))]
-        shape = [tree["shape"][str(k)] for k in range(len(tree["shape"]))]
-        yield "/".join(path), np.concatenate(parts).reshape(shape)
-    elif isinstance(tree, Mapping):
-        for name, below in tree.items():
-            yield from _leaves(below, (*path, str(name)))
-    elif tree is not None:
-        raise ValueError(f"{'/'.join(path)} is {type(tree).__name__}")
+def _lies_elsewhere(node: Any) -> bool:
+    """Whether a node of the index says where an array lies instead of holding it."""
+    if not isinstance(node, Mapping | None):
+        raise ValueError(f"the tree holds a {type(node).__name__}")
+    return node is not None and "driver" in node and "kvstore" in node
 
 
 def _place(folder: Path, spec: Mapping[str, Any], key: str) -> Path:

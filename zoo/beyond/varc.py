@@ -65,7 +65,7 @@ from zoo.metrics.arc import ARCScore, two_answers, vote
 from zoo.nn.vit import PatchEmbed
 from zoo.ops.attention import attention
 from zoo.ops.patches import patchify, unpatchify
-from zoo.ops.rope import rope_2d, rotate
+from zoo.ops.pos_embed import apply_rope, rope_2d
 from zoo.pretrained import fill, read_source
 from zoo.training import BaseModule, Optim, lr_at, make_optimizer, param_groups, seed_position
 
@@ -114,7 +114,7 @@ class Attention(nn.Module):
         """Tokens (B, N, D) to (B, N, D); `rope` (1 or B, 1, N, D / heads) each, `keys` (B, 1, 1, N) true where a token
         is attended to."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
+        q, k = apply_rope(q, *rope).to(v.dtype), apply_rope(k, *rope).to(v.dtype)
         x = attention(q, k, v, keys, self.dropout if self.training else 0.0)
         return self.drop(self.proj(x.transpose(1, 2).flatten(2)))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from zoo.beyond.varc import VARCTraining, VARCUNet, VARCViT, convert_official, pixel_loss
 from zoo.data.arc import BORDER, Pair, View, draw_view, evaluation_view, place, read_grid
 from zoo.metrics.arc import vote
-from zoo.ops.rope import rotate
+from zoo.ops.pos_embed import apply_rope
 from zoo.parity import Case, filled_inputs, load_filled
 from zoo.training import lr_at
 
@@ -91,7 +91,7 @@ def vit(case: Case) -> dict[str, Tensor]:
         loss.backward()
         outputs |= {"loss": loss, **_gradients(net)}
     if "q" in inputs:
-        outputs["rope_of_q"] = rotate(inputs["q"], net.rope_cos, net.rope_sin)
+        outputs["rope_of_q"] = apply_rope(inputs["q"], net.rope_cos, net.rope_sin)
     return outputs
 
 
