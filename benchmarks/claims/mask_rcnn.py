@@ -15,12 +15,10 @@ RoIPool at 0.644 and rounded boxes at 0.639; after 1500 at 0.737, 0.661 and 0.66
 long as the share of the given class had to pass one half (0.004 after 500 steps); it is therefore judged by the given
 class against the background alone, and on the large objects (32 pixels or more), since on small ones, whose class
 this net hardly tells, it failed even so (0.80 on large and 0.02 on small objects after 1500 steps). The run takes
-1500 steps; its bounds were set before it, but for one mishap: the file that ran the first three seeds compared sigmoid
-and softmax over all objects (+32.6 points) instead of the large ones. With that put right, the three gave +7.8 points
-with an interval from 0.4, which does not exceed the bound of 1; two further seeds were then run, and all five are
-reported, whatever they say.
+1500 steps; its bounds were set before it, but for one mishap: the file that ran the three seeds compared sigmoid and
+softmax over all objects (+32.6 points) instead of the large ones; put right, on the same runs, it stays undecided.
 
-    python benchmarks/claims/mask_rcnn.py --seeds 5      # about ten minutes of one core; a killed run goes on
+    python benchmarks/claims/mask_rcnn.py                # about six minutes of one core; a killed run goes on
 """
 
 from __future__ import annotations
