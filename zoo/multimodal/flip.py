@@ -347,17 +347,13 @@ class FLIPPretraining(BaseModule):
     def trainable(self) -> nn.Module:
         return self.network
 
-    def setup(self, stage: str) -> None:
-        """Fetch the weights from `init_from`, once, unless a checkpoint of this task is about to be loaded."""
-        if self.init_from is not None and (self._trainer is None or self.trainer.ckpt_path is None):
-            state = convert_official(read_source(self.init_from))
-            own = self.network.state_dict()
-            # The image encoder's table is fixed: that of another resolution is made anew, not loaded.
-            table = "visual.pos_embed"
-            if table in state and state[table].shape != own[table].shape:
-                state[table] = own[table]
-            fill(self.network, state, self.init_from, lambda key: True)
-            self.init_from = None
+    def load_initial(self, source: str) -> None:
+        """Fill both encoders. The image encoder's table is fixed: one of another resolution is made anew."""
+        state, own = convert_official(read_source(source)), self.network.state_dict()
+        table = "visual.pos_embed"
+        if table in state and state[table].shape != own[table].shape:
+            state[table] = own[table]
+        fill(self.network, state, source, lambda key: True)
 
     def on_fit_start(self) -> None:
         if (steps := self.trainer.accumulate_grad_batches) > 1:
