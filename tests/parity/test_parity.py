@@ -68,7 +68,7 @@ def test_cases_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_unknown_paper_and_dtype_are_named() -> None:
     with pytest.raises(ZooError, match="did you mean 'mae'"):
-        parity.run_cases("mea")
+        parity.run_cases("maee")
     with pytest.raises(ZooError, match="float32"):
         parity.run_case(parity.load(_case("lr_schedule")), dtype="float23")
 
