@@ -314,6 +314,10 @@ def test_knn_metric_counts_over_chunks_and_refuses_emptiness() -> None:
     metric.update(eye[:3], torch.tensor([0, 1, 6]))
     metric.update(eye[3:5], torch.tensor([3, 4]))
     assert metric.compute()["top1"] == pytest.approx(4 / 5)
+    synced = KNNAccuracy(num_classes=7, k=1)
+    for name in ("bank_features", "bank_labels", "query_features", "query_labels"):
+        setattr(synced, name, torch.cat(getattr(metric, name)))  # as other processes' states leave them
+    assert synced.compute() == metric.compute()
     metric.reset()
     assert metric.bank_features == []
 

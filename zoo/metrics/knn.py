@@ -71,7 +71,7 @@ class KNNAccuracy(torchmetrics.Metric):
         self.query_labels.append(labels)
 
     def compute(self) -> dict[str, Tensor]:
-        if not self.bank_features or not self.query_features:
+        if not len(self.bank_features) or not len(self.query_features):  # lists, or tensors once synced
             raise ZooError("kNN accuracy needs a bank (update_bank) and queries (update) first")
         bank, bank_labels = dim_zero_cat(self.bank_features), dim_zero_cat(self.bank_labels)
         features, labels = dim_zero_cat(self.query_features), dim_zero_cat(self.query_labels)
