@@ -189,7 +189,7 @@ def test_wrong_sizes_are_named() -> None:
     pytest.importorskip("diffusers", reason="the U-Net wants diffusers")
     with pytest.raises(ZooError, match=r"model\.patch_size is not a size of varc_unet_small"):
         VARCTraining("varc_unet_small", patch_size=2)
-    with pytest.raises(ZooError, match="divisible by 4"):
+    with pytest.raises(ZooError, match="multiple of 4"):
         VARCUNet(img_size=10)
 
 
