@@ -404,7 +404,7 @@ def _parity(arguments: argparse.Namespace, extra: list[str]) -> int:
         _print_json(rows)
     else:
         show.print_verdicts(rows)
-    return int(not rows or any(not row["ok"] for row in rows))
+    return int(not rows or any(row["ok"] is False for row in rows))
 
 
 def _weights(arguments: argparse.Namespace, extra: list[str]) -> int:

@@ -14,6 +14,10 @@ class ZooError(Exception):
     """A mistake the user can mend; its message is one line that says what and how."""
 
 
+class MissingPackage(ZooError):
+    """An optional package is not installed; the message says how to get it."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> ZooError:
     """The error for a `name` that is none of the `known` ones of this `kind`; names the nearest valid one."""
     known = sorted(set(known))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.errors import ZooError
+from zoo.errors import MissingPackage, ZooError
 
 STATES = ("ema_params", "params")  # of a training state, what is read: the first that is there
 _STEP = re.compile(r"checkpoint_\d+")
@@ -75,9 +75,9 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def missing(error: ImportError) -> ZooError:
+def missing(error: ImportError) -> MissingPackage:
     """The error for a package that JAX's checkpoints are read with and that is not there."""
-    return ZooError(
+    return MissingPackage(
         f"checkpoints of JAX are read with {error.name}, which is not installed: pip install 'paperzoo[jax]'"
     )
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import ZooError, unknown
+from zoo.errors import MissingPackage, ZooError, unknown
 from zoo.paths import share
 
 PROBES = 16
@@ -44,13 +44,14 @@ Adapter = Callable[[Case], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one output of one case compares; `note` is empty where it agrees."""
+    """How one output of one case compares; `note` is empty where it agrees. `ok` is None where the case was not
+    computed, for want of the optional package that `note` names."""
 
     paper: str
     case: str
     function: str
     output: str
-    ok: bool
+    ok: bool | None
     note: str
     seconds: float
 
@@ -256,10 +257,12 @@ def run_case(case: Case, dtype: str | None = None, device: str = "cpu") -> list[
         raise unknown("dtype", dtype, TOLERANCES)
     rtol, atol = max(TOLERANCES[dtype], TOLERANCES[own])
     begin = time.perf_counter()
-    problem, outputs = "", {}
+    problem, outputs, skipped = "", {}, False
     with _quiet():
         try:
             outputs = adapter(case["paper"])({**case, "dtype": dtype, "device": device})
+        except MissingPackage as error:
+            problem, skipped = str(error), True
         except Exception as error:  # a case that fails must not keep the others from their verdict
             problem = " ".join(f"{type(error).__name__}: {error}".split())
     seconds = round(time.perf_counter() - begin, 3)
@@ -270,7 +273,9 @@ def run_case(case: Case, dtype: str | None = None, device: str = "cpu") -> list[
         note = problem or (
             "not computed" if name not in outputs else compare(expected, outputs[name], rtol, atol) or ""
         )
-        verdicts.append(Verdict(case["paper"], case["case"], function, name, not note, note, seconds))
+        verdicts.append(
+            Verdict(case["paper"], case["case"], function, name, None if skipped else not note, note, seconds)
+        )
     return verdicts
 
 

@@ -479,8 +479,10 @@ def print_verdicts(rows: list[dict[str, Any]]) -> None:
         groups.setdefault((row["paper"], row["function"]), []).append(row)
     body = []
     for (paper, function), found in groups.items():
-        agreeing = sum(row["ok"] for row in found)
-        verdict = Text("agrees", style="green") if agreeing == len(found) else Text("DIFFERS", style="bold red")
+        agreeing, skipped = (sum(row["ok"] is state for row in found) for state in (True, None))
+        verdict = Text("DIFFERS", style="bold red")
+        if agreeing + skipped == len(found):
+            verdict = Text("skipped", style="yellow") if skipped else Text("agrees", style="green")
         seconds = sum(row["seconds"] for row in found)
         body.append([paper, function, verdict, f"{agreeing}/{len(found)}", f"{seconds:.2f} s"])
     print_table(["paper", "function", "verdict", "outputs", "time"], body, numbers=("outputs", "time"))

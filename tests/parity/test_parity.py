@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from zoo import parity
+from zoo.cli import main
 from zoo.errors import ZooError
 
 CASES = parity.find_cases()
@@ -71,6 +73,20 @@ def test_unknown_paper_and_dtype_are_named() -> None:
         parity.run_cases("maee")
     with pytest.raises(ZooError, match="float32"):
         parity.run_case(parity.load(_case("lr_schedule")), dtype="float23")
+
+
+def test_a_case_whose_optional_package_is_missing_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path,) = [path for path in parity.find_cases("varc") if path.stem == "unet_small"]
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    verdicts = parity.run_case(parity.load(path))
+    assert {verdict.ok for verdict in verdicts} == {None}
+    monkeypatch.setattr(parity, "run_cases", lambda *args, **options: verdicts)
+    assert main(["parity", "varc"]) == 0
+    shown = capsys.readouterr().out
+    assert "skipped" in shown
+    assert "pip install 'paperzoo[beyond]'" in shown
 
 
 def test_fill_is_a_pure_function_of_the_name() -> None:

@@ -60,7 +60,7 @@ from zoo.data.arc import (
     write_json,
     write_predictions,
 )
-from zoo.errors import ZooError, unknown
+from zoo.errors import MissingPackage, ZooError, unknown
 from zoo.metrics.arc import ARCScore, two_answers, vote
 from zoo.nn.vit import PatchEmbed
 from zoo.ops.attention import attention
@@ -281,7 +281,7 @@ class VARCUNet(_Conditioned):
         try:
             from diffusers import UNet2DConditionModel
         except ImportError as error:
-            raise ZooError("the U-Net of VARC wants diffusers: pip install 'paperzoo[beyond]'") from error
+            raise MissingPackage("the U-Net of VARC wants diffusers: pip install 'paperzoo[beyond]'") from error
         if img_size % 4 or embed_dim % 20:
             raise ZooError(f"the U-Net wants img_size a multiple of 4 and embed_dim of 20: {img_size}, {embed_dim}")
         self.img_size, self.num_task_tokens = img_size, num_task_tokens

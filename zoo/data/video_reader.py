@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zoo.data.sources import EXTENSIONS as PICTURES
 from zoo.data.sources import read_image
-from zoo.errors import ZooError, unknown
+from zoo.errors import MissingPackage, ZooError, unknown
 
 EXTENSIONS = (
     *(".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".ogv"),
@@ -124,7 +124,7 @@ class PyAVReader:
         try:
             import av
         except ImportError as error:
-            raise ZooError("reading videos needs PyAV: pip install av") from error
+            raise MissingPackage("reading videos needs PyAV: pip install av") from error
         self.path, self._av = os.fspath(path), av
         if not os.path.isfile(self.path):
             raise VideoError(f"no such video {self.path}")

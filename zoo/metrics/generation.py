@@ -26,7 +26,7 @@ import torchmetrics
 from torch import Tensor, nn
 from torchmetrics.utilities import dim_zero_cat
 
-from zoo.errors import ZooError, unknown
+from zoo.errors import MissingPackage, ZooError, unknown
 from zoo.paths import cache_dir
 
 INCEPTION_URL = (
@@ -308,7 +308,7 @@ def _inception_weights(weights: str | None) -> Path:
     from importlib.util import find_spec
 
     if find_spec("torch_fidelity") is None:
-        raise ZooError("FID wants the package torch-fidelity: pip install 'paperzoo[generation]'")
+        raise MissingPackage("FID wants the package torch-fidelity: pip install 'paperzoo[generation]'")
     given = weights or os.environ.get("ZOO_INCEPTION")
     if given:
         if not Path(given).expanduser().is_file():
