@@ -11,8 +11,9 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -318,28 +319,51 @@ def run_arms(
     one_arm: Callable[[Any, World, int, str], dict[str, Any]],
     conclude: Callable[[list[dict[str, dict[str, Any]]]], list[SubClaim]],
 ) -> int:
-    """All seeds and arms, each computed or taken from the store, and the result file."""
-    warnings.filterwarnings("ignore", module="lightning")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    """:func:`run_seeds` on labelled pictures, the arms of one :class:`World`."""
     dataset, folder = choose_data(given.data, given.data_dir)
     settings = replace(kind(dataset=dataset), **(quick if given.quick else {}))
+
+    @cache
+    def world() -> World:
+        return open_world(dataset, folder, settings.img_size, settings.train_images, settings.test_images)
+
+    def run_arm(seed: int, arm: str) -> dict[str, Any]:
+        return one_arm(settings, world(), seed, arm)
+
+    return run_seeds(paper, statement, given, settings, {arm: {} for arm in arms}, run_arm, conclude)
+
+
+def run_seeds(
+    paper: str,
+    statement: str,
+    given: Any,
+    settings: Any,
+    arms: Mapping[str, Mapping[str, Any]],
+    run_arm: Callable[[int, str], dict[str, Any]],
+    conclude: Callable[[list[dict[str, dict[str, Any]]]], list[SubClaim]],
+) -> int:
+    """All seeds and arms, each computed or taken from the store, and the result file, which tells the arms' options."""
+    warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     threads = torch.get_num_threads()
     torch.set_num_threads(given.threads)
     seeds: list[dict[str, dict[str, Any]]] = []
     try:
         store = Store(given.work / paper, asdict(settings) | {"threads": given.threads})
-        world = open_world(dataset, folder, settings.img_size, settings.train_images, settings.test_images)
         for seed in range(given.seeds):
             seeds.append({})
             for arm in arms:
-                found = store.part(f"seed{seed}_{arm}", lambda s=seed, a=arm: one_arm(settings, world, s, a))
+                found = store.part(f"seed{seed}_{arm}", lambda s=seed, a=arm: run_arm(s, a))
                 seeds[-1][arm] = found
                 told = ", ".join(f"{key} {value:.4g}" for key, value in found.items() if isinstance(value, float))
                 print(f"seed {seed} {arm}: {told}", flush=True)
     finally:
         torch.set_num_threads(threads)
     parts = [found for seed in seeds for found in seed.values()]
-    numbers = {arm: {key: [seed[arm][key] for seed in seeds] for key in seeds[0][arm]} for arm in arms}
+    numbers = {
+        arm: {**told, **{key: [seed[arm][key] for seed in seeds] for key in seeds[0][arm]}}
+        for arm, told in arms.items()
+    }
     options = {"seeds": given.seeds, "threads": given.threads, "quick": given.quick}
     record = result(paper, statement, asdict(settings) | options, numbers, conclude(seeds), parts)
     out = result_path(paper, given)

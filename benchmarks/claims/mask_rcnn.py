@@ -24,10 +24,8 @@ softmax over all objects (+32.6 points) instead of the large ones; put right, on
 from __future__ import annotations
 
 import functools
-import logging
 import sys
-import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -41,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.utils.data import Dataset
 
-from benchmarks.claims.common import Store, SubClaim, parser, result, result_path, show, train, write
+from benchmarks.claims.common import SubClaim, parser, run_seeds, train
 from zoo.data.shapes import SHAPES, render
 from zoo.nn.detection.roi_heads import MaskHead, MaskHeadConfig, PoolConfig, RoIPooler
 from zoo.ops.masks import crop_masks, paste_masks
@@ -249,37 +247,9 @@ def main(argv: list[str] | None = None) -> int:
     given = options.parse_args(argv)
     if given.data not in (None, "shapes") or given.data_dir is not None:
         options.error("this claim draws its scenes itself: --data and --data-dir are not for it")
-    warnings.filterwarnings("ignore", module="lightning")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     settings = replace(Settings(), **(QUICK if given.quick else {}))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(given.threads)
-    seeds: list[dict[str, dict[str, Any]]] = []
-    try:
-        store = Store(given.work / "mask_rcnn", asdict(settings) | {"threads": given.threads})
-        for seed in range(given.seeds):
-            seeds.append({})
-            for arm in ARMS:
-                found = store.part(f"seed{seed}_{arm}", lambda s=seed, a=arm: run_arm(settings, s, a))
-                seeds[-1][arm] = found
-                print(
-                    f"seed {seed} {arm:8} mean IoU {found['mean_iou']:.3f}, over 0.5 {found['above_50']:.1%}, over 0.75"
-                    f" {found['above_75']:.1%} ({found['seconds']:.0f} s)",
-                    flush=True,
-                )
-    finally:
-        torch.set_num_threads(threads)
-    arms = {arm: {**ARMS[arm], **{k: [s[arm][k] for s in seeds] for k in seeds[0][arm]}} for arm in ARMS}
-    more = {"seeds": given.seeds, "threads": given.threads, "quick": given.quick}
-    parts = [found for seed in seeds for found in seed.values()]
-    record = result("mask_rcnn", STATEMENT, asdict(settings) | more, arms, conclude(seeds), parts)
-    out = result_path("mask_rcnn", given)
-    write(record, out)
-    show(record)
-    if given.quick:
-        print("a quick run tries the program; its numbers say nothing")
-    print(f"written: {out}")
-    return 0
+    arm = functools.partial(run_arm, settings)
+    return run_seeds("mask_rcnn", STATEMENT, given, settings, ARMS, arm, conclude)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ made, for the time and to choose dropout, precision and canvas by it.
 from __future__ import annotations
 
 import json
-import logging
 import sys
-import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -28,9 +27,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import lightning as L
-import torch
 
-from benchmarks.claims.common import Diary, Store, SubClaim, parser, result, result_path, show, write
+from benchmarks.claims.common import Diary, SubClaim, parser, run_seeds
 from benchmarks.environment import ROOT
 from zoo.beyond.varc import VARCTraining
 from zoo.data import ARCDataModule
@@ -211,51 +209,20 @@ def conclude(seeds: list[dict[str, dict[str, Any]]]) -> list[SubClaim]:
 
 def main(argv: list[str] | None = None) -> int:
     given = parser(__doc__).parse_args(argv)
-    warnings.filterwarnings("ignore", module="lightning")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     folder = given.data_dir or ROOT.parent / "shared" / "data" / "arc_agi_1"
     dataset = given.data or ("arc_agi_1" if folder.is_dir() else WORLD)
     settings = replace(Settings(dataset=dataset), **(QUICK if given.quick else {}))
     if not cpu_has_bfloat16():
         settings = replace(settings, precision="32-true")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(given.threads)
-    seeds: list[dict[str, dict[str, Any]]] = []
-    try:
-        store = Store(given.work / "varc", asdict(settings) | {"threads": given.threads})
-        small = small_tasks(settings, folder if folder.is_dir() else None, given.work / "varc")
-        for seed in range(given.seeds):
-            seeds.append({})
-            for arm in ARMS:
-                found = store.part(f"seed{seed}_{arm}", lambda s=seed, a=arm: run_arm(settings, small, s, a))
-                seeds[-1][arm] = found
-                print(
-                    f"seed {seed} {arm:21} vote {found['vote_exact_match']:.1%}, one view {found['exact_match']:.1%},"
-                    f" pixels {found['pixel_accuracy']:.1%}, training loss {found['train_loss']:.3f}"
-                    f" ({found['processor_seconds']:.0f} s)",
-                    flush=True,
-                )
-    finally:
-        torch.set_num_threads(threads)
-    keys = [key for key in seeds[0]["fixed"] if key not in ("seconds", "processor_seconds")]
-    record = result(
-        "varc",
-        STATEMENT,
-        asdict(settings) | {"seeds": given.seeds, "threads": given.threads, "quick": given.quick},
-        {
-            arm: {**options, **{key: [seed[arm][key] for seed in seeds] for key in keys}}
-            for arm, options in ARMS.items()
-        },
-        conclude(seeds),
-        [part for seed in seeds for part in seed.values()],
-    )
-    out = result_path("varc", given)
-    write(record, out)
-    show(record)
-    if given.quick:
-        print("a quick run tries the program; its numbers say nothing")
-    print(f"written: {out}")
-    return 0
+
+    @cache
+    def small() -> Any:
+        return small_tasks(settings, folder if folder.is_dir() else None, given.work / "varc")
+
+    def one_arm(seed: int, arm: str) -> dict[str, Any]:
+        return run_arm(settings, small(), seed, arm)
+
+    return run_seeds("varc", STATEMENT, given, settings, ARMS, one_arm, conclude)
 
 
 if __name__ == "__main__":
