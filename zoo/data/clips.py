@@ -292,17 +292,8 @@ def render_clips(
     Raises:
         ZooError: for an unknown split, field or knob, or a size below 16.
     """
-    if split not in SPLITS:
-        raise unknown("split of shapes (clips)", split, SPLITS)
-    for field in fields:
-        if field not in FIELDS:
-            raise unknown("field of shapes (clips)", field, FIELDS)
-    if size < 16:
-        raise ZooError(f"shapes (clips): size must be at least 16 pixels, got {size}")
+    number = still.requested("shapes (clips)", split, indices, size, fields, FIELDS)
     settings = make_knobs(**knobs)
-    number = np.asarray(indices if isinstance(indices, np.ndarray | Tensor) else list(indices), dtype=np.int64)
-    if number.size and number.min() < 0:
-        raise ZooError("shapes (clips): numbers of clips must not be negative")
     moments = np.arange(settings.frames) if time is None else np.asarray(time)
     moments = np.broadcast_to(moments, (len(number), moments.shape[-1])).astype(np.float64)
     clips = _clips(seed, split, number, settings)

@@ -465,6 +465,28 @@ def _caption(scenes: _Scenes, i: int) -> str:
     return f"{listed} on {article(SCENES[scenes.scene[i]])} background"
 
 
+def requested(
+    world: str,
+    split: str,
+    indices: Iterable[int] | np.ndarray | Tensor,
+    size: int,
+    fields: Sequence[str],
+    known: Sequence[str],
+) -> np.ndarray:
+    """The sample numbers (n,) int64 of a request to a drawn `world`; a :class:`ZooError` where it cannot be met."""
+    if split not in SPLITS:
+        raise unknown(f"split of {world}", split, SPLITS)
+    for field in fields:
+        if field not in known:
+            raise unknown(f"field of {world}", field, known)
+    if size < 16:
+        raise ZooError(f"{world}: size must be at least 16 pixels, got {size}")
+    number = np.asarray(indices if isinstance(indices, (np.ndarray, Tensor)) else list(indices), dtype=np.int64)
+    if number.size and number.min() < 0:
+        raise ZooError(f"{world}: sample numbers must not be negative")
+    return number
+
+
 def render(
     seed: int,
     split: str,
@@ -498,17 +520,8 @@ def render(
     Raises:
         ZooError: for an unknown split, field or knob, or a size below 16.
     """
-    if split not in SPLITS:
-        raise unknown("split of shapes", split, SPLITS)
-    for field in fields:
-        if field not in FIELDS:
-            raise unknown("field of shapes", field, FIELDS)
-    if size < 16:
-        raise ZooError(f"shapes: size must be at least 16 pixels, got {size}")
+    number = requested("shapes", split, indices, size, fields, FIELDS)
     settings = make_knobs(**knobs)
-    number = np.asarray(indices if isinstance(indices, (np.ndarray, Tensor)) else list(indices), dtype=np.int64)
-    if number.size and number.min() < 0:
-        raise ZooError("shapes: sample numbers must not be negative")
     chunk = max(1, _CHUNK_PIXELS // size**2)
     image = torch.empty(len(number), 3, size, size, dtype=torch.uint8)
     scratch = torch.empty(min(chunk, len(number)) * 3 * size * size)
