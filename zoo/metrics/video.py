@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torchmetrics
 from torch import Tensor
+from torchmetrics.functional.classification import binary_average_precision
 
 from zoo.errors import ZooError
 
@@ -55,21 +56,6 @@ class _Gathered(torchmetrics.Metric):
 
     def _all(self, name: str) -> Tensor:
         return torch.cat([self._rows[name].to(self.device), *self._parts(name)])
-
-
-def average_precision(scores: Tensor, truth: Tensor) -> Tensor:
-    """Area under the steps of the precision-recall curve, each recall step times the precision reached there; ().
-
-    Args:
-        scores: (N,); equal ones enter together, as scikit-learn has it.
-        truth: (N,) bool.
-    """
-    scores, order = scores.sort(descending=True)
-    hits = truth[order].double().cumsum(0)
-    last = torch.cat([scores[1:] != scores[:-1], scores.new_ones(1, dtype=torch.bool)])  # of each run of equal scores
-    found, seen = hits[last], torch.arange(1, len(scores) + 1, device=scores.device)[last]
-    gained = torch.diff(found, prepend=found.new_zeros(1))
-    return (gained / hits[-1] * found / seen).sum()
 
 
 class _ByVideo(_Gathered):
@@ -167,7 +153,8 @@ class MultiLabelMAP(_ByVideo):
         present = truth.any(0).nonzero()[:, 0].tolist()
         if not present:
             raise ZooError("MultiLabelMAP: no video has a label")
-        each = [average_precision(scores[:, k], truth[:, k]) for k in present]
+        scores = scores / scores.amax().clamp(min=1)  # torchmetrics takes what exceeds 1 for logits
+        each = [binary_average_precision(scores[:, k], truth[:, k].long()) for k in present]
         return {"mAP": torch.stack(each).mean()}
 
 
