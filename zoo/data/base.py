@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.loader import EpochSampler, ExactSampler, Key, TrainLoader
@@ -133,6 +134,17 @@ class SeededDataModule(LightningDataModule):
             "pin_memory": on_gpu,
             "collate_fn": same,
         }
+
+    def drawn_part(self, length: int, count: int) -> Tensor:
+        """(count,) int64, rising: `count` of `length` training samples, drawn once with the seed.
+
+        Raises:
+            ZooError: there are fewer.
+        """
+        if count > length:
+            raise ZooError(f"train_samples is {count}, but {self.dataset} has {length}")
+        generator = torch.Generator().manual_seed(int(hash64(self.seed, 1 << 32)[0]))
+        return torch.randperm(length, generator=generator)[:count].sort().values
 
     def train_sampler(self, samples: Any) -> EpochSampler:
         """The order of training on this rank."""

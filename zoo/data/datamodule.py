@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 
 from zoo.data.base import SALT, Batch, SeededDataModule, at_least_one, key_parts, own_randomness, sample_seeds
 from zoo.data.loader import Key
-from zoo.data.shapes import hash64
 from zoo.data.sources import Description, ManyReader, Part, Source, describe, open_source
 from zoo.data.transforms import EvalResizeCrop, ImageTransform
 from zoo.errors import ZooError
@@ -189,11 +188,7 @@ class ImageDataModule(SeededDataModule):
                 options = {"size": self.image_size, "length": self.train_samples, **options}
             source = self._open(split, **options)
             if split == "train" and self.train_samples is not None and self.dataset != "shapes":
-                if self.train_samples > len(source):
-                    raise ZooError(f"train_samples is {self.train_samples}, but {self.dataset} has {len(source)}")
-                generator = torch.Generator().manual_seed(int(hash64(self.seed, 1 << 32)[0]))
-                chosen = torch.randperm(len(source), generator=generator)[: self.train_samples]
-                source = Part(source, chosen.sort().values)
+                source = Part(source, self.drawn_part(len(source), self.train_samples))
             self._sources[split] = source
         return self._sources[split]
 

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from zoo.data.base import SALT, Batch, SeededDataModule, at_least_one, key_parts, own_randomness, sample_seeds
 from zoo.data.coco import CocoLayout, CocoSource, Record, Segment, find_coco, mirror_order, repeat_factors, to_rle
 from zoo.data.loader import EpochSampler, GroupedSampler, Key
-from zoo.data.shapes import KEYPOINTS, SHAPES, hash64, make_knobs, render
+from zoo.data.shapes import KEYPOINTS, SHAPES, make_knobs, render
 from zoo.errors import ZooError, unknown
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -679,11 +679,7 @@ class DetectionDataModule(SeededDataModule):
             if not len(indices):
                 raise ZooError(f"{source.file}: no picture has an object to train on")
         if split == "train" and self.train_samples is not None and self.dataset != "shapes":
-            if self.train_samples > len(indices):
-                raise ZooError(f"train_samples is {self.train_samples}, but {self.dataset} has {len(indices)}")
-            generator = torch.Generator().manual_seed(int(hash64(self.seed, 1 << 32)[0]))
-            chosen = torch.randperm(len(indices), generator=generator)[: self.train_samples]
-            indices = indices[chosen.sort().values.numpy()]
+            indices = indices[self.drawn_part(len(indices), self.train_samples).numpy()]
         transforms = self.train_transforms if training else self.eval_transforms
         return DetectionSet(
             source, transforms or [], indices, training, self.normalise, self.size_divisibility, self.masks,

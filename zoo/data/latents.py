@@ -28,7 +28,6 @@ from torch.utils.data import Dataset
 from zoo.data.base import SALT, Batch, SeededDataModule, at_least_one, key_parts, sample_seeds
 from zoo.data.datamodule import ImageDataModule
 from zoo.data.loader import Key
-from zoo.data.shapes import hash64
 from zoo.data.transforms import ADMCrop
 from zoo.errors import ZooError
 
@@ -336,8 +335,5 @@ class LatentDataModule(SeededDataModule):
         source = self.source(split)
         indices = np.arange(len(source))
         if split == "train" and self.train_samples is not None:
-            if self.train_samples > len(source):
-                raise ZooError(f"train_samples is {self.train_samples}, but {self.dataset} has {len(source)}")
-            generator = torch.Generator().manual_seed(int(hash64(self.seed, 1 << 32)[0]))
-            indices = torch.randperm(len(source), generator=generator)[: self.train_samples].sort().values.numpy()
+            indices = self.drawn_part(len(source), self.train_samples).numpy()
         return _Latents(source, indices, self.mirrored and split == "train", self.seed, SALT[split])

@@ -373,11 +373,7 @@ class VideoDataModule(SeededDataModule):
         if split not in self._sources:
             source = open_part(self.layout, split)
             if split == "train" and self.train_samples is not None and self.dataset != "shapes":
-                if self.train_samples > len(source):
-                    raise ZooError(f"train_samples is {self.train_samples}, but {self.dataset} has {len(source)}")
-                generator = torch.Generator().manual_seed(int(hash64(self.seed, 1 << 32)[0]))
-                chosen = torch.randperm(len(source), generator=generator)[: self.train_samples]
-                source = VideoPart(source, chosen.sort().values)
+                source = VideoPart(source, self.drawn_part(len(source), self.train_samples))
             self._sources[split] = source
         return self._sources[split]
 
