@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from zoo.nn.memory_order import to_channels_last
 from zoo.training.base import BaseModule
 from zoo.training.optim import Optim
 
@@ -54,7 +55,7 @@ class Classification(BaseModule):
         self.network = network
         self.channels_last = channels_last
         if channels_last:
-            network.to(memory_format=torch.channels_last)
+            to_channels_last(network)
         self.label_smoothing, self.init_from = label_smoothing, init_from
         self.mixing: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         if mixup or cutmix:

@@ -15,6 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics import MeanMetric, Metric
 
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
+from zoo.nn.memory_order import to_channels_last
 from zoo.training.base import BaseModule
 from zoo.training.optim import Optim
 
@@ -49,7 +50,7 @@ class VideoClassification(BaseModule):
         self.network, self.num_classes = network, num_classes
         self.label_smoothing, self.init_from, self.channels_last = label_smoothing, init_from, channels_last
         if channels_last:
-            network.to(memory_format=torch.channels_last_3d)
+            to_channels_last(network, torch.channels_last_3d)
         self.val_metrics, self.test_metrics = (
             nn.ModuleDict({"score": self.make_metric(), "loss": MeanMetric()}) for _ in range(2)
         )
