@@ -36,6 +36,7 @@ class VideoClassification(BaseModule):
     """
 
     monitor = ("val/top1", "max")
+    batch_keys: Sequence[str] = ("video", "label", "video_id", "view")
 
     def __init__(
         self,
@@ -108,12 +109,14 @@ class VideoClassification(BaseModule):
         self._evaluate(batch, self.val_metrics)
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         self._log_scores(self.val_metrics, "val")
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._evaluate(batch, self.test_metrics)
 
     def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
         self._log_scores(self.test_metrics, "test")
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Any:
@@ -151,6 +154,7 @@ class ActionDetection(VideoClassification):
     """
 
     monitor = ("val/mAP", "max")
+    batch_keys = ("video", "target")
     classes: list[int] | None = None  # columns that are evaluated; None: all
 
     def make_metric(self) -> Metric:
