@@ -31,6 +31,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import zoo
 from zoo import catalog
+from zoo.command import predictions
 from zoo.command.parse_errors import explain_parse_error, innermost
 from zoo.command.progress import Interrupt, PlainProgress, numbers, scalars
 from zoo.command.runs import SaveConfig, new_run_folder, newest_checkpoint, result_record, short_path
@@ -125,6 +126,8 @@ class RecipeCLI(LightningCLI):
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if self.what == "fit":
             callbacks += self._fit_callbacks(config, callbacks)
+        if self.what == "predict":
+            callbacks += predictions.callbacks(self.model, callbacks, self.folder)
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar(leave=False) if self.rich else PlainProgress())
         logger = config["logger"]
@@ -369,7 +372,6 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
     metrics = {key: float(value) for key, value in scalars(cli.trainer.callback_metrics).items()}
     cli.folder.mkdir(parents=True, exist_ok=True)
     if cli.what == "predict":
-        torch.save(outputs, cli.folder / "predictions.pt")
         print(f"predictions: {cli.folder / 'predictions.pt'}")
     else:
         print("score: " + (" · ".join(numbers(metrics)) or "no metric was logged"))

@@ -99,6 +99,10 @@ class SeededDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.repeats, self._seed, self._num_workers, self._in_memory = repeats, seed, num_workers, in_memory
 
+    def __str__(self) -> str:
+        """Its name and set: Lightning's own text would make all the loaders."""
+        return f"{type(self).__name__}({self.dataset})"
+
     def samples(self, split: str) -> Dataset:
         """The transformed split: "train", "val", "test" or "predict"."""
         raise NotImplementedError
@@ -168,7 +172,11 @@ class SeededDataModule(LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader:
         samples: Any = self.samples(split)
-        sampler = ExactSampler(len(samples), **self._place())
+        # The trainer limits the batches of each process; here all of them together get what one process would.
+        limit = getattr(self.trainer, f"limit_{split}_batches", None)
+        whole = not isinstance(limit, int) or isinstance(limit, bool)
+        count = len(samples) if whole else min(len(samples), limit * self.eval_batch_size)
+        sampler = ExactSampler(count, **self._place())
         options = self._loader_options(samples)
         return self.eval_loader(samples, batch_size=self.eval_batch_size, sampler=sampler, **options)
 

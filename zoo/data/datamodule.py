@@ -52,6 +52,11 @@ class SampleSet(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def name(self, index: int) -> str | None:
+        """The file of a sample, where it has one."""
+        name = getattr(self.source, "name", None)
+        return name(index) if callable(name) else None
+
     def __getitem__(self, key: int | Key) -> Batch:
         batch = self.__getitems__([key])
         return {n: [view[0] for view in value] if n == "views" else value[0] for n, value in batch.items()}

@@ -123,6 +123,9 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": read_image(str(self.paths[index])), "label": int(self.labels[index])}
 
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
 
 class MemorySource:
     """Pictures held in memory as (N, C, H, W) uint8, C 1 or 3."""
@@ -182,6 +185,11 @@ class Part:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.source[int(self.indices[index])]
+
+    def name(self, index: int) -> str | None:
+        """The file of a sample, where it has one."""
+        name = getattr(self.source, "name", None)
+        return name(int(self.indices[index])) if callable(name) else None
 
     def _read_many(self, indices: Sequence[int]) -> dict[str, Tensor]:
         assert isinstance(self.source, ManyReader)

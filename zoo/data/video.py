@@ -122,6 +122,11 @@ class VideoSet(Dataset):
                     samples += [] if sample is None else [sample]
         return {**self._batch(samples), _LOST: lost}
 
+    def name(self, index: int) -> str | None:
+        """The file or the name of the video that a view is of, where it has one."""
+        name = getattr(self.source, "name", None)
+        return name(index // self.views) if callable(name) else None
+
     def _drawn(self, indices: list[int], seeds: list[int]) -> list[dict[str, Any]]:
         """Clips of the drawn world, all in one go."""
         numbers, states = [], []

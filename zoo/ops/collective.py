@@ -39,6 +39,16 @@ def gather_objects(x: Any) -> list[Any]:
     return found
 
 
+def gather_at_first(x: Any) -> list[Any] | None:
+    """As :func:`gather_objects`, for large things: on rank 0 alone; None elsewhere."""
+    rank, size = world()
+    if size == 1:
+        return [x]
+    found: list[Any] | None = [None] * size if rank == 0 else None
+    dist.gather_object(x, found)
+    return found
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
