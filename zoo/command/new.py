@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from string import Template
 
+from pydantic import BaseModel
+
 from zoo import catalog
 from zoo.errors import ZooError, unknown
 from zoo.paths import share
@@ -73,3 +75,22 @@ def refresh_readme(readme: Path) -> None:
     before, found, rest = readme.read_text(encoding="utf-8").partition(begin)
     if found and end in rest:
         readme.write_text(before + begin + papers_markdown() + end + rest.partition(end)[2], encoding="utf-8")
+
+
+def card_fields() -> str:
+    """The fields of a paper's card as Markdown, generated from the schema (:class:`zoo.catalog.PaperCard`)."""
+    paragraphs: list[str] = []
+    kinds: list[type[BaseModel]] = [catalog.PaperCard]
+    for kind in kinds:  # grows by the kinds that the fields name
+        fields = []
+        for name, field in kind.model_fields.items():
+            text = re.sub(r"Annotated\[(.+), Field\(.*\)\]", r"\1", kind.__annotations__[name])
+            default = "" if field.is_required() else f" = {field.get_default(call_default_factory=True)!r}"
+            fields.append(f"`{name}: {text}{default}`")
+            for word in re.findall(r"\w+", text):
+                inner = getattr(catalog, word, None)
+                if isinstance(inner, type) and issubclass(inner, BaseModel) and inner not in kinds:
+                    kinds.append(inner)
+        about = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", " ".join((kind.__doc__ or "").split()).replace("``", "`"))
+        paragraphs.append(f"**{kind.__name__}**: {about}\n{', '.join(fields)}.\n")
+    return "\n".join(paragraphs)
