@@ -174,8 +174,7 @@ class SeededDataModule(LightningDataModule):
         samples: Any = self.samples(split)
         # The trainer limits the batches of each process; here all of them together get what one process would.
         limit = getattr(self.trainer, f"limit_{split}_batches", None)
-        whole = not isinstance(limit, int) or isinstance(limit, bool)
-        count = len(samples) if whole else min(len(samples), limit * self.eval_batch_size)
+        count = min(len(samples), limit * self.eval_batch_size) if limit and isinstance(limit, int) else len(samples)
         sampler = ExactSampler(count, **self._place())
         options = self._loader_options(samples)
         return self.eval_loader(samples, batch_size=self.eval_batch_size, sampler=sampler, **options)

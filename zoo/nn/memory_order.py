@@ -16,11 +16,11 @@ def to_channels_last(network: nn.Module, order: torch.memory_format = torch.chan
     input channels are few (https://github.com/uxlfoundation/oneDNN/issues/6035). Once torch brings a mended oneDNN,
     the loop goes.
     """
-    network.to(memory_format=order)  # type: ignore[call-overload]
+    network.to(memory_format=order)
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d) and _pointwise(module) and max(module.stride) > 1:
             module.register_forward_pre_hook(_EveryFew(module.stride))
-            module.stride = (1,) * len(module.stride)  # type: ignore[assignment]
+            module.stride = (1,) * len(module.stride)
 
 
 def _pointwise(conv: nn.Conv2d | nn.Conv3d) -> bool:
@@ -31,7 +31,7 @@ class _EveryFew:
     """A hook that hands every stride-th pixel on."""
 
     def __init__(self, stride: tuple[int, ...]) -> None:
-        self.places = (..., *(slice(None, None, step) for step in stride))
+        self.places: tuple[Any, ...] = (..., *(slice(None, None, step) for step in stride))
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x: Tensor = inputs[0]

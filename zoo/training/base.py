@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,10 @@ from zoo.data.shapes import hash64
 from zoo.errors import ZooError
 from zoo.ops.collective import gather, gather_objects
 from zoo.training.optim import Optim, build
+
+
+# Lightning says of every run with a data module that the hook which reads batches is the module's own.
+warnings.filterwarnings("ignore", message="You have overridden `on_after_batch_transfer` in `LightningModule`")
 
 
 def seed_position(*position: int) -> None:

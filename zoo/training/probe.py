@@ -6,7 +6,10 @@ are monitors that see every image in one view; a paper's own linear-probe number
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from zoo.errors import ZooError
 from zoo.metrics.knn import KNNAccuracy
-from zoo.training.base import batch_length
+from zoo.training.base import read_batch
 from zoo.training.ema import evaluation_weights
 from zoo.training.optim import Name, Optim, lr_at, make_optimizer, param_groups
 
@@ -48,11 +51,13 @@ def fit_probe(
     batch_size: int = 256,
     optim: Optim | None = None,
     seed: int = 0,
+    progress: Iterable[int] | None = None,
 ) -> nn.Sequential:
     """Trains a :func:`probe_head` on features (N, D) with labels (N,); the same result on every process.
 
     Batches hold min(batch_size, N) samples, the last incomplete one of an epoch is left out; learning rate by the
     linear rule on that batch. `optim` defaults to LARS at :func:`probe_lr`, no decay, 10 epochs of warm-up, cosine.
+    `progress` is what counts the epochs, where somebody watches.
     """
     if optim is None:
         rate = probe_lr("lars", len(features))
@@ -65,7 +70,7 @@ def fit_probe(
     order = torch.Generator().manual_seed(seed)
     peak = optim.peak_lr(batch_size)
     optimizer = make_optimizer(param_groups(head, optim), optim, peak)
-    for epoch in range(epochs):
+    for epoch in range(epochs) if progress is None else progress:
         shuffled = torch.randperm(len(features), generator=order).to(features.device)
         for step in range(steps):
             rate = lr_at(optim, epoch + step / steps, epochs, peak)
@@ -85,11 +90,23 @@ def topk_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {"top1": hits[:, 0].double().mean().item(), "top5": hits.any(dim=1).double().mean().item()}
 
 
-def extract_features(trainer: L.Trainer, module: L.LightningModule, loader: Iterable[Any]) -> dict[str, Tensor]:
+def told(what: str, steps: Any, trainer: L.Trainer, seconds: float = 10.0) -> Iterator[Any]:
+    """The entries of `steps`, with a line of progress every `seconds` on the first process."""
+    last = time.monotonic()
+    for number, step in enumerate(steps, 1):
+        yield step
+        if trainer.is_global_zero and (now := time.monotonic()) - last >= seconds:
+            last = now
+            print(f"{what} {number}/{len(steps)}", flush=True)
+
+
+def extract_features(
+    trainer: L.Trainer, module: L.LightningModule, loader: Any, what: str = "features: batch"
+) -> dict[str, Tensor]:
     """{"features" (N, D), "label" (N,), "index" (N,)} of this process's share of `loader`, on the module's device.
 
     `module` is taken as it stands (see :func:`zoo.training.ema.evaluation_weights`). Samples without an index get their
-    place in the loader, counted over all processes.
+    place in the loader, counted over all processes. Long extractions say how far they are, under the name `what`.
 
     Raises:
         ZooError: the task has no `features`, or the data no labels.
@@ -99,18 +116,17 @@ def extract_features(trainer: L.Trainer, module: L.LightningModule, loader: Iter
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     seen = 0
     with torch.inference_mode():
-        for batch in loader:
-            if not isinstance(batch, Mapping) or "label" not in batch:
-                raise ZooError("a probe needs batches with an image and a label")
-            batch = trainer.precision_plugin.convert_input(batch)
+        for batch in told(what, loader, trainer):
+            batch = read_batch(trainer.precision_plugin.convert_input(batch), "a probe", ("image", "label"))
             batch = trainer.strategy.batch_to_device(batch, module.device)
+            image, label = batch["image"], batch["label"]
             with trainer.precision_plugin.forward_context():
-                features = module.features(batch["image"])  # type: ignore[operator]
-            size = batch_length(batch)
+                features = module.features(image)  # type: ignore[operator]
+            size = len(image)
             place = (torch.arange(seen, seen + size) * trainer.world_size + trainer.global_rank).to(module.device)
             seen += size
             dtype = torch.promote_types(features.dtype, torch.float32)
-            rows.append((features.to(dtype), batch["label"], batch.get("index", place)))
+            rows.append((features.to(dtype), label, batch.get("index", place)))
     if not rows:
         raise ZooError("a probe got no data: the loader is empty")
     features, labels, indices = (torch.cat(column).clone() for column in zip(*rows, strict=True))
@@ -140,12 +156,27 @@ def gather_samples(trainer: L.Trainer, samples: dict[str, Tensor]) -> dict[str, 
     return {key: value[order[fresh]] for key, value in samples.items()}
 
 
-def _loader(trainer: L.Trainer, split: str) -> Iterable[Any]:
-    """The loader of "train", "val" or "test": the data module's own, else the one the trainer holds.
+class _Some:
+    """The first `count` batches of a loader."""
+
+    def __init__(self, loader: Any, count: int) -> None:
+        self.loader, self.count = loader, count
+
+    def __len__(self) -> int:
+        return min(len(self.loader), self.count)
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self.loader, self.count)
+
+
+def _loader(trainer: L.Trainer, split: str) -> Any:
+    """The loader of "train", "val", "test" or "predict": the data module's own, else the one the trainer holds; as many
+    batches of it as the trainer's limit for the split lets through.
 
     A data module with `samples(split, train_transform)` gives the training samples under its evaluation transform, each
-    once.
+    once; of these a limit counts the batches of all processes together.
     """
+    limit = getattr(trainer, f"limit_{split}_batches", None) or 1.0  # 0 is for the trainer's own loop
     source = trainer.datamodule  # type: ignore[attr-defined]
     if source is not None:
         if split == "train" and trainer.state.fn != TrainerFn.FITTING:
@@ -153,10 +184,13 @@ def _loader(trainer: L.Trainer, split: str) -> Iterable[Any]:
         loader = getattr(source, f"{split}_dataloader")()
         if split == "train" and callable(getattr(source, "samples", None)):
             samples = source.samples("train", train_transform=False)
+            count = math.ceil(len(samples) / loader.batch_size)
+            count = min(count, limit) if isinstance(limit, int) else math.ceil(count * limit)
+            count, limit = min(len(samples), count * loader.batch_size), 1.0
             loader = DataLoader(
                 samples,
                 batch_size=loader.batch_size,
-                sampler=range(trainer.global_rank, len(samples), trainer.world_size),
+                sampler=range(trainer.global_rank, count, trainer.world_size),
                 collate_fn=loader.collate_fn,
                 num_workers=loader.num_workers,
             )
@@ -170,7 +204,9 @@ def _loader(trainer: L.Trainer, split: str) -> Iterable[Any]:
         loader = loader[0] if loader else None
     if loader is None:
         raise ZooError(f"a probe needs {split} data, and this run has none; hand over a LightningDataModule")
-    return loader
+    if limit == 1.0 and not isinstance(limit, int):
+        return loader
+    return _Some(loader, limit if isinstance(limit, int) else max(1, int(len(loader) * limit)))
 
 
 def _num_classes(trainer: L.Trainer, *labels: Tensor) -> int:
@@ -211,7 +247,10 @@ class LinearProbe(L.Callback):
         """{"probe_top1", "probe_top5"} on `split` ("val" or "test"); call on every process."""
         with evaluation_weights(trainer, module):
             train, held = (
-                gather_samples(trainer, extract_features(trainer, module, _loader(trainer, name)))
+                gather_samples(
+                    trainer,
+                    extract_features(trainer, module, _loader(trainer, name), f"linear probe: {name} features, batch"),
+                )
                 for name in ("train", split)
             )
         classes = _num_classes(trainer, train["label"], held["label"])
@@ -219,7 +258,8 @@ class LinearProbe(L.Callback):
             features, labels = train["features"].clone(), train["label"].clone()
             rate = self.base_lr or probe_lr(self.optim.name, len(features))
             optim = replace(self.optim, base_lr=rate)
-            head = fit_probe(features, labels, classes, self.epochs, self.batch_size, optim, self.seed)
+            progress = told("linear probe: epoch", range(self.epochs), trainer)
+            head = fit_probe(features, labels, classes, self.epochs, self.batch_size, optim, self.seed, progress)
         with torch.no_grad():
             accuracy = topk_accuracy(head(held["features"]), held["label"])
         if trainer.is_global_zero:
@@ -268,7 +308,10 @@ class KNNProbe(L.Callback):
             return
         with evaluation_weights(trainer, pl_module):
             bank, query = (
-                gather_samples(trainer, extract_features(trainer, pl_module, _loader(trainer, split)))
+                gather_samples(
+                    trainer,
+                    extract_features(trainer, pl_module, _loader(trainer, split), f"kNN: {split} features, batch"),
+                )
                 for split in ("train", "val")
             )
         # Gathered already (without repeats), so every process computes the same.

@@ -130,7 +130,7 @@ def reference_statistics(
     """
     from zoo.data.base import same
     from zoo.data.loader import ExactSampler
-    from zoo.training.probe import gather_samples
+    from zoo.training.probe import gather_samples, told
 
     samples = data.samples(split, train_transform=False)
     rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
@@ -143,7 +143,7 @@ def reference_statistics(
     rows: list[tuple[Tensor, Tensor]] = []
     total = square = count = torch.zeros((), dtype=torch.float64, device=device)
     with torch.inference_mode():
-        for batch in loader:
+        for batch in told(f"statistics of {split}: batch", loader, trainer) if trainer else loader:
             pixels = (batch["image"] * scale + shift) * 2 - 1
             x, _ = extractor(to_uint8(pixels, "round").to(device))
             if features:
@@ -359,6 +359,8 @@ class SamplingEvaluation(L.Callback):
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, count: int) -> dict[str, Tensor]:
         """The metrics of `count` samples, the same on every process. Call on every process."""
+        from zoo.training.probe import told
+
         assert self._metric is not None
         if count < trainer.world_size:
             raise ZooError(f"{count} samples cannot be shared by {trainer.world_size} processes")
@@ -376,7 +378,8 @@ class SamplingEvaluation(L.Callback):
             torch.inference_mode(),
             trainer.precision_plugin.forward_context(),
         ):
-            for indices in self._shares(count, trainer.global_rank, trainer.world_size):
+            shares = list(self._shares(count, trainer.global_rank, trainer.world_size))
+            for indices in told("evaluation by samples: batch", shares, trainer):
                 label = labels_of(indices, pl_module.num_classes, count, self.seed, self.labels)  # type: ignore[arg-type]
                 images = draw_samples(pl_module, indices, pl_module.device, self.seed, label)
                 metric.update(to_uint8(images.float(), self.rounding), torch.tensor(indices, device=pl_module.device))
