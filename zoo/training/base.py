@@ -20,7 +20,6 @@ from zoo.errors import ZooError
 from zoo.ops.collective import gather, gather_objects
 from zoo.training.optim import Optim, build
 
-
 # Lightning says of every run with a data module that the hook which reads batches is the module's own.
 warnings.filterwarnings("ignore", message="You have overridden `on_after_batch_transfer` in `LightningModule`")
 
@@ -99,9 +98,9 @@ def read_batch(batch: Any, reader: str, keys: Sequence[str]) -> Batch:
 class BaseModule(L.LightningModule):
     """A LightningModule with the house's optimiser, seeds and logs; a task adds its network and its steps.
 
-    - Before every batch all random generators are seeded from (seed, epoch, number of the batch), the seed being that
-      of `seed_everything`: a step is a pure function of its position, so a resumed run repeats the uninterrupted one.
-      Evaluation batches are seeded without the epoch, so that two epochs are compared on the same draws; and what
+    - Before every batch all random generators are seeded from (seed, epoch, update, batch of the update), the seed
+      being that of `seed_everything`: a step is a pure function of its position, so a resumed run repeats the
+      uninterrupted one. Evaluation batches are seeded without the epoch, so that two epochs are compared on the same draws; and what
       :meth:`draws` gives there depends on the sample alone, not on the batch or the process it is in.
     - :meth:`tally` takes the values of an evaluation's samples; their means are logged when it ends, the same for any
       number of processes.
@@ -203,10 +202,12 @@ class BaseModule(L.LightningModule):
         self._log_tallies()
 
     def _seed_batch(self, stage: int, epoch: int, batch_idx: int, dataloader_idx: int = 0) -> None:
-        # Of several processes the batches are numbered in turn, as one process counts them that accumulates as many.
-        world = 1 if self._trainer is None else self.trainer.world_size
-        number = batch_idx * world + self.global_rank
-        seed_position(_seed(), stage, epoch, number, 0, dataloader_idx)
+        step, place = batch_idx, self.global_rank
+        if not stage and self._trainer is not None:
+            # The batches of an update are numbered alike, be they of several processes or accumulated by one.
+            step, place = divmod(batch_idx, self.trainer.accumulate_grad_batches)
+            place = place * self.trainer.world_size + self.global_rank
+        seed_position(_seed(), stage, epoch, step, place, dataloader_idx)
         if stage and not batch_idx and not dataloader_idx:
             self._tallies.clear()  # of an evaluation that was interrupted
 
