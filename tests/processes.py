@@ -52,5 +52,6 @@ def in_processes(world: int, work: Callable[..., Any], *arguments: Any) -> list[
                 process.kill()
                 process.join()
         errors = [path.read_text() for path in sorted(out.glob("*.error"))]
-        assert not errors and not any(process.exitcode for process in ranks), "\n".join(errors) or "a process died"
+        assert not errors, "\n".join(errors)
+        assert not any(process.exitcode for process in ranks), "a process died"
         return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(world)]

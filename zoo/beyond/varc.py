@@ -651,6 +651,7 @@ class VARCTestTimeTraining(BaseModule):
 
     batch_keys = ("arc_task",)
     stages = ("test", "predict")
+    not_exported = "a network for each task; VARCTraining exports the one they start from"
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         raise ZooError(_NO_FIT)

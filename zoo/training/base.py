@@ -100,8 +100,8 @@ class BaseModule(L.LightningModule):
 
     - Before every batch all random generators are seeded from (seed, epoch, update, batch of the update), the seed
       being that of `seed_everything`: a step is a pure function of its position, so a resumed run repeats the
-      uninterrupted one. Evaluation batches are seeded without the epoch, so that two epochs are compared on the same draws; and what
-      :meth:`draws` gives there depends on the sample alone, not on the batch or the process it is in.
+      uninterrupted one. Evaluation batches are seeded without the epoch, so that two epochs are compared on the same
+      draws; and what :meth:`draws` gives there depends on the sample alone, not on the batch or the process it is in.
     - :meth:`tally` takes the values of an evaluation's samples; their means are logged when it ends, the same for any
       number of processes.
     - With `batch_keys`, batches are read by :func:`read_batch`: a key that a step misses is named.
@@ -129,6 +129,9 @@ class BaseModule(L.LightningModule):
 
     # What a trainer can do with the task.
     stages: Sequence[str] = ("fit", "validate", "test", "predict")
+
+    # Why torch.export cannot take the network, where it cannot.
+    not_exported: str = ""
 
     # Whether samples of several processes meet in the loss, as in contrastive learning. Where they do not, so many
     # processes compute what one computes that accumulates as many batches.
