@@ -11,6 +11,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.processes import in_processes
 from zoo import catalog
 from zoo.data.loader import EpochSampler
 from zoo.errors import ZooError
+from zoo.training import EMA
 
 POCKETS = catalog.list_recipes("*/pocket*")
 EPOCHS, STEPS, BATCH = 2, 2, 4
@@ -186,7 +188,7 @@ class Dealt(EpochSampler):
         return iter([key for batch in batches[rank::world] for key in batch])
 
 
-def _in_one_of(world: int, name: str, folder: str) -> dict[str, Any]:
+def _in_one_of(world: int, name: str) -> dict[str, Any]:
     """What one of so many processes finds: scores, and gradients and weights of two updates, each of two batches."""
     updates = 2
     options: dict[str, Any] = {"trainer__precision": "64-true", "trainer__max_epochs": 1}
@@ -194,7 +196,7 @@ def _in_one_of(world: int, name: str, folder: str) -> dict[str, Any]:
         options |= {"trainer__devices": world, "trainer__strategy": "ddp"}
     else:
         options |= {"trainer__accumulate_grad_batches": 2}
-    recipe = Recipe(name, Path(folder), steps=updates * 2 // world, **options)
+    recipe = Recipe(name, Path.cwd(), steps=updates * 2 // world, **options)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():  # away from the start, where much is 0
         for p in recipe.module.parameters():
@@ -211,16 +213,21 @@ def _in_one_of(world: int, name: str, folder: str) -> dict[str, Any]:
     recipe.trainer.callbacks = [c for c in recipe.trainer.callbacks if not hasattr(c, "run")] + [diary]  # type: ignore[attr-defined]
     recipe.run("fit")
     assert len(diary.gradients) == updates
-    found["weights"] = {key: p.detach() for key, p in recipe.module.named_parameters()}
-    return found | {"gradients": diary.gradients, "meets": meets}
+    weights = {key: p.detach() for key, p in recipe.module.named_parameters()}
+    averages = [dict(c.weights) for c in recipe.trainer.callbacks if isinstance(c, EMA)]  # type: ignore[attr-defined]
+    return found | {"gradients": diary.gradients, "weights": [weights, *averages], "meets": meets}
 
 
 @pytest.mark.parametrize("name", POCKETS)
-def test_two_processes_are_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same scores; the same gradients and weights, or where samples of both meet in the loss, equal ones."""
-    monkeypatch.chdir(tmp_path)
-    one = _in_one_of(1, name, str(tmp_path / "one"))
-    first, second = in_processes(2, _in_one_of, 2, name, str(tmp_path / "two"))
+def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
+    """The same scores; the same gradients, weights and averages, or where samples of both meet in the loss, weights
+    that agree."""
+    for folder in ("one", "two"):  # what is kept between runs must not be
+        (tmp_path / folder).mkdir()
+    with chdir(tmp_path / "one"):
+        one = _in_one_of(1, name)
+    with chdir(tmp_path / "two"):
+        first, second = in_processes(2, _in_one_of, 2, name)
     for scores in (first["scores"], second["scores"]):
         assert scores == pytest.approx(one["scores"], rel=1e-5, abs=1e-7, nan_ok=True)
     if "weights" not in first:

@@ -174,8 +174,8 @@ class BaseModule(L.LightningModule):
             return draw(count, *shape, device=self.device)
         generator = torch.Generator()
         rows = []
-        for index in batch["index"].tolist():
-            generator.manual_seed(int(hash64(_seed(), zlib.crc32(name.encode()), index)[0]))
+        for seed in hash64(_seed(), zlib.crc32(name.encode()), batch["index"].cpu().numpy()).tolist():
+            generator.manual_seed(seed)
             rows.append(draw(shape, generator=generator, dtype=torch.float32))
         return torch.stack(rows).to(self.device)
 
