@@ -1,0 +1,60 @@
+"""Numerical parity: what the official implementations compute, replayed on our code.
+
+A case is a JSON file. It names every tensor of an official state dict and every input by a shape and a fill rule, and
+holds digests of the outputs that the official code produced from them. No weights are stored: a tensor is drawn anew
+from its own name. A paper's adapter, ``parity/adapters/<paper>.py``, has ``run(case) -> dict[str, Tensor]``; it says
+how a kind of case maps onto public code of the zoo. Cases of whole runs go through :func:`train`.
+
+:func:`run_cases` is what ``zoo parity`` and ``tests/parity`` do; further cases come from the folders in
+``ZOO_PARITY_CASES``. How a case is made from official code is told by :mod:`zoo.parity.making` (``zoo parity --make``).
+"""
+
+from __future__ import annotations
+
+from zoo.parity.cases import (
+    Case,
+    Convert,
+    Official,
+    compare,
+    digest,
+    dtype_of,
+    fill,
+    filled_inputs,
+    filled_state,
+    gradients,
+    load_filled,
+    named,
+)
+from zoo.parity.making import GUIDE, make, rule_for, template
+from zoo.parity.runner import TOLERANCES, Adapter, Verdict, adapter, by_entry, find_cases, load, run_case, run_cases
+from zoo.parity.training import batch_inputs, train
+
+__all__ = [
+    "GUIDE",
+    "TOLERANCES",
+    "Adapter",
+    "Case",
+    "Convert",
+    "Official",
+    "Verdict",
+    "adapter",
+    "batch_inputs",
+    "by_entry",
+    "compare",
+    "digest",
+    "dtype_of",
+    "fill",
+    "filled_inputs",
+    "filled_state",
+    "find_cases",
+    "gradients",
+    "load",
+    "load_filled",
+    "make",
+    "named",
+    "rule_for",
+    "run_case",
+    "run_cases",
+    "template",
+    "train",
+]
