@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from zoo.parity.cases import (
     Case,
+    Config,
     Convert,
     Official,
     compare,
@@ -26,7 +27,7 @@ from zoo.parity.cases import (
     named,
 )
 from zoo.parity.making import GUIDE, make, rule_for, template
-from zoo.parity.runner import TOLERANCES, Adapter, Verdict, adapter, by_entry, find_cases, load, run_case, run_cases
+from zoo.parity.runner import TOLERANCES, Adapter, Verdict, adapter, by_entry, find_cases, load, run_case, run_cases, shared
 from zoo.parity.training import batch_inputs, train
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "TOLERANCES",
     "Adapter",
     "Case",
+    "Config",
     "Convert",
     "Official",
     "Verdict",
@@ -55,6 +57,7 @@ __all__ = [
     "rule_for",
     "run_case",
     "run_cases",
+    "shared",
     "template",
     "train",
 ]

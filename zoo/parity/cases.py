@@ -187,13 +187,11 @@ def named(case: Case, convert: Convert, **kinds: Mapping[str, Tensor]) -> dict[s
     Args:
         kinds: for each KIND our tensors by our names, such as ``grad=gradients(network)``.
     """
-    official, found = Official(case, convert), {}
-    for output in case["outputs"]:
-        kind, _, name = output.partition(":" if ":" in output else ".")
-        value = official.take(name, kinds[kind]) if kind in kinds else None
-        if value is not None:
-            found[output] = value
-    return found
+    split = {output: output.partition(":" if ":" in output else ".") for output in case["outputs"]}
+    wanted = {output: (kind, name) for output, (kind, _, name) in split.items() if kind in kinds and name}
+    official = Official(case, convert) if wanted else None
+    found = {output: official.take(name, kinds[kind]) for output, (kind, name) in wanted.items() if official}
+    return {output: value for output, value in found.items() if value is not None}
 
 
 def digest(tensor: Any) -> dict[str, Any]:

@@ -180,7 +180,13 @@ def _entry(name: str, spec: Any) -> dict[str, Any]:
 
 
 def template(paper: str) -> str:
-    """A script that makes a case of `paper`; runs as it stands, on a toy network."""
+    """A script that makes a case of `paper`; runs as it stands, on a toy network.
+
+    Raises:
+        ZooError: no name that a paper could have.
+    """
+    if not re.fullmatch(r"[a-z_][a-z0-9_]*", paper):
+        raise ZooError(f"a paper's name has small letters, digits and underscores only, not {paper!r}")
     return _TEMPLATE.replace("PAPER", paper)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -35,7 +36,8 @@ Adapter = Callable[[Case], dict[str, Tensor]]
 @dataclass(frozen=True)
 class Verdict:
     """How one output of one case compares; `note` is empty where it agrees. `ok` is None where the case was not
-    computed, for want of the optional package that `note` names."""
+    computed, for want of the optional package that `note` names. `seconds` are those of the whole case, and stand with
+    its first output (0 with the others), so that they may be added up."""
 
     paper: str
     case: str
@@ -78,16 +80,25 @@ def load(path: str | os.PathLike[str]) -> Case:
         raise ZooError(f"{os.fspath(path)}: not a parity case ({error})") from error
 
 
-@cache
 def adapter(paper: str) -> Adapter:
     """The function `run` of the paper's adapter."""
-    path = share("parity/adapters") / f"{paper}.py"
-    spec = importlib.util.spec_from_file_location(f"zoo_parity_{paper}", path)
+    return _module(paper).run
+
+
+def shared(name: str) -> ModuleType:
+    """``parity/adapters/shared/<name>.py``: what the adapters of papers with one official code base share."""
+    return _module(f"shared/{name}")
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    path = share("parity/adapters") / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"zoo_parity_{name.replace('/', '_')}", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise ZooError(f"no parity adapter {path}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.run
+    return module
 
 
 def by_entry(kinds: Mapping[str, Adapter]) -> Adapter:
@@ -122,14 +133,13 @@ def run_case(case: Case, dtype: str | None = None, device: str = "cpu") -> list[
     seconds = round(time.perf_counter() - begin, 3)
     official = case["official"]
     function = official.get("entry") or official.get("derived_from", "")
-    verdicts = []
+    verdicts: list[Verdict] = []
     for name, expected in case["outputs"].items():
         note = problem or (
             "not computed" if name not in outputs else compare(expected, outputs[name], rtol, atol) or ""
         )
-        verdicts.append(
-            Verdict(case["paper"], case["case"], function, name, None if skipped else not note, note, seconds)
-        )
+        ok, spent = None if skipped else not note, 0.0 if verdicts else seconds
+        verdicts.append(Verdict(case["paper"], case["case"], function, name, ok, note, spent))
     return verdicts
 
 
