@@ -11,6 +11,8 @@ how a kind of case maps onto public code of the zoo. Cases of whole runs go thro
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from zoo.parity.cases import (
     Case,
     Config,
@@ -27,8 +29,21 @@ from zoo.parity.cases import (
     named,
 )
 from zoo.parity.making import GUIDE, make, rule_for, template
-from zoo.parity.runner import TOLERANCES, Adapter, Verdict, adapter, by_entry, find_cases, load, run_case, run_cases, shared
-from zoo.parity.training import batch_inputs, train
+from zoo.parity.runner import (
+    TOLERANCES,
+    Adapter,
+    Verdict,
+    adapter,
+    by_entry,
+    find_cases,
+    load,
+    run_case,
+    run_cases,
+    shared,
+)
+
+if TYPE_CHECKING:
+    from zoo.parity.training import batch_inputs, train
 
 __all__ = [
     "GUIDE",
@@ -61,3 +76,11 @@ __all__ = [
     "template",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("batch_inputs", "train"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from zoo.parity import training  # Lightning takes seconds to import
+
+    return getattr(training, name)

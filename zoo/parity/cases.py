@@ -105,10 +105,18 @@ def load_filled(network: nn.Module, case: Case, convert: Convert) -> nn.Module:
     kept: set[str] = set()
     if report.missing_keys:  # ours may have other names than the case's
         everything = {key: torch.empty(shape_of(entry)) for key, entry in case["state"].items()}
-        kept = convert(everything).keys() - filled.keys()
+        kept = _converted(case, everything, convert).keys() - filled.keys()
     if report.unexpected_keys or not set(report.missing_keys) <= kept:
         raise ZooError(f"keys differ: missing {report.missing_keys}, unexpected {report.unexpected_keys}, kept {kept}")
     return network
+
+
+def _converted(case: Case, values: dict[str, Tensor], convert: Convert) -> dict[str, Tensor]:
+    """`convert` of other values than the filled ones."""
+    try:
+        return convert(values)
+    except ZooError:  # it compares fixed tables with its own, and leaves them out
+        return convert({key: value for key, value in values.items() if case["state"][key]["rule"] != "keep"})
 
 
 class Official:
@@ -131,8 +139,14 @@ class Official:
             numbers[name] = torch.arange(start, start + size, dtype=torch.float64).reshape(shape)
             self._starts[name] = start
             start += size
-        self._numbers = {name: value.reshape(-1).long() for name, value in convert(numbers).items()}
+        converted = _converted(case, numbers, convert)
+        self._numbers = {name: value.reshape(-1).long() for name, value in converted.items()}
         self._spans = {name: (int(n.min()), int(n.max())) for name, n in self._numbers.items() if len(n)}
+
+    @property
+    def names(self) -> list[str]:
+        """The official names."""
+        return list(self._shapes)
 
     def ours(self, name: str) -> str:
         """Our name of the tensor that holds the beginning of an official one.

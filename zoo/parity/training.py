@@ -260,7 +260,7 @@ class _Record(L.Callback):
         parameters = dict(self.network.named_parameters())
         trained = {
             name: place[id(parameters[ours])]
-            for name in sorted(self.case["state"])
+            for name in sorted(official.names)
             if (ours := official.find(name)) in parameters and id(parameters[ours]) in place
         }
         firsts = self.case["config"].get("group_first_parameter")

@@ -119,7 +119,9 @@ def knn_predict(case: Case) -> dict[str, Tensor]:
 def _optim(settings: dict[str, Any], **more: Any) -> Optim:
     milestones = {} if settings["cos"] else {"milestones": tuple(settings["schedule"])}
     schedule: Any = "cosine" if settings["cos"] else "step"
-    return Optim(name="sgd", lr=settings["lr"], no_decay="none", schedule=schedule, interval="epoch", **milestones, **more)
+    return Optim(
+        name="sgd", lr=settings["lr"], no_decay="none", schedule=schedule, interval="epoch", **milestones, **more
+    )
 
 
 def lr_schedule(case: Case) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from zoo.data.video_transforms import (
 )
 from zoo.metrics.video import FrameMAP, MultiLabelMAP
 from zoo.nn.resnet3d import RoIHead3d
-from zoo.parity import Case, by_entry, dtype_of, filled_inputs, gradients, load_filled, named, shared, train
+from zoo.parity import Case, dtype_of, filled_inputs, gradients, load_filled, named, shared, train
 from zoo.training import Optim, lr_at
 from zoo.video.slowfast import (
     SlowFast,
@@ -30,6 +30,19 @@ from zoo.video.slowfast import (
 
 official = shared("pyslowfast")
 TASKS = {"cross_entropy": SlowFastClassification, "bce_logit": SlowFastMultiLabel, "bce": SlowFastDetection}
+
+
+def run(case: Case) -> dict[str, Tensor]:
+    config = case["config"]
+    for kind, mark in (
+        (train_run, "train"),
+        (sampling, "windows"),
+        (frame_map, "groundtruth"),
+        (multi_label, "threshold"),
+    ):
+        if mark in config:
+            return kind(case)
+    return network(case) if case["state"] else schedule(case)
 
 
 # ----------------------------------------------------------------------------------------------------- networks, runs
@@ -175,17 +188,3 @@ def frame_map(case: Case) -> dict[str, Tensor]:
         )
     per_class = metric.per_class()
     return {"map": metric.compute()["mAP"][None], "ap_per_class_nan_as_-1": per_class.nan_to_num(-1.0)}
-
-
-run = by_entry(
-    {
-        "slowfast.models.video_model_builder.SlowFast": network,
-        "slowfast.models.video_model_builder.ResNet": network,
-        "slowfast.utils.checkpoint.load_checkpoint": network,
-        "tools.train_net.train_epoch": train_run,
-        "slowfast.utils.lr_policy.get_lr_at_epoch": schedule,
-        "slowfast.datasets.decoder / utils / transform": sampling,
-        "slowfast.utils.meters.TestMeter/get_map": multi_label,
-        "slowfast.utils.ava_eval_helper.run_evaluation": frame_map,
-    }
-)

@@ -35,7 +35,6 @@ def create(case: Case) -> Any:
     """The network that the official configuration describes; what a case leaves out is its defaults.py's."""
     given = settings(case)
     arch = given["MODEL.ARCH"]
-    blocks = given["RESNET.NUM_BLOCK_TEMP_KERNEL"]
 
     def of(pathway: int, key: str, default: Any = None) -> tuple[Any, ...]:
         rows = given[key] if default is None else given.get(key, [[default] * 2] * 4)
