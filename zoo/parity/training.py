@@ -108,8 +108,9 @@ def train(
     network = task.network if network is None else network  # type: ignore[assignment]
     assert isinstance(network, nn.Module)
     averages = averages or {}
-    sets = {name: _only(case, lambda key, name=name: key.startswith(f"{name}.")) for name in averages}
-    raw = _only(case, lambda key: not any(key in part["state"] for part in sets.values()))
+    state = case["state"]
+    sets = {name: _only(case, {key for key in state if key.startswith(f"{name}.")}) for name in averages}
+    raw = _only(case, state.keys() - {key for part in sets.values() for key in part["state"]})
     load_filled(network, raw, convert)
     prefix = next(f"{name}." if name else "" for name, part in task.named_modules() if part is network)
     for name, part in sets.items():
@@ -168,8 +169,8 @@ def _renamed(names: Mapping[str, str]) -> Batch:
     return batch
 
 
-def _only(case: Case, wanted: Callable[[str], bool]) -> Case:
-    return {**case, "state": {key: entry for key, entry in case["state"].items() if wanted(key)}}
+def _only(case: Case, keys: set[str]) -> Case:
+    return {**case, "state": {key: entry for key, entry in case["state"].items() if key in keys}}
 
 
 class _Batches(L.LightningDataModule):
