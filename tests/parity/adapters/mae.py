@@ -141,7 +141,7 @@ def _optim(case: Case, **facts: Any) -> Optim:
 def train_pretrain(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
     options = _pick(config["model"], *SIZES, *DECODER)
-    task = MAEPretraining(model=None, **options, mask_ratio=config["mask_ratio"], optim=_optim(case))
+    task = MAEPretraining(**options, mask_ratio=config["mask_ratio"], optim=_optim(case))
 
     def after() -> dict[str, Tensor]:
         loss, pred, mask = task.network(inputs["imgs_eval"], config["mask_ratio"], inputs["mask_noise_eval"])
@@ -153,7 +153,6 @@ def train_pretrain(case: Case) -> dict[str, Tensor]:
 def train_finetune(case: Case) -> dict[str, Tensor]:
     config = case["config"]
     task = MAEFineTuning(
-        model=None,
         **_classifier_options(config["model"]),
         drop_path_rate=config["model"]["drop_path_rate"],
         mixup=0.0,
@@ -166,7 +165,7 @@ def train_finetune(case: Case) -> dict[str, Tensor]:
 
 def train_linprobe(case: Case) -> dict[str, Tensor]:
     options = _classifier_options(case["config"]["model"])
-    task = MAELinearProbe(model=None, **options, optim=_optim(case, name="lars"))
+    task = MAELinearProbe(**options, optim=_optim(case, name="lars"))
     return _run(case, task, lambda: {"eval_logits": task.network(filled_inputs(case)["imgs_eval"])})
 
 
