@@ -118,7 +118,7 @@ def test_pyslowfast_groups(settings: dict[str, Any], groups: list[tuple[float, s
         ("mask_rcnn", "train_run", ("effective", "SOLVER", "LR_SCHEDULER_NAME"), "Other", "LR_SCHEDULER_NAME"),
         ("mask_rcnn", "train_run", ("model", "base_config"), "configs/retina.yaml", "no network of ours"),
         ("flip", "forward_loss_mask50", ("model_img", "sincos"), False, "learnt positions"),
-        ("meanflow", "train_loss_none", ("method", "jvp_fn"), "autograd", "jvp_fn"),
+        ("meanflow", "train_loss_none", ("method", "warp"), 2.0, "warp"),
         ("mae", "train_run", ("train", "blr"), None, "does not say 'blr'"),
     ],
 )

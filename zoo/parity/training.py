@@ -151,7 +151,7 @@ def train(
             view = Official(sets[average], convert) if sets[average]["state"] else official
         else:
             tensors, view = network.state_dict(), official
-        value = view.take(name, tensors)
+        value = view.take(name, tensors) if name in view.names else None
         if value is not None:
             outputs[output] = value.clone()
     if after is not None:

@@ -34,7 +34,7 @@ def _pick(config: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _classifier_options(config: dict[str, Any]) -> dict[str, Any]:
-    pool = "avg" if config["global_pool"] else "token"
+    pool = "avg" if config.get("global_pool", False) else "token"
     return {**_pick(config, *SIZES, "num_classes"), "global_pool": pool}
 
 
@@ -154,7 +154,7 @@ def train_finetune(case: Case) -> dict[str, Tensor]:
     config = case["config"]
     task = MAEFineTuning(
         **_classifier_options(config["model"]),
-        drop_path_rate=config["model"]["drop_path_rate"],
+        drop_path_rate=config["model"].get("drop_path_rate", 0.0),
         mixup=0.0,
         cutmix=0.0,
         label_smoothing=config["train"]["label_smoothing"],

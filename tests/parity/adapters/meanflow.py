@@ -40,11 +40,12 @@ NET |= {name: name for name in ("patch_size", "depth", "num_heads", "mlp_ratio",
 METHOD = {"noise_dist": "logit_normal", "P_mean": -0.4, "P_std": 1.0, "data_proportion": 0.75, "guidance_eq": "cfg"}
 METHOD |= {"omega": 1.0, "kappa": 0.5, "t_start": 0.0, "t_end": 1.0, "class_dropout_prob": 0.1}
 METHOD |= {"norm_p": 1.0, "norm_eps": 0.01}
+NO_NUMBER = {"jvp_fn", "num_steps", "num_classes", "dtype"}  # what changes none of the outputs, or stands elsewhere too
 
 
 def _transformer_task(case: Case, **options: Any) -> ClassConditionalMeanFlow:
     given = case["config"].get("method", {})
-    if odd := given.keys() - METHOD.keys():
+    if odd := given.keys() - METHOD.keys() - NO_NUMBER:
         raise ZooError(f"the method has settings that ours has not: {', '.join(sorted(odd))}")
     method = {**METHOD, **given}
     guidance = Guidance(**{key: method[key] for key in ("omega", "kappa", "t_start", "t_end")})
@@ -142,7 +143,7 @@ def _unet_task(case: Case, **options: Any) -> UnconditionalMeanFlow:
         **{key: net[key] for key in SAME},
         img_size=net["img_resolution"],
         in_chans=net["in_channels"],
-        augment_dim=net["augment_dim"],
+        augment_dim=net.get("augment_dim", 0),
         augment=0.0,
         pairs=TimePairs(
             mean=args["P_mean_t"],

@@ -39,7 +39,7 @@ def _options(config: dict[str, Any]) -> dict[str, Any]:
 
 def _network(case: Case) -> Any:
     config = case["config"]
-    return load_filled((MoCoV2 if config["mlp"] else MoCo)(**_options(config)), case, convert_official).train()
+    return load_filled((MoCoV2 if config.get("mlp") else MoCo)(**_options(config)), case, convert_official).train()
 
 
 def _after(network: MoCo, case: Case) -> dict[str, Tensor]:
@@ -86,7 +86,8 @@ def demo(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
     task = MoCoPretraining(**_options(config), symmetric=config["symmetric"])
     load_filled(task.network, case, convert_official)
-    permutation = torch.cat([inputs[f"idx_shuffle_{k}"] for k in range(1 + config["symmetric"])])
+    names = sorted(name for name in inputs if name.startswith("idx_shuffle"))
+    permutation = torch.cat([inputs[name] for name in names[: 1 + config["symmetric"]]])
     loss = task.training_step({"views": [inputs["im1"], inputs["im2"]], "permutation": permutation}, 0)
     loss.backward()
     return {"loss": loss, **_after(task.network, case)}
@@ -132,8 +133,9 @@ def lr_schedule(case: Case) -> dict[str, Tensor]:
 
 def train_run(case: Case) -> dict[str, Tensor]:
     config, settings = case["config"], case["config"]["train"]
-    kind = MoCoV2Pretraining if config["model"]["mlp"] else MoCoPretraining
-    optim = _optim(settings, momentum=settings["momentum"], weight_decay=settings["weight_decay"])
+    kind = MoCoV2Pretraining if config["model"].get("mlp") else MoCoPretraining
+    decay = settings.get("weight_decay", 1e-4)  # main_moco.py's own, as is the momentum
+    optim = _optim(settings, momentum=settings.get("momentum", 0.9), weight_decay=decay)
     task = kind(**_options(config["model"]), optim=optim)
 
     def batch(inputs: dict[str, Tensor], k: int) -> dict[str, Any]:
