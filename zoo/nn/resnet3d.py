@@ -289,7 +289,7 @@ class Pathway3d(nn.Module):
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        width: channels w of the stem; stage s (from 0) puts out 4 * w * 2^s, and its bottlenecks have w * 2^s inner ones.
+        width: channels w of the stem; stage s (from 0) puts out 4 * w * 2^s, a bottleneck has w * 2^s inner ones.
         block: of all stages. Basic blocks put out as many channels as bottlenecks do, as in PySlowFast.
         temporal_kernels: T of the stem and of the blocks of each stage (one number, or several that are repeated).
         temporal_blocks: how many blocks of each stage are temporal; None: all.

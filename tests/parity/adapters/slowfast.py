@@ -54,10 +54,15 @@ def _video(inputs: dict[str, Tensor], names: list[str]) -> Any:
     return found if len(found) > 1 else found[0]
 
 
-def _boxes(inputs: dict[str, Tensor], count: int, suffix: str = "") -> list[Tensor]:
-    """The boxes of each of `count` videos, from rows (video, x1, y1, x2, y2)."""
-    rows = inputs[f"boxes{suffix}"]
-    return [rows[rows[:, 0] == i, 1:] for i in range(count)]
+def _by_video(which: Tensor, count: int) -> list[Tensor]:
+    """The rows that belong to each of `count` videos."""
+    return [(which == i).nonzero()[:, 0] for i in range(count)]
+
+
+def _of_boxes(net: Any, video: Any, boxes: Tensor) -> Tensor:
+    """Logits of rows (video, x1, y1, x2, y2), in their order."""
+    rows = _by_video(boxes[:, 0], len(video[0] if isinstance(video, list) else video))
+    return net(video, [boxes[r, 1:] for r in rows])[torch.cat(rows).argsort()]
 
 
 def network(case: Case) -> dict[str, Tensor]:
@@ -67,11 +72,8 @@ def network(case: Case) -> dict[str, Tensor]:
     names = ["slow", "fast"] if isinstance(net, SlowFast) else [min(clips, key=len)]
     outputs: dict[str, Tensor] = {}
     if isinstance(net.head, RoIHead3d):
-        video, which = _video(inputs, names), inputs["boxes"][:, 0]
-        boxes = _boxes(inputs, len(inputs[names[0]]))
-        order = torch.cat([(which == i).nonzero()[:, 0] for i in range(len(boxes))]).argsort()
         for mode in ("eval", "train"):
-            logits = net.train(mode == "train")(video, [b.to(dtype_of(case)) for b in boxes])[order]
+            logits = _of_boxes(net.train(mode == "train"), _video(inputs, names), inputs["boxes"].to(dtype_of(case)))
             outputs |= {f"{mode}_logits": logits, f"{mode}_scores": official.probabilities(case, logits)}
         return outputs
     with torch.no_grad():
@@ -103,15 +105,14 @@ def train_run(case: Case) -> dict[str, Tensor]:
     def batch(step: dict[str, Tensor], k: int) -> dict[str, Any]:
         made = {"video": _video(step, names), "label": step["labels"]}
         if "boxes" in step:
-            rows = [step["boxes"][:, 0] == i for i in range(len(step[names[0]]))]
-            boxes = _boxes(step, len(rows))
-            made["target"] = [{"boxes": b, "labels": step["labels"][r]} for b, r in zip(boxes, rows, strict=True)]
+            rows = _by_video(step["boxes"][:, 0], len(step[names[0]]))
+            made["target"] = [{"boxes": step["boxes"][r, 1:], "labels": step["labels"][r]} for r in rows]
         return made
 
     def after() -> dict[str, Tensor]:
         video = _video(inputs, [f"{name}_eval" for name in names])
-        boxes = [_boxes(inputs, len(inputs[f"{names[0]}_eval"]), "_eval")] if "boxes_eval" in inputs else []
-        return {"eval_probs": official.probabilities(case, net(video, *boxes))}
+        logits = _of_boxes(net, video, inputs["boxes_eval"]) if "boxes_eval" in inputs else net(video)
+        return {"eval_probs": official.probabilities(case, logits)}
 
     epochs, clipping = given["SOLVER.MAX_EPOCH"], official.clipping(given)
     return train(case, task, convert_official, batch, epochs=epochs, after=after, **clipping)
