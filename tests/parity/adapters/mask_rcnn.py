@@ -99,7 +99,7 @@ def train_run(case: Case) -> dict[str, Tensor]:
 def box_ops(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
     height, width = config["image_size"]
-    dtype, device = dtype_of(case), case["device"]
+    dtype, device = dtype_of(case), case.get("device", "cpu")
 
     def boxes_from(uniform: Tensor, least: float) -> Tensor:
         side = uniform.new_tensor([width, height])

@@ -100,7 +100,7 @@ def train_run(case: Case) -> dict[str, Tensor]:
         )
     task.network = net
     for metrics in (task.val_metrics, task.test_metrics):
-        metrics.to_empty(device=case["device"])
+        metrics.to_empty(device=case.get("device", "cpu"))
 
     def batch(step: dict[str, Tensor], k: int) -> dict[str, Any]:
         made = {"video": _video(step, names), "label": step["labels"]}

@@ -212,7 +212,7 @@ def options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def batch(images: Sequence[Tensor], given: Mapping[str, Any], divisibility: int, case: Case) -> dict[str, Any]:
     """Raw images (3, H, W) normalised, then padded to a common size."""
-    dtype, device = dtype_of(case), case["device"]
+    dtype, device = dtype_of(case), case.get("device", "cpu")
     mean, std = (torch.tensor(given[key], dtype=dtype, device=device)[:, None, None] for key in (MEAN, STD))
     sizes = [tuple(image.shape[1:]) for image in images]
     height, width = (-(-max(sides) // divisibility) * divisibility for sides in zip(*sizes, strict=True))
@@ -230,15 +230,17 @@ def targets(config: Mapping[str, Any], case: Case, at: int | None = None) -> lis
 
     made = []
     for image, (height, width) in enumerate(config["image_sizes"]):
-        boxes = torch.tensor(given("gt_boxes")[image], dtype=dtype_of(case), device=case["device"]).reshape(-1, 4)
-        labels = torch.tensor(given("gt_classes")[image], dtype=torch.int64, device=case["device"])
+        boxes = torch.tensor(given("gt_boxes")[image], dtype=dtype_of(case), device=case.get("device", "cpu")).reshape(
+            -1, 4
+        )
+        labels = torch.tensor(given("gt_classes")[image], dtype=torch.int64, device=case.get("device", "cpu"))
         target = {"boxes": boxes, "labels": labels}
         if "gt_masks" in config:
             if config["gt_masks"] != "ellipse":
                 raise ZooError(f"gt_masks {config['gt_masks']!r}: only ellipses are known")
             target["masks"] = ellipses(boxes, height, width)
         if "gt_keypoints" in config:
-            points = torch.tensor(given("gt_keypoints")[image], dtype=dtype_of(case), device=case["device"])
+            points = torch.tensor(given("gt_keypoints")[image], dtype=dtype_of(case), device=case.get("device", "cpu"))
             target["keypoints"] = points
         made.append(target)
     return made
