@@ -73,9 +73,9 @@ that are not finite or that differ when the call is repeated, which is how a dra
 
 A case of a new kind wants a branch in tests/parity/adapters/PAPER.py, whose `run(case)` gives the outputs by name. It
 calls the zoo's public code only, and reads everything from the case: what the case does not say is an error, never a
-guess. `zoo.parity.load_filled` fills a network, `filled_inputs` gives the inputs, `named` the tensors by official names;
-a run is `zoo.parity.train(case, task, convert_official, {"imgs": "image", ...})`. What papers of one official code base
-share stands in tests/parity/adapters/shared. Then
+guess. `zoo.parity.load_filled` fills a network, `filled_inputs` gives the inputs, `named` our tensors by official
+names; a run is `zoo.parity.train(case, task, convert_official, {"imgs": "image", ...})`. What papers of one official
+code base share stands in tests/parity/adapters/shared. Then
 
   zoo parity PAPER
 
