@@ -62,6 +62,11 @@ class Recipe:
                 if hasattr(callback, what):
                     setattr(callback, what, much)
 
+    def leave_out(self, *methods: str) -> None:
+        """The callbacks that have one of these methods: probes "run", measures of samples "evaluate"."""
+        kept = [c for c in self.trainer.callbacks if not any(callable(getattr(c, m, None)) for m in methods)]  # type: ignore[attr-defined]
+        self.trainer.callbacks = kept  # type: ignore[attr-defined]
+
     @property
     def stages(self) -> tuple[str, ...]:
         return tuple(getattr(self.module, "stages", ("fit", "validate", "test", "predict")))
@@ -191,7 +196,7 @@ class Dealt(EpochSampler):
 def _in_one_of(world: int, name: str) -> dict[str, Any]:
     """What one of so many processes finds: scores, and gradients and weights of two updates, each of two batches."""
     updates = 2
-    options: dict[str, Any] = {"trainer__precision": "64-true", "trainer__max_epochs": 1}
+    options: dict[str, Any] = {"trainer__precision": "32-true", "trainer__max_epochs": 1}
     if world > 1:
         options |= {"trainer__devices": world, "trainer__strategy": "ddp"}
     else:
@@ -200,7 +205,7 @@ def _in_one_of(world: int, name: str) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():  # away from the start, where much is 0
         for p in recipe.module.parameters():
-            p += 0.02 * torch.randn(p.shape, generator=draw, dtype=torch.float64)
+            p += 0.02 * torch.randn(p.shape, generator=draw)
     limit, recipe.trainer.limit_train_batches = recipe.trainer.limit_train_batches, STEPS
     found: dict[str, Any] = {"scores": recipe.scores()}
     recipe.trainer.limit_train_batches = limit
@@ -210,7 +215,8 @@ def _in_one_of(world: int, name: str) -> dict[str, Any]:
     data, diary = recipe.data, Diary()
     data.train_sampler = lambda samples: Dealt(len(samples), data.seed, data.repeats, **data._place())
     recipe.trainer.limit_val_batches = 0
-    recipe.trainer.callbacks = [c for c in recipe.trainer.callbacks if not hasattr(c, "run")] + [diary]  # type: ignore[attr-defined]
+    recipe.leave_out("run")
+    recipe.trainer.callbacks.append(diary)  # type: ignore[attr-defined]
     recipe.run("fit")
     assert len(diary.gradients) == updates
     weights = {key: p.detach() for key, p in recipe.module.named_parameters()}
@@ -229,13 +235,13 @@ def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
     with chdir(tmp_path / "two"):
         first, second = in_processes(2, _in_one_of, 2, name)
     for scores in (first["scores"], second["scores"]):
-        assert scores == pytest.approx(one["scores"], rel=1e-5, abs=1e-7, nan_ok=True)
+        assert scores == pytest.approx(one["scores"], rel=1e-4, abs=1e-6, nan_ok=True)
     if "weights" not in first:
         return
     assert _same(first["weights"], second["weights"]) == []
     if not first["meets"]:
-        torch.testing.assert_close(first["gradients"], one["gradients"], rtol=1e-5, atol=1e-9)
-        torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(first["gradients"], one["gradients"], rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-5, atol=1e-8)
 
 
 def _loaded(samples: Any, batches: list[list[int]], change: Callable[[Any], Any] = lambda batch: batch) -> DataLoader:
@@ -248,7 +254,8 @@ def test_batches(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Scores depend neither on the order of samples nor on a last batch of one; what is missing or not finite is told
     in one line."""
     monkeypatch.chdir(tmp_path)
-    recipe = Recipe(name, tmp_path, trainer__precision="64-true")
+    recipe = Recipe(name, tmp_path, trainer__precision="32-true")
+    recipe.leave_out("run", "evaluate")
     data, trainer, found = recipe.data, recipe.trainer, []
     for stage, split in (("validate", "val"), ("test", "test")):
         if stage not in recipe.stages:
@@ -261,7 +268,7 @@ def test_batches(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             monkeypatch.setattr(data, f"{split}_dataloader", lambda s=samples, b=batches: _loaded(s, b))
             setattr(trainer, f"limit_{split}_batches", 1.0)
             found.append({k: float(v) for k, v in recipe.run(stage, verbose=False)[0].items()})
-        assert found[-1] == pytest.approx(found[-2], rel=1e-6, abs=1e-9, nan_ok=True), stage
+        assert found[-1] == pytest.approx(found[-2], rel=1e-4, abs=1e-6, nan_ok=True), stage
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
     if "fit" not in recipe.stages:
@@ -269,7 +276,7 @@ def test_batches(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     data.setup("fit")
     samples = data.samples("train")
     keys = list(range(BATCH))
-    trainer.limit_val_batches, trainer.callbacks = 0, [c for c in trainer.callbacks if not hasattr(c, "run")]  # type: ignore[attr-defined]
+    trainer.limit_val_batches = 0
     whole = samples.__getitems__(keys)
 
     def fit(change: Callable[[Any], Any]) -> str:

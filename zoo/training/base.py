@@ -20,8 +20,8 @@ from zoo.errors import ZooError
 from zoo.ops.collective import gather, gather_objects
 from zoo.training.optim import Optim, build
 
-# Lightning says of every run with a data module that the hook which reads batches is the module's own.
-warnings.filterwarnings("ignore", message="You have overridden `on_after_batch_transfer` in `LightningModule`")
+# Lightning says of every run with a data module that the hooks which read batches are the module's own.
+warnings.filterwarnings("ignore", message="You have overridden `on_(before|after)_batch_transfer` in `LightningModule`")
 
 
 def seed_position(*position: int) -> None:
@@ -69,7 +69,7 @@ def read_batch(batch: Any, reader: str, keys: Sequence[str]) -> Batch:
     Raises:
         ZooError: anything else that is not a mapping.
     """
-    if isinstance(batch, Batch):
+    if isinstance(batch, Batch) and batch.reader == reader:
         return batch
     if isinstance(batch, Mapping):
         nested = {
@@ -158,8 +158,11 @@ class BaseModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         return build(self.trainable(), self.optim, self.trainer)
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return read_batch(batch, type(self).__name__, self.batch_keys) if self.batch_keys else batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # on its way it may become a plain dict
+        return self.on_before_batch_transfer(batch, dataloader_idx)
 
     def draws(self, batch: Mapping[str, Any], name: str, *shape: int, normal: bool = False) -> Tensor:
         """Random numbers (B, *shape) for the samples of a batch: uniform in [0, 1), or standard normal.

@@ -35,6 +35,7 @@ class Detection(BaseModule):
 
     monitor = ("val/box/AP", "max")
     batch_keys = ("image", "size", "target")
+    not_exported = "takes a whole batch, and gives as many detections as it finds"
 
     def __init__(
         self,

@@ -126,7 +126,8 @@ def reference_statistics(
         split: "train", "val", "test" or "predict".
         extractor: on `device`.
         features: keep the features too, for KID, precision and recall.
-        trainer: each process takes a share, and all get the whole; call on every process.
+        trainer: each process takes a share, and all get the whole; call on every process. Where it limits the batches
+            of the split to a number, so many count.
     """
     from zoo.data.base import same
     from zoo.data.loader import ExactSampler
@@ -134,10 +135,12 @@ def reference_statistics(
 
     samples = data.samples(split, train_transform=False)
     rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-    if len(samples) < max(2, world):
-        raise ZooError(f"the split {split!r} has too few pictures for statistics: {len(samples)}")
+    limit = getattr(trainer, f"limit_{split}_batches", None)
+    pictures = min(len(samples), limit * data.eval_batch_size) if limit and isinstance(limit, int) else len(samples)
+    if pictures < max(2, world):
+        raise ZooError(f"the split {split!r} has too few pictures for statistics: {pictures}")
     options: dict[str, Any] = {"num_workers": data.num_workers, "collate_fn": same}
-    sampler = ExactSampler(len(samples), rank, world)
+    sampler = ExactSampler(pictures, rank, world)
     loader = torch.utils.data.DataLoader(samples, data.eval_batch_size, sampler=sampler, **options)
     shift, scale = (torch.tensor(v)[:, None, None] for v in (data.mean, data.std))
     rows: list[tuple[Tensor, Tensor]] = []
@@ -151,7 +154,7 @@ def reference_statistics(
             else:
                 wide = x.double()
                 total, square, count = total + wide.sum(dim=0), square + wide.T @ wide, count + len(x)
-    name = f"{data.dataset} {split}, {len(samples)} pictures"
+    name = f"{data.dataset} {split}, {pictures} pictures"
     if features:
         found, index = (torch.cat(column).clone() for column in zip(*rows, strict=True))
         if trainer:
