@@ -17,7 +17,7 @@ from zoo.command.predictions import _rows
 SMALL = [
     *["--model.embed_dim", "16", "--model.depth", "1", "--model.num_heads", "2", "--trainer.precision", "32-true"],
     *["--model.decoder_embed_dim", "16", "--model.decoder_depth", "1", "--model.decoder_num_heads", "2"],
-    *["--data.eval_batch_size", "2", "--trainer.accelerator", "cpu"],
+    *["--data.eval_batch_size", "2", "--data.image_size", "64", "--trainer.accelerator", "cpu"],
 ]
 
 
