@@ -47,7 +47,7 @@ Segment = list[np.ndarray] | np.ndarray
 
 _MOST_SIDE = 1 << 20  # pixels
 _FAR = 10  # times the picture's longer side; a polygon is drawn point by point, so that its length must be bounded
-_OTHER_KINDS = ("captions", "panoptic", "stuff", "image_info")
+OTHER_KINDS = ("captions", "panoptic", "stuff", "image_info")
 
 
 @dataclass
@@ -567,7 +567,7 @@ def _one(files: list[Path], word: str | None, name: str) -> Path | None:
     if word is not None:
         files = [file for file in files if word in file.stem]
     else:
-        files = [file for file in files if not any(kind in file.stem for kind in _OTHER_KINDS)]
+        files = [file for file in files if not any(kind in file.stem for kind in OTHER_KINDS)]
         for preferred in (name, "instances"):
             files = [file for file in files if preferred in file.stem] or files
     if len(files) > 1:

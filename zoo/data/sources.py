@@ -570,7 +570,7 @@ def image_column(splits: dict[str, Any], wanted: str | None, name: str) -> str:
 
 
 _IMAGE_NAMES = ("image", "images", "img", "picture", "photo", "jpg", "jpeg", "png", "image_bytes")
-_LABEL_NAMES = ("label", "labels", "fine_label")
+LABEL_NAMES = ("label", "labels", "fine_label")
 # Names under which labels stand too, but other things as well, so that the user has to say so.
 _LABEL_LIKE = (
     "target",
@@ -596,8 +596,8 @@ def _label_column(features: dict[str, Any], name: str) -> str | None:
     import datasets
 
     classes = [k for k, f in features.items() if isinstance(f, datasets.ClassLabel)]
-    found = next((k for k in _LABEL_NAMES if k in classes), None) or next(iter(classes), None)
-    found = found or next((k for k in _LABEL_NAMES if k in features), None)
+    found = next((k for k in LABEL_NAMES if k in classes), None) or next(iter(classes), None)
+    found = found or next((k for k in LABEL_NAMES if k in features), None)
     if found is None and (like := next((k for k in features if k.lower() in _LABEL_LIKE), None)):
         raise ZooError(
             f"{name} has no column 'label'; if {like!r} holds the labels, say so by data.options.label_column: {like}"
