@@ -191,7 +191,8 @@ def _grid(rows: Any, where: str) -> Grid:
         grid = np.array(rows)
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ZooError(f"{where}: a grid is a list of equally long rows of colours") from error
-    if grid.ndim != 2 or not grid.size or grid.dtype.kind not in "iu" or grid.min() < 0 or grid.max() > 9:
+    whole = grid.dtype.kind in "iu" or (grid.dtype.kind == "f" and bool((grid % 1 == 0).all()))
+    if grid.ndim != 2 or not grid.size or not whole or grid.min() < 0 or grid.max() > 9:
         raise ZooError(f"{where}: a grid is a list of equally long rows of colours 0..9")
     return grid.astype(np.uint8)  # RE-ARC has 800 000 of them
 

@@ -128,8 +128,13 @@ def _check_grids(dataset: str, data_dir: str | None, stated_of: dict[str, int | 
 
     splits: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
+    missing: list[str] = []
     for split, stated in stated_of.items():
-        tasks = read_tasks(dataset, split, data_dir)
+        try:
+            tasks = read_tasks(dataset, split, data_dir)
+        except ZooError as error:
+            missing.append(str(error))
+            continue
         digest = hashlib.sha256()
         for task in tasks:
             digest.update(task.name.encode())
@@ -144,6 +149,9 @@ def _check_grids(dataset: str, data_dir: str | None, stated_of: dict[str, int | 
         splits[split]["sha256"] = digest.hexdigest()
         if stated and stated != len(tasks):
             problems.append(f"{split}: {len(tasks)} tasks, the card of {dataset} states {stated}")
+    if not splits:
+        raise ZooError(missing[0])
+    problems += missing
     whole = hashlib.sha256(json.dumps({name: found["sha256"] for name, found in splits.items()}).encode()).hexdigest()
     report: dict[str, Any] = {
         "dataset": dataset,
@@ -247,7 +255,7 @@ class _Captioned:
 
         source = self.source
         if isinstance(source, Part):
-            source, index = source.source, int(source.indices[index])
+            index, source = int(source.indices[index]), source.source
         row = source.exact(index) if isinstance(source, ShardPairs) else source[index]
         said = repr(row["captions"]).encode()
         return {"image": row["image"], "label": int(hashlib.sha256(said).hexdigest()[:15], 16)}

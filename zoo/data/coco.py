@@ -171,7 +171,7 @@ class CocoSource:
         if any("name" not in c for _, c in categories):
             raise ZooError(f"{file}: a category has no name")
         self.class_names = [str(c["name"]) for _, c in categories]
-        named = next((c["keypoints"] for _, c in categories if isinstance(c.get("keypoints"), list)), [])
+        named: list[Any] = next((c["keypoints"] for _, c in categories if isinstance(c.get("keypoints"), list)), [])
         self.keypoint_names: list[str] = [str(k) for k in named]
         self.flip_order = mirror_order(self.keypoint_names)
         pictures = self._by_id(content["images"], "image")

@@ -449,7 +449,7 @@ class DetectionSet(Dataset):
         kept = ~record.crowd
         segments: list[Segment] | None = None
         if self.masks != "none":
-            segments = [_outline(record, n) for n in np.flatnonzero(kept)]
+            segments = [_outline(record, n) for n in np.flatnonzero(kept).tolist()]
         points = record.keypoints[kept] if self.keypoints and record.keypoints is not None else None
         return Scene(record.image, record.boxes[kept], record.labels[kept], segments, points, self.source.flip_order)
 

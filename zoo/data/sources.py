@@ -50,6 +50,7 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
+_PNG = b"\x89PNG"
 MOST_PIXELS = 178_956_970  # of a picture; twice Pillow's limit, at which it refuses too
 TABLES = (".parquet", ".arrow")
 HOLD_OUT = 10
@@ -77,8 +78,8 @@ class ManyReader(Protocol):
 
 
 def decode_image(data: bytes | Tensor, name: str = "image", upright: bool = False) -> Tensor:
-    """Encoded bytes -> uint8 (3, H, W) RGB; torchvision's decoders, Pillow for what they do not read. `upright` turns
-    a photo as its EXIF orientation says.
+    """Encoded bytes -> uint8 (3, H, W) RGB; torchvision's decoders, Pillow for what they do not read and for png, where
+    torchvision's (0.29) ends the process on a damaged file. `upright` turns a photo as its EXIF orientation says.
 
     Raises:
         ZooError: neither can read it; `name` says which.
@@ -89,23 +90,26 @@ def decode_image(data: bytes | Tensor, name: str = "image", upright: bool = Fals
     width, height = _stated_size(encoded)
     if width * height > MOST_PIXELS:
         raise ZooError(f"cannot read {name} as an image: {width}x{height} pixels are more than {MOST_PIXELS:,}")
-    try:
-        image = decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=upright)
-        if image.ndim == 3 and image.dtype == torch.uint16:
-            return (image.int() >> 8).to(torch.uint8)
-        if image.ndim == 3 and image.dtype == torch.uint8:
-            return image
-    except RuntimeError:
-        pass
+    is_png = encoded[:4].numpy().tobytes() == _PNG
+    if not is_png:
+        try:
+            image = decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=upright)
+            if image.ndim == 3 and image.dtype == torch.uint8:
+                return image
+        except RuntimeError:
+            pass
     import io
 
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(encoded.numpy().tobytes())) as opened:
+        with Image.open(io.BytesIO(encoded.numpy().tobytes()), formats=("PNG",) if is_png else None) as opened:
             picture = ImageOps.exif_transpose(opened) if upright else opened
-            pixels = np.array(picture if _is_wide(picture.mode) else picture.convert("RGB"))
+            plain = picture.mode == "RGB" or _is_wide(picture.mode)
+            pixels = np.array(picture if plain else picture.convert("RGB"))
             of_tiff = opened.format == "TIFF"
+    except UnidentifiedImageError as error:
+        raise ZooError(f"cannot read {name} as an image: it is of no known format, or damaged") from error
     except Exception as error:
         raise ZooError(f"cannot read {name} as an image: {reason(error)}") from error
     if pixels.ndim == 2:
@@ -116,7 +120,7 @@ def decode_image(data: bytes | Tensor, name: str = "image", upright: bool = Fals
 def _stated_size(encoded: Tensor) -> tuple[int, int]:
     """Width and height that a png, gif or jpeg says it has, so that nothing is set aside for absurd ones; else 0, 0."""
     head = encoded[:32].numpy().tobytes()
-    if head.startswith(b"\x89PNG") and len(head) >= 24:
+    if head.startswith(_PNG) and len(head) >= 24:
         return struct.unpack(">II", head[16:24])
     if head.startswith(b"GIF8") and len(head) >= 10:
         return struct.unpack("<HH", head[6:10])
