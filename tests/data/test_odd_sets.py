@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 from zoo.data.arc import read_tasks
 from zoo.data.base import as_batch
 from zoo.data.check import check, checked_hash
-from zoo.data.coco import find_coco, run_lengths
+from zoo.data.coco import find_coco
 from zoo.data.detection import DetectionDataModule
 from zoo.data.files import whole_number
 from zoo.data.image_text import open_pairs
@@ -28,6 +28,8 @@ from zoo.data.sources import MOST_PIXELS, decode_image, describe, open_source, r
 from zoo.data.video_reader import PicturesReader, VideoError
 from zoo.data.video_sources import open_layout, open_part
 from zoo.errors import ZooError
+from zoo.metrics.coco import CocoAP
+from zoo.ops.masks import run_lengths
 
 RAMP = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
 
@@ -113,14 +115,14 @@ def test_absurd_sizes_and_special_files_are_refused_at_once(tmp_path: Path) -> N
         file.truncate(1 << 40)
     refused(lambda: read_image(tmp_path / "huge.png"), "1,099,511,627,776 bytes")
     for make, words in (
-        (lambda p: os.mkfifo(p / "a" / "1.png"), "pipe"),
+        (lambda p: os.mkfifo(write(p / "a" / "0.png", png()).with_name("1.png")), "pipe"),
         (lambda p: os.mkfifo(p / "train.parquet"), "pipe"),
         (lambda p: os.mkfifo(p / "x-train.json"), "pipe"),
         (lambda p: os.mkfifo(p / "train.csv"), "pipe"),
         (lambda p: os.mkfifo(p / "0.tar"), "pipe"),
     ):
         place = tmp_path / str(len(list(tmp_path.iterdir())))
-        write(place / "a" / "0.png", png())
+        place.mkdir()
         make(place)
         refused(lambda place=place: check(str(place)), words)
     for data, words in (
@@ -412,6 +414,16 @@ def test_run_lengths_are_pycocotools() -> None:
         runs = run_lengths(coco_mask.encode(np.asfortranarray(mask))["counts"].decode())
         assert runs is not None
         assert (np.repeat(np.arange(len(runs)) % 2, runs) == mask.reshape(-1, order="F")).all()
+
+
+def test_the_metric_refuses_masks_of_the_truth_that_are_none() -> None:
+    true = {"boxes": torch.tensor([[1.0, 1, 3, 3]]), "labels": torch.tensor([0]), "area": torch.tensor([4.0]),
+            "iscrowd": torch.tensor([0]), "image_id": torch.tensor(3)}  # fmt: skip
+    for counts in ("~~~", "oooooooo", [5, 5], ""):
+        masks = [{"size": [4, 4], "counts": counts}]
+        found = {**true, "masks": torch.zeros(1, 4, 4, dtype=torch.bool), "scores": torch.tensor([1.0])}
+        update = CocoAP().update
+        refused(lambda: update([found], [{**true, "masks": masks}]), "picture 3: the mask")  # noqa: B023
 
 
 # ------------------------------------------------------------------------------------------------------------- captions

@@ -38,6 +38,7 @@ from zoo.data import files
 from zoo.data.files import finite_numbers, whole_number
 from zoo.data.sources import ALIASES, EXTENSIONS, HOLD_OUT, choose_part, decode_image
 from zoo.errors import ZooError
+from zoo.ops.masks import run_lengths
 
 Rle = dict[str, Any]
 """COCO's compressed run lengths: {"size": [height, width], "counts": bytes}."""
@@ -90,36 +91,6 @@ def to_rle(segment: Any, height: int, width: int) -> Rle:
     if isinstance(segment["counts"], list):
         return coco_mask.frPyObjects(segment, height, width)
     return segment
-
-
-def run_lengths(counts: Any) -> np.ndarray | None:
-    """(n,) int64 runs of zeros and ones in turn from COCO's list of them or its compressed text; None where it is
-    neither. (pycocotools reads beyond the end of text that is none.)"""
-    if isinstance(counts, list):
-        numbers = finite_numbers(counts)
-        runs = np.array(numbers if numbers is not None else [-1.0])
-        fit = len(runs) and (runs >= 0).all() and (runs < 1 << 40).all() and (runs % 1 == 0).all()
-        return runs.astype(np.int64) if fit else None
-    try:
-        text = counts if isinstance(counts, bytes) else counts.encode("ascii")
-    except (AttributeError, UnicodeEncodeError):
-        return None
-    # Six bits a letter: five of the number, low ones first, and whether more follow; the highest is the sign.
-    digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
-    last = digits & 32 == 0
-    if not len(digits) or digits.min() < 0 or digits.max() > 63 or not last[-1]:
-        return None
-    ends = last.nonzero()[0]
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    length = ends - starts + 1
-    if length.max() > 7:
-        return None
-    place = np.arange(len(digits)) - np.repeat(starts, length)
-    runs = np.add.reduceat((digits & 31) << 5 * place, starts)
-    runs -= (digits[ends] >> 4 & 1) << 5 * length
-    for first in (1, 2):  # from the fourth on, a number is the difference to the last but one
-        runs[first::2] = runs[first::2].cumsum()
-    return runs if runs.min() >= 0 else None
 
 
 def box_outline(box: Sequence[float], height: int, width: int) -> list[np.ndarray]:

@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import warnings
 from collections import Counter
@@ -54,12 +55,14 @@ from zoo.data.sources import (
     choose_part,
     decode_image,
     describe,
+    holds_pictures,
     hub_splits,
     image_column,
     missing_path,
     open_source,
     read_image,
     select,
+    subfolders,
 )
 from zoo.data.text import WordPiece, prompts, vocabulary_path
 from zoo.errors import ZooError, unknown
@@ -562,13 +565,18 @@ def open_pairs(
 
 
 def is_caption_set(path: Path) -> bool:
-    """Does a path hold captioned pictures in one of the layouts that are no other field's too?"""
-    if path.is_dir() and any(recognise(path) for recognise in (_shards, _coco, _karpathy)):
-        return True
+    """Does a path hold captioned pictures, rather than labelled ones with a tar or a table beside them?"""
+    if path.is_dir():
+        if _coco(path) or _karpathy(path):
+            return True
+        if _shards(path):
+            return not any(holds_pictures(path / name) for name in subfolders(path))
     tables = [path] if path.is_file() else [*path.glob("[!.]*.tsv"), *path.glob("[!.]*.csv")]
-    tables = [table for table in tables if table.suffix in (".tsv", ".csv")]
-    if any("filepath" in read_text(table).partition("\n")[0] for table in tables):
-        return True
+    for table in tables:
+        if table.suffix in (".tsv", ".csv"):
+            head = set(re.split(r"[,\t]", read_text(table).partition("\n")[0].strip()))
+            if "filepath" in head and head & {"title", *CAPTION_COLUMNS}:
+                return True
     splits = arrow_splits(path)
     columns = next(iter(splits.values())).features if splits else {}
     return any(name in columns for name in CAPTION_COLUMNS) and not any(name in columns for name in LABEL_NAMES)

@@ -421,6 +421,11 @@ def _pictures(folder: Path, deep: bool) -> tuple[list[str], Counter[str]]:
     return sorted(found), skipped
 
 
+def holds_pictures(folder: Path) -> bool:
+    """Are there pictures in a folder or below it?"""
+    return bool(_pictures(folder, deep=True)[0])
+
+
 def _is_above(link: str, folder: str) -> bool:
     target, here = os.path.realpath(link), os.path.realpath(folder)
     return here == target or here.startswith(target.rstrip(os.sep) + os.sep)
@@ -447,17 +452,14 @@ def lead_part(parts: dict[str, Path]) -> Path:
 
 
 def _image_folder(folder: Path) -> _Layout | None:
-    def holds(place: Path) -> bool:
-        return bool(_pictures(place, deep=True)[0])
-
-    parts = split_folders(folder, holds)
+    parts = split_folders(folder, holds_pictures)
     beside = [name for name in subfolders(folder) if name not in parts] if parts else []
     flat = not parts
     if flat:
         parts = {"train": folder}
     lead = lead_part(parts)
     classes = subfolders(lead)
-    if flat and not (any(holds(folder / c) for c in classes) or _pictures(folder, deep=False)[0]):
+    if flat and not (any(holds_pictures(folder / c) for c in classes) or _pictures(folder, deep=False)[0]):
         return None
     if not classes and not _pictures(lead, deep=False)[0]:
         return None
@@ -516,12 +518,14 @@ def read_idx(path: Path) -> np.ndarray:
             sides = file.read(4 * magic[3])
             shape = struct.unpack(f">{len(sides) // 4}I", sides[: len(sides) // 4 * 4])
             stated = math.prod(shape)
-            data = file.read(min(stated, _MOST_IDX) + 1)
+            data = bytearray()
+            while len(data) <= min(stated, _MOST_IDX) and (piece := file.read(1 << 24)):
+                data += piece
     except (OSError, EOFError, zlib.error) as error:
         raise ZooError(f"cannot read {path}: {reason(error)}") from error
     if len(sides) != 4 * magic[3] or len(data) != stated:
         raise ZooError(f"{path} is damaged: {len(data)} bytes for an array of {'x'.join(map(str, shape))}")
-    return np.frombuffer(data, np.uint8).reshape(shape).copy()
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _idx(folder: Path) -> _Layout | None:
