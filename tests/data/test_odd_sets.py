@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,20 @@ def test_every_reader_scales_alike(tmp_path: Path) -> None:
 def test_floats_outside_0_to_1_are_refused(value: float) -> None:
     data = encoded(np.full((4, 4), value, np.float32), "TIFF")
     refused(lambda: decode_image(data, "a.tif"), r"cannot read a\.tif .*floats from .*0 to 1")
+
+
+def test_damaged_png_files_do_not_end_the_process() -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    size = (12).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    for data in (zlib.compress(bytes([9]) * 37 * 12), b"x\x9cjunk"):
+        damaged = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+        refused(lambda damaged=damaged: decode_image(damaged, "a.png"), r"cannot read a\.png as an image")
+    frames = [Image.new("RGB", (8, 6), (n, 0, 0)) for n in (200, 100)]
+    out = io.BytesIO()
+    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:])
+    assert decode_image(out.getvalue()).shape == (3, 6, 8)  # the first
 
 
 def test_absurd_sizes_and_special_files_are_refused_at_once(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
-_PNG = b"\x89PNG"
+_PNG, _GIF = b"\x89PNG", b"GIF8"
+_BY_PILLOW = {_PNG: "PNG", _GIF: "GIF"}
 MOST_PIXELS = 178_956_970  # of a picture; twice Pillow's limit, at which it refuses too
 TABLES = (".parquet", ".arrow")
 HOLD_OUT = 10
@@ -78,8 +79,9 @@ class ManyReader(Protocol):
 
 
 def decode_image(data: bytes | Tensor, name: str = "image", upright: bool = False) -> Tensor:
-    """Encoded bytes -> uint8 (3, H, W) RGB; torchvision's decoders, Pillow for what they do not read and for png, where
-    torchvision's (0.29) ends the process on a damaged file. `upright` turns a photo as its EXIF orientation says.
+    """Encoded bytes -> uint8 (3, H, W) RGB; torchvision's decoders, Pillow for what they do not read, for png, where
+    torchvision's (0.29) ends the process on a damaged file, and for gif, of which it decodes all frames. `upright`
+    turns a photo as its EXIF orientation says.
 
     Raises:
         ZooError: neither can read it; `name` says which.
@@ -90,8 +92,8 @@ def decode_image(data: bytes | Tensor, name: str = "image", upright: bool = Fals
     width, height = _stated_size(encoded)
     if width * height > MOST_PIXELS:
         raise ZooError(f"cannot read {name} as an image: {width}x{height} pixels are more than {MOST_PIXELS:,}")
-    is_png = encoded[:4].numpy().tobytes() == _PNG
-    if not is_png:
+    kind = next((name for mark, name in _BY_PILLOW.items() if encoded[:4].numpy().tobytes() == mark), None)
+    if kind is None:
         try:
             image = decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=upright)
             if image.ndim == 3 and image.dtype == torch.uint8:
@@ -103,7 +105,7 @@ def decode_image(data: bytes | Tensor, name: str = "image", upright: bool = Fals
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(encoded.numpy().tobytes()), formats=("PNG",) if is_png else None) as opened:
+        with Image.open(io.BytesIO(encoded.numpy().tobytes()), formats=None if kind is None else (kind,)) as opened:
             picture = ImageOps.exif_transpose(opened) if upright else opened
             plain = picture.mode == "RGB" or _is_wide(picture.mode)
             pixels = np.array(picture if plain else picture.convert("RGB"))
@@ -122,7 +124,7 @@ def _stated_size(encoded: Tensor) -> tuple[int, int]:
     head = encoded[:32].numpy().tobytes()
     if head.startswith(_PNG) and len(head) >= 24:
         return struct.unpack(">II", head[16:24])
-    if head.startswith(b"GIF8") and len(head) >= 10:
+    if head.startswith(_GIF) and len(head) >= 10:
         return struct.unpack("<HH", head[6:10])
     if not head.startswith(b"\xff\xd8"):
         return 0, 0
