@@ -229,6 +229,16 @@ def test_bare_arrow_and_pandas_files(tmp_path: Path, kind: str) -> None:
     assert [(int(source[n]["image"][0, 0, 0]), source[n]["label"]) for n in range(3)] == [(0, 1), (1, 0), (2, 1)]
 
 
+def test_parquet_is_read_where_the_cache_of_datasets_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "file", b"")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "below"))
+    classed(tmp_path / "a", "train", ["cat", "dog"], [1, 0, 1])
+    source = open_source(str(tmp_path / "a"), "predict")
+    assert [(int(source[n]["image"][0, 0, 0]), source[n]["label"]) for n in range(3)] == [(0, 1), (1, 0), (2, 1)]
+
+
 def test_missing_pictures_are_counted_and_named(tmp_path: Path) -> None:
     place = str(table(tmp_path / "a", image=[png(0), None, png(2), png(3)], label=[0, 1, 0, 1]))
     with pytest.warns(UserWarning, match="1 rows without a picture, first: number 1"):
@@ -451,12 +461,13 @@ def captioned(place: Path, text: bytes | str, name: str = "train.csv", count: in
     return str(place)
 
 
-@pytest.mark.parametrize("mark", [",", "\t"])
-def test_an_unmatched_quote_swallows_no_row(tmp_path: Path, mark: str) -> None:
+@pytest.mark.parametrize(("mark", "last"), [(",", True), ("\t", True), (",", False)])
+def test_an_unmatched_quote_swallows_no_row(tmp_path: Path, mark: str, last: bool) -> None:
     texts = [f"picture {n}" for n in range(20)]
-    texts[3], texts[9], texts[12] = '"an open quote', 'a 5" pipe', 'closed again"'
-    lines = "\n".join(f"{n}.png{mark}{text}" for n, text in enumerate(texts))
-    place = captioned(tmp_path, f"filepath{mark}title\n{lines}\n", "train.csv" if mark == "," else "train.tsv")
+    texts[3], texts[9], texts[12] = '"an open, long quote', 'a 5" pipe', 'closed again"'
+    rows = [("filepath", "title"), *((f"{n}.png", text) for n, text in enumerate(texts))]
+    lines = "".join(mark.join(row if last else row[::-1]) + "\n" for row in rows)
+    place = captioned(tmp_path, lines, "train.csv" if mark == "," else "train.tsv")
     with pytest.warns(UserWarning, match="1 rows with an unmatched quote"):
         source = open_pairs(place, "predict")
     assert [source[n]["captions"] for n in range(20)] == [[text] for text in texts]

@@ -473,14 +473,15 @@ def _rows(file: Path, problems: Counter[str]) -> list[list[str]]:
         return rows
     lines = [line for line in io.StringIO(text, newline=None).read().split("\n") if line]
     head = next(csv.reader(lines[:1], delimiter=mark), [])
+    at = head.index("filepath") if "filepath" in head else 0
     found, open_ = [head], 0
     for line in lines[1:]:
         try:
             row = next(csv.reader([line], delimiter=mark, strict=True))
         except csv.Error:
-            row, open_ = line.split(mark, len(head) - 1), open_ + 1
+            split = line.rsplit if at == len(head) - 1 else line.split  # marks left over are the caption's
+            row, open_ = split(mark, len(head) - 1), open_ + 1
         found.append(row)
-    at = head.index("filepath") if "filepath" in head else 0
     if all(len(row) == len(head) and row[at].strip().lower().endswith(EXTENSIONS) for row in found[1:]):
         _count(problems, "rows with an unmatched quote, read as they stand", open_)
         return found

@@ -187,8 +187,12 @@ def read_facts(folder: Path) -> dict[str, Any]:
     if not isinstance(facts, dict) or facts.get("version") != VERSION or not wanted <= set(facts):
         raise ZooError(f"{folder / FACTS} is of another version: make the latents anew with zoo data latents")
     counts = [facts["shard_size"], *facts["splits"].values()] if isinstance(facts["splits"], dict) else [None]
-    if not all(isinstance(count, int) and count > 0 for count in counts):
-        raise ZooError(f"{folder / FACTS} states no whole numbers of samples and shards")
+    shape = facts["shape"] if isinstance(facts["shape"], list) and len(facts["shape"]) == 3 else [None]
+    if (
+        not all(isinstance(number, int) and 0 < number < 1 << 40 for number in (*counts, *shape))
+        or max(shape) > 1 << 14
+    ):
+        raise ZooError(f"{folder / FACTS} states no whole numbers of samples, and no shape of latents")
     return facts
 
 

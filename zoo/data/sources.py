@@ -757,7 +757,7 @@ def _table_files(path: Path) -> dict[str, Any] | None:
             return {
                 part: datasets.concatenate_datasets(
                     [
-                        *([datasets.Dataset.from_parquet(parquet)] if (parquet := _ending(some, ".parquet")) else []),
+                        *([_parquet_files(parquet)] if (parquet := _ending(some, ".parquet")) else []),
                         *map(_arrow_file, _ending(some, ".arrow")),
                     ]
                 )
@@ -769,6 +769,19 @@ def _table_files(path: Path) -> dict[str, Any] | None:
 
 def _ending(files: Sequence[Path], suffix: str) -> list[str]:
     return [str(file) for file in files if file.suffix == suffix]
+
+
+def _parquet_files(parquet: list[str]) -> Any:
+    """``datasets`` maps a copy that it writes to its cache; where it cannot, the table is held in memory."""
+    import datasets
+
+    try:
+        return datasets.Dataset.from_parquet(parquet)
+    except OSError:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        return datasets.Dataset(pa.concat_tables([pq.read_table(file) for file in parquet]))
 
 
 def _arrow_file(file: str) -> Any:
