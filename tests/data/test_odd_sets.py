@@ -278,7 +278,8 @@ def test_links_and_rare_endings_are_read_and_the_rest_is_told(tmp_path: Path) ->
     (place / "a" / "loop").symlink_to(place)
     (place / "b").symlink_to(tmp_path / "elsewhere")
     write(place / "a" / "photo.heic", b"x")
-    write(place / "a" / ".hidden", b"x")
+    for name in ("a/.hidden", "README.md"):
+        write(place / name, b"x")
     with pytest.warns(UserWarning, match=r"1 files ending in \.heic"):
         source = open_source(str(place), "predict")
     assert len(source) == count + 2
@@ -618,6 +619,7 @@ def test_batches_name_the_keys_wanted() -> None:
     assert as_batch({"image": image}, "image")["image"] is image
     refused(lambda: as_batch({"image": image, "x": 1}, "image", "label"), "no label; its keys are: image, x")
     refused(lambda: as_batch((image, label, label), "image"), re.escape("a pair (image, label); got a tuple"))
+    refused(lambda: as_batch([image, image], "image"), "got a list")  # two views, perhaps
     refused(lambda: as_batch(image, "image"), "got a Tensor")
 
 

@@ -62,7 +62,7 @@ def as_batch(batch: Any, *wanted: str) -> Batch:
     """
     if isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
         image, label = batch
-        if image.ndim == 4 and len(label) == len(image):
+        if image.ndim == 4 and label.ndim in (1, 2) and len(label) == len(image):
             batch = {"image": image, "label": label}
     if not isinstance(batch, dict):
         kind = type(batch).__name__

@@ -483,7 +483,7 @@ def _image_folder(folder: Path) -> _Layout | None:
             raise ZooError(f"{root} holds {len(loose)} loose pictures; expected one folder per class, as in {lead}")
         if loose:
             problems["pictures beside the class folders"] = len(loose)
-        paths, labels = [], []
+        paths, labels, skipped = [], [], Counter[str]()  # beside class folders stands what is about the set
         for name in here:
             files, others = _pictures(root / name, deep=True)
             skipped += others

@@ -674,6 +674,7 @@ def _class_folders(folder: Path, options: dict[str, Any]) -> Layout | None:
         told = (options.get("backend"), options.get("fps") or 30.0)
         if not classes:
             return VideoList(loose, [-1] * len(loose), [], *told, skipped)
+        skipped = Counter()  # beside class folders stands what is about the set
         for name in subfolders(root):
             videos, others = _videos(root / name)
             if videos and name not in classes:
