@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gzip
 import io
 import json
 import os
@@ -205,6 +206,51 @@ def _arc(place: Path, rng: random.Random) -> Path:
     return place
 
 
+def _saved(place: Path, rng: random.Random) -> Path:
+    import datasets
+
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"image": [{"bytes": picture(rng), "path": None} for _ in range(6)], "label": [0, 1] * 3}
+    split = datasets.Dataset.from_dict(rows, features=kinds)
+    parts = datasets.DatasetDict({"train": split, "test": split}) if rng.random() < 0.5 else split
+    parts.save_to_disk(str(place))
+    return place
+
+
+def _idx(place: Path, rng: random.Random) -> Path:
+    place.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        images = bytes(rng.randrange(256) for _ in range(8 * 36))
+        head = b"\0\0\x08\x03" + b"".join(side.to_bytes(4, "big") for side in (8, 6, 6))
+        (place / f"{part}-images-idx3-ubyte").write_bytes(head + images)
+        labels = b"\0\0\x08\x01" + (8).to_bytes(4, "big") + bytes(n % 3 for n in range(8))
+        (place / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+    return place
+
+
+def _karpathy(place: Path, rng: random.Random) -> Path:
+    (place / "images").mkdir(parents=True)
+    images = []
+    for n in range(6):
+        (place / "images" / f"{n}.png").write_bytes(picture(rng))
+        told = [{"raw": "a cat"}, {"raw": "a dog"}][: 1 + n % 2]
+        images.append({"filename": f"{n}.png", "split": ["train", "val", "restval"][n % 3], "sentences": told})
+    (place / "dataset_small.json").write_text(json.dumps({"images": images}))
+    return place
+
+
+def _frames(place: Path, rng: random.Random) -> Path:
+    lines = ["original_vido_id video_id frame_id path labels"]
+    for number, name in enumerate(("a", "b", "c")):
+        (place / name).mkdir(parents=True)
+        for n in range(4):
+            (place / name / f"{n}.png").write_bytes(picture(rng))
+            lines.append(f'{name} {number} {n} {name}/{n}.png "{rng.choice(["", "0", "1,2"])}"')
+    for part in ("train", "val"):
+        (place / f"{part}.csv").write_text("\n".join(lines) + "\n")
+    return place
+
+
 KINDS: dict[str, Callable[[Path, random.Random], Path]] = {
     "folder": _folder,
     "columns": _columns,
@@ -214,6 +260,10 @@ KINDS: dict[str, Callable[[Path, random.Random], Path]] = {
     "captions": _captions,
     "kinetics": _kinetics,
     "arc": _arc,
+    "saved": _saved,
+    "idx": _idx,
+    "karpathy": _karpathy,
+    "frames": _frames,
 }
 
 
@@ -413,6 +463,10 @@ _FITS: dict[str, Callable[[Path], None]] = {
     "captions": _fit_captions,
     "kinetics": _fit_videos,
     "arc": _fit_tasks,
+    "saved": _fit_pictures,
+    "idx": _fit_pictures,
+    "karpathy": _fit_captions,
+    "frames": _fit_videos,
 }
 
 
@@ -495,13 +549,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", action="store_true", help="print every answer")
     arguments = parser.parse_args()
-    import datasets  # noqa: F401  # all of it once, before the processes part
+    import datasets  # all of it once, before the processes part
     import faster_coco_eval  # noqa: F401
 
     import zoo.data.check
     import zoo.data.detection
     import zoo.metrics.coco  # noqa: F401
 
+    datasets.disable_progress_bars()
     faults, answers = 0, Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["ZOO_HOME"] = f"{folder}/home"

@@ -51,6 +51,13 @@ def write(place: Path, data: bytes | str) -> Path:
     return place
 
 
+def saved(place: Path, file: str) -> Path:
+    """What ``save_to_disk`` writes, beside its data."""
+    write(place / "dataset_info.json", "{}")
+    write(place / "state.json", json.dumps({"_data_files": [{"filename": file}]}))
+    return place
+
+
 def refused(call: Callable[[], Any], words: str) -> None:
     with pytest.raises(ZooError, match=words) as caught:
         call()
@@ -135,6 +142,8 @@ def test_absurd_sizes_and_special_files_are_refused_at_once(tmp_path: Path) -> N
         (lambda p: os.mkfifo(p / "x-train.json"), "pipe"),
         (lambda p: os.mkfifo(p / "train.csv"), "pipe"),
         (lambda p: os.mkfifo(p / "0.tar"), "pipe"),
+        (lambda p: os.mkfifo(saved(p, "a.arrow") / "a.arrow"), "pipe"),
+        (lambda p: saved(p, "/dev/zero"), "its own folder"),
     ):
         place = tmp_path / str(len(list(tmp_path.iterdir())))
         place.mkdir()

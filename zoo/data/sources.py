@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.data.files import MOST_BYTES, numbered_classes, read_bytes, reason, require_regular, tell
+from zoo.data.files import MOST_BYTES, numbered_classes, read_bytes, read_json, reason, require_regular, tell
 from zoo.data.shapes import ShapesDataset, make_knobs
 from zoo.errors import ZooError, unknown
 
@@ -730,11 +730,25 @@ def _saved(folder: Path) -> dict[str, Any] | None:
         return None
     import datasets
 
+    for state in folder.glob("**/state.json"):
+        _require_files(state)
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:
         raise ZooError(f"cannot open {folder} as a saved datasets folder: {reason(error)}") from error
     return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+
+
+def _require_files(state: Path) -> None:
+    """Raises a :class:`ZooError` where a saved split names a file that is none, or none of its folder's."""
+    content = read_json(state)
+    read_json(state.with_name("dataset_info.json"))
+    entries = content.get("_data_files") if isinstance(content, dict) else None
+    for entry in entries if isinstance(entries, list) else [None]:
+        name = entry.get("filename") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or name != os.path.basename(name):
+            raise ZooError(f"{state} names no files of its own folder")
+        require_regular(state.parent / name, 1 << 50)
 
 
 def _table_files(path: Path) -> dict[str, Any] | None:
