@@ -6,6 +6,7 @@ are monitors that see every image in one view; a paper's own linear-probe number
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -143,7 +144,8 @@ def gather_samples(trainer: L.Trainer, samples: dict[str, Tensor]) -> dict[str, 
 def _loader(trainer: L.Trainer, split: str, count: int | None = None) -> Iterable[Any]:
     """The loader of "train", "val" or "test": the data module's own, else the one the trainer holds.
 
-    A data module with `samples(split, train_transform)` gives the training samples under its evaluation transform, each
+    Of "val" and "test" as many batches as `trainer.limit_val_batches` and `limit_test_batches` allow. A data module with
+    `samples(split, train_transform)` gives the training samples under its evaluation transform, each
     once; `count` of them, where so many are enough, drawn with the run's seed.
     """
     source = trainer.datamodule  # type: ignore[attr-defined]
@@ -173,7 +175,9 @@ def _loader(trainer: L.Trainer, split: str, count: int | None = None) -> Iterabl
         loader = loader[0] if loader else None
     if loader is None:
         raise ZooError(f"a probe needs {split} data, and this run has none; hand over a LightningDataModule")
-    return loader
+    limit = 1.0 if split == "train" else getattr(trainer, f"limit_{split}_batches")
+    most = limit if isinstance(limit, int) else None if limit == 1.0 else int(limit * len(loader))
+    return itertools.islice(loader, most) if most else loader
 
 
 def _some(count: int | None) -> int | None:
