@@ -86,7 +86,7 @@ class _Axis:
 
     def __init__(self, x0: float, x1: float, values: Sequence[float]) -> None:
         low, high = min(values), max(values)
-        rim = 0.06 * (high - low) or max(abs(high), 1e-9) * 0.1
+        rim = 0.06 * (high - low) or 0.1 * (abs(high) or 1.0)
         self.x0, self.x1, self.low, self.high = x0, x1, low - rim, high + rim
         step = 10 ** math.floor(math.log10((self.high - self.low) / 2))
         step *= next(m for m in (5, 2, 1) if (self.high - self.low) / (m * step) >= 2)
@@ -139,7 +139,7 @@ def draw(result: Mapping[str, Any]) -> _Sheet:
         sheet.word(_MARGIN, y + 20 * n, line, 15)
         y += 20 * (n > 0)
     settings = result["settings"]
-    where = f"{settings['seeds']} seeds on {settings.get('dataset', 'drawn scenes')}; bars are 95 % intervals"
+    where = f"{settings['seeds']} seed{'s' * (settings['seeds'] != 1)} on {settings.get('dataset', 'drawn scenes')}; bars are 95 % intervals"
     marks = [name for name in ("quick", "pilot") if settings.get(name)]
     sheet.word(_MARGIN, y + 24, where + "".join(f"; a {name} run, no result" for name in marks), 11, _FAINT)
     y += 56
