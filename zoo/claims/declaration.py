@@ -50,7 +50,12 @@ def names_in(expression: str) -> list[tuple[str, str]]:
         ZooError: anything but numbers, ``ARM.METRIC``, + - * /, parentheses, min, max, abs, log and exp.
     """
     found: list[tuple[str, str]] = []
-    _value(_parsed(expression), lambda arm, metric: found.append((arm, metric)) or 1.0, expression, dry=True)
+
+    def note(arm: str, metric: str) -> float:
+        found.append((arm, metric))
+        return 1.0
+
+    _value(_parsed(expression), note, expression, dry=True)
     return found
 
 
@@ -87,8 +92,8 @@ def _parsed(expression: str) -> ast.expr:
 def _value(node: ast.expr, look_up: Callable[[str, str], float], text: str, dry: bool = False) -> float:
     """The value of a node; `dry` visits every part and computes nothing."""
     match node:
-        case ast.Constant(value=int() | float()) if not isinstance(node.value, bool):
-            return float(node.value)
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            return float(number)
         case ast.Attribute(value=ast.Name(id=arm), attr=metric):
             return look_up(arm, metric)
         case ast.UnaryOp(op=ast.USub() | ast.UAdd()):
@@ -102,9 +107,7 @@ def _value(node: ast.expr, look_up: Callable[[str, str], float], text: str, dry:
             if (len(values) == 1) != (name in ("abs", "log", "exp")):
                 raise ZooError(f"{text!r}: {name} of {len(values)} numbers")
             return 1.0 if dry else float(_FUNCTIONS[name](*values))
-    raise ZooError(
-        f"{text!r}: {ast.unparse(node)!r} is none of numbers, ARM.METRIC, + - * /, {', '.join(_FUNCTIONS)}"
-    )
+    raise ZooError(f"{text!r}: {ast.unparse(node)!r} is none of numbers, ARM.METRIC, + - * /, {', '.join(_FUNCTIONS)}")
 
 
 # --------------------------------------------------------------------------------------------------------------- schema
@@ -137,19 +140,19 @@ class Stage(Facts):
     """
 
     recipe: str
-    options: Options = {}
-    run: list[Run] = ["fit", "validate"]
+    options: Options = Field({})
+    run: list[Run] = Field(["fit", "validate"])
     after: str | None = None
     start: Literal["model.init_from", "ckpt_path"] = "model.init_from"
-    measure: Measures = {}
-    quick: Options = {}
+    measure: Measures = Field({})
+    quick: Options = Field({})
 
 
 class Data(Facts):
     """A real data set by its card's name, and the options with which the embedded world stands in where it is not."""
 
     dataset: str
-    otherwise: Options = {}
+    otherwise: Options = Field({})
 
     @model_validator(mode="after")
     def _another(self) -> Data:
@@ -187,15 +190,15 @@ class Declaration(Facts):
     tried: str = ""
     data: Data | None = None
     recipe: str | None = None
-    options: Options = {}
-    run: list[Run] = ["fit", "validate"]
-    measure: Measures = {}
-    quick: Options = {}
-    stages: dict[str, Stage] = {}
+    options: Options = Field({})
+    run: list[Run] = Field(["fit", "validate"])
+    measure: Measures = Field({})
+    quick: Options = Field({})
+    stages: dict[str, Stage] = Field({})
     arms: dict[str, dict[str, Any]]
-    claims: Annotated[list[SubClaim], Field(min_length=1)]
+    claims: list[SubClaim] = Field(min_length=1)
     seeds: int | list[int] = 3
-    pilot_seeds: Annotated[list[int], Field(min_length=1)] = [100]
+    pilot_seeds: list[int] = Field([100], min_length=1)
 
     @model_validator(mode="after")
     def _is_whole(self) -> Declaration:
@@ -229,7 +232,7 @@ class Declaration(Facts):
                         raise unknown(f"metric of {arm}", metric, measured[arm])
             except ZooError as error:
                 raise ValueError(f"claims: {claim.name}: {error}") from error
-        if isinstance(self.seeds, int) and self.seeds < 3 or not isinstance(self.seeds, int) and len(self.seeds) < 3:
+        if len(set(self.seed_list)) < 3:
             raise ValueError("seeds: a claim is run over three or more")
         return self
 

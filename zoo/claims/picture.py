@@ -1,4 +1,4 @@
-"""The picture of a claim's result: arms with their intervals, sub-claims as a forest plot. SVG, or PNG through Pillow."""
+"""The picture of a claim's result: arms with their intervals, sub-claims as a forest plot. SVG, or PNG by Pillow."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class _Sheet:
         self.marks: list[tuple[Any, ...]] = []
         self.height = 0.0
 
-    def line(self, x0: float, y0: float, x1: float, y1: float, colour: str, width: float = 1, dashed: bool = False) -> None:
+    def line(
+        self, x0: float, y0: float, x1: float, y1: float, colour: str, width: float = 1, dashed: bool = False
+    ) -> None:
         self.marks.append(("line", x0, y0, x1, y1, colour, width, dashed))
 
     def dot(self, x: float, y: float, radius: float, colour: str) -> None:
@@ -139,7 +141,8 @@ def draw(result: Mapping[str, Any]) -> _Sheet:
         sheet.word(_MARGIN, y + 20 * n, line, 15)
         y += 20 * (n > 0)
     settings = result["settings"]
-    where = f"{settings['seeds']} seed{'s' * (settings['seeds'] != 1)} on {settings.get('dataset', 'drawn scenes')}; bars are 95 % intervals"
+    plural = "s" * (settings["seeds"] != 1)
+    where = f"{settings['seeds']} seed{plural} on {settings.get('dataset', 'drawn scenes')}; bars are 95 % intervals"
     marks = [name for name in ("quick", "pilot") if settings.get(name)]
     sheet.word(_MARGIN, y + 24, where + "".join(f"; a {name} run, no result" for name in marks), 11, _FAINT)
     y += 56

@@ -377,7 +377,9 @@ def _result(
             told[arm] |= {f"{prefix}{name}": [seed[stage]["losses"][name] for seed in seeds] for name in part["losses"]}
             told[arm] |= {f"{prefix}{name}": part[name] for name in ("steps", "precision")}
     claims = [
-        judged(one, [evaluate(one.effect, {arm: found[n] for arm, found in numbers.items()}) for n in range(len(seeds))])
+        judged(
+            one, [evaluate(one.effect, {arm: found[n] for arm, found in numbers.items()}) for n in range(len(seeds))]
+        )
         for one in claim.claims
         if {arm for arm, _ in names_in(one.effect)} <= set(records)
     ]

@@ -156,7 +156,9 @@ def _parser() -> tuple[_Parser, list[str]]:
 
 def _claim_options(one: argparse.ArgumentParser) -> None:
     one.add_argument("paper")
-    one.add_argument("-o", "--out", metavar="FILE", help="draw the result, .png or .svg; with --run also .json: write it")
+    one.add_argument(
+        "-o", "--out", metavar="FILE", help="draw the result, .png or .svg; with --run also .json: write it"
+    )
     one.add_argument("--json", action="store_true", help="declaration and result")
     one.add_argument("--run", action="store_true", help="run it; finished parts are kept, a killed run goes on")
     run = one.add_argument_group("with --run")

@@ -269,10 +269,10 @@ def _differences(options: Mapping[str, Any]) -> str:
     """The options of an arm, or those of each of its stages; null for one that is left out."""
     told = []
     for name, value in options.items():
-        if value is None:
-            told.append(f"{name} null" if "." in name else f"without {name}")
+        if "." in name or isinstance(value, str):
+            told.append(f"{name} {'null' if value is None else _short(value)}")
         else:
-            told.append(f"{name} {_short(value)}" if "." in name else f"{name}: {_differences(value)}")
+            told.append(f"without {name}" if value is None else f"{name}: {_differences(value)}")
     return ", ".join(told) or "nothing"
 
 

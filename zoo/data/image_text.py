@@ -530,8 +530,8 @@ class ImageTextDataModule(ImageDataModule):
         epoch_samples: length of an epoch, whatever the set's (FLIP counts "virtual" epochs of 1,281,167 samples).
         tokenizer: a vocabulary's name or file, see :mod:`zoo.data.text`.
         context_length: L, tokens of a text.
-        captions: the set's "own", or of a labelled set without any the "prompts" of each picture's class; its evaluation
-            then has no captions to retrieve.
+        captions: the set's "own", or of a labelled set without any the "prompts" of each picture's class, in training;
+            evaluation has none to retrieve then.
         eval_captions: captions of a picture that are evaluated; None: all.
         eval_dataset: labelled pictures to classify in evaluation instead of the set's own splits.
         eval_data_dir: where they lie.

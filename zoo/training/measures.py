@@ -111,7 +111,9 @@ class UnitDeletion(L.Callback):
         for hook in hooks:
             hook.remove()
         if not kept:
-            raise ZooError(f"{self.parts}: no part can be left out; the output of each has another shape than its input")
+            raise ZooError(
+                f"{self.parts}: no part can be left out; the output of each has another shape than its input"
+            )
         growth = []
         for name in kept:
             module.set_submodule(name, nn.Identity())
@@ -155,7 +157,7 @@ class FactorAccuracy(L.Callback):
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
         assert self._hits is not None
         sums = torch.cat([self._hits, self._hits.new_tensor([self._count])])
-        sums = trainer.strategy.reduce(sums, reduce_op="sum")  # type: ignore[assignment]
+        sums = trainer.strategy.reduce(sums, reduce_op="sum")
         for name, hits in zip(self.factors, sums[:-1], strict=True):
             pl_module.log(f"{split}/{name}", (hits / sums[-1].clamp(min=1)).item())
 
@@ -167,8 +169,7 @@ class FactorAccuracy(L.Callback):
 
 
 class GivenBoxMasks(L.Callback):
-    """Logs how well a detector draws masks in boxes that are given, which says nothing of its proposals: `val/mask_iou`,
-    the mean overlap with the true mask in the whole picture, `val/mask_above_50` and `val/mask_above_75`, the shares of
+    """Logs how well a detector draws masks in boxes that are given, whatever its proposals: `val/mask_iou`, the mean overlap with the true mask in the whole picture, `val/mask_above_50` and `val/mask_above_75`, the shares of
     objects whose overlap is larger, and `val/mask_iou_large`, of objects with a side of `large` pixels or more.
 
     The boxes are the objects' own, each border moved by up to `jitter` of the box's side, alike for all networks; the

@@ -144,8 +144,8 @@ def gather_samples(trainer: L.Trainer, samples: dict[str, Tensor]) -> dict[str, 
 def _loader(trainer: L.Trainer, split: str, count: int | None = None) -> Iterable[Any]:
     """The loader of "train", "val" or "test": the data module's own, else the one the trainer holds.
 
-    Of "val" and "test" as many batches as `trainer.limit_val_batches` and `limit_test_batches` allow. A data module with
-    `samples(split, train_transform)` gives the training samples under its evaluation transform, each
+    Of "val" and "test" as many batches as `trainer.limit_val_batches` and `limit_test_batches` allow. A data module that
+    has `samples(split, train_transform)` gives the training samples under its evaluation transform, each
     once; `count` of them, where so many are enough, drawn with the run's seed.
     """
     source = trainer.datamodule  # type: ignore[attr-defined]
