@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -145,7 +146,8 @@ def _computed(part: Part, work: Path, checkpoint: Path | None) -> dict[str, Any]
             evaluated["ckpt_path"] = source
         else:
             options[stage.start] = source
-    module, data, trainer = load_recipe(stage.recipe, {**options, "trainer.default_root_dir": str(work / "runs")})
+    with _silent():
+        module, data, trainer = load_recipe(stage.recipe, {**options, "trainer.default_root_dir": str(work / "runs")})
     diary = Diary()
     trainer.callbacks.append(diary)  # type: ignore[attr-defined]
     logged: dict[str, float] = {}
@@ -188,13 +190,13 @@ def _found(logged: Mapping[str, float], own: Mapping[str, float | None], key: st
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without Lightning's announcements and warnings, which a claim would repeat for every part."""
+    """Without announcements, warnings and printed lines, which a claim would repeat for every part."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
@@ -246,7 +248,7 @@ def data_options(data: Data | None, dataset: str | None, data_dir: str | Path | 
     if dataset not in (None, data.dataset):
         return {"data.dataset": dataset, **place}
     if not place and data.otherwise:
-        beside = catalog_root().parent / "shared" / "data" / data.dataset
+        beside = checkout().parent / "shared" / "data" / data.dataset
         if not beside.is_dir():
             if dataset is not None:
                 raise ZooError(f"{dataset} is not beside the checkout: say where it lies, --data_dir FOLDER")
@@ -255,7 +257,7 @@ def data_options(data: Data | None, dataset: str | None, data_dir: str | Path | 
     return {"data.dataset": data.dataset, **place}
 
 
-def catalog_root() -> Path:
+def checkout() -> Path:
     """The checkout, or the folder that the package is installed in."""
     return Path(zoo.__file__).resolve().parents[1]
 
@@ -347,7 +349,7 @@ def run(
     words += ["--threads", str(threads)] * (threads != 1) + (["--data", dataset] if dataset else [])
     record = _result(paper, claim, records, settings, " ".join(["zoo claim", paper, "--run", *words]))
     kept = folder(paper) / "results" / f"{paper}.json"
-    in_checkout = (catalog_root() / "pyproject.toml").is_file() or catalog.paper(paper).is_own
+    in_checkout = (checkout() / "pyproject.toml").is_file() or catalog.paper(paper).is_own
     kind = "quick" if quick else "pilot" if pilot else "result"
     path = Path(out) if out is not None else kept if whole and in_checkout else place / f"{kind}.json"
     write(record, path)

@@ -169,8 +169,11 @@ class FactorAccuracy(L.Callback):
 
 
 class GivenBoxMasks(L.Callback):
-    """Logs how well a detector draws masks in boxes that are given, whatever its proposals: `val/mask_iou`, the mean overlap with the true mask in the whole picture, `val/mask_above_50` and `val/mask_above_75`, the shares of
-    objects whose overlap is larger, and `val/mask_iou_large`, of objects with a side of `large` pixels or more.
+    """Logs how well a detector draws masks in boxes that are given, whatever its proposals.
+
+    `val/mask_iou` is the mean overlap with the true mask in the whole picture; `val/mask_above_50` and
+    `val/mask_above_75` are the shares of objects whose overlap is larger; `val/mask_iou_large` is of objects with a
+    side of `large` pixels or more.
 
     The boxes are the objects' own, each border moved by up to `jitter` of the box's side, alike for all networks; the
     class is given, too. One process measures on its own share.

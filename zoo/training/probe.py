@@ -7,6 +7,7 @@ are monitors that see every image in one view; a paper's own linear-probe number
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -144,9 +145,9 @@ def gather_samples(trainer: L.Trainer, samples: dict[str, Tensor]) -> dict[str, 
 def _loader(trainer: L.Trainer, split: str, count: int | None = None) -> Iterable[Any]:
     """The loader of "train", "val" or "test": the data module's own, else the one the trainer holds.
 
-    Of "val" and "test" as many batches as `trainer.limit_val_batches` and `limit_test_batches` allow. A data module that
-    has `samples(split, train_transform)` gives the training samples under its evaluation transform, each
-    once; `count` of them, where so many are enough, drawn with the run's seed.
+    Of "val" and "test" as many batches as `trainer.limit_val_batches` and `limit_test_batches` allow. A data module
+    with `samples(split, train_transform)` gives the training samples under its evaluation transform, each once;
+    `count` of them, where so many are enough, drawn with the run's seed.
     """
     source = trainer.datamodule  # type: ignore[attr-defined]
     if source is not None:
@@ -157,7 +158,9 @@ def _loader(trainer: L.Trainer, split: str, count: int | None = None) -> Iterabl
             samples = source.samples("train", train_transform=False)
             chosen = list(range(len(samples)))
             if count is not None and count < len(samples):
-                chosen = source.drawn_part(len(samples), count).tolist()
+                draw = torch.Generator().manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
+                chosen = torch.randperm(len(samples), generator=draw)[:count].sort().values.tolist()
+                count = None
             loader = DataLoader(
                 samples,
                 batch_size=loader.batch_size,
@@ -175,6 +178,8 @@ def _loader(trainer: L.Trainer, split: str, count: int | None = None) -> Iterabl
         loader = loader[0] if loader else None
     if loader is None:
         raise ZooError(f"a probe needs {split} data, and this run has none; hand over a LightningDataModule")
+    if count is not None and split == "train" and len(loader) * (getattr(loader, "batch_size", None) or 1) > count:
+        raise ZooError("train_samples of a probe wants a data module that has samples(split, train_transform)")
     limit = 1.0 if split == "train" else getattr(trainer, f"limit_{split}_batches")
     most = limit if isinstance(limit, int) else None if limit == 1.0 else int(limit * len(loader))
     return itertools.islice(loader, most) if most else loader
