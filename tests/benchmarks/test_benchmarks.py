@@ -182,5 +182,23 @@ def test_speed_page_is_that_of_the_results() -> None:
     assert page.read_text() == run.render(ROOT / "benchmarks/speed/results")
 
 
+def test_a_figure_below_the_last_kept_one_is_marked(tmp_path: Path) -> None:
+    kept = json.loads((ROOT / "benchmarks/speed/results/moco_data_cpu_t1.json").read_text())
+    path = tmp_path / "moco_data_cpu_t1.json"
+    run.write(kept, path)
+    for factor, cpu, marked in ((1.05, None, False), (1.25, None, True), (1.25, "another", False)):
+        record = json.loads(json.dumps(kept))
+        record["data"]["contenders"][0]["processor_seconds"]["median"] *= factor
+        record["environment"]["cpu"]["kind"] = cpu or record["environment"]["cpu"]["kind"]
+        run.compare(record, path)
+        mark = run.slower(record["data"])
+        assert (mark is not None) == marked
+        if marked:
+            assert "20 % below" in str(mark)
+            run.write(record, path)
+            assert str(mark) in run.render(tmp_path)
+            run.write(kept, path)
+
+
 def test_every_paper_has_its_result() -> None:
     assert set(run.papers()) == {json.loads(p.read_text())["benchmark"] for p in SPEED_RESULTS}
