@@ -55,7 +55,7 @@ def names_in(expression: str) -> list[tuple[str, str]]:
         found.append((arm, metric))
         return 1.0
 
-    _value(_parsed(expression), note, expression, dry=True)
+    _walked(expression, note, dry=True)
     return found
 
 
@@ -73,20 +73,19 @@ def evaluate(expression: str, arms: Mapping[str, Mapping[str, float]]) -> float:
             raise unknown(f"metric of {arm}", metric, arms[arm])
         return arms[arm][metric]
 
-    try:
-        value = _value(_parsed(expression), look_up, expression)
-    except (ArithmeticError, ValueError) as error:
-        raise ZooError(f"{expression!r} has no value: {error}") from error
+    value = _walked(expression, look_up)
     if not math.isfinite(value):
         raise ZooError(f"{expression!r} is {value}")
     return value
 
 
-def _parsed(expression: str) -> ast.expr:
+def _walked(expression: str, look_up: Callable[[str, str], float], dry: bool = False) -> float:
     try:
-        return ast.parse(expression.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise ZooError(f"{expression!r} is no expression") from error
+        return _value(ast.parse(expression.strip(), mode="eval").body, look_up, expression, dry)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ZooError(f"{expression[:80]!r} is no expression, or too long a one") from error
+    except (ArithmeticError, ValueError) as error:
+        raise ZooError(f"{expression!r} has no value: {error}") from error
 
 
 def _value(node: ast.expr, look_up: Callable[[str, str], float], text: str, dry: bool = False) -> float:
@@ -135,15 +134,15 @@ class Stage(Facts):
     """One run of an arm: a recipe with options, which of the commands, and what is measured by which logged name.
 
     It starts from the checkpoint of the stage `after` (the one before it, where that is left out), whose path goes to
-    the option `start`: ``model.init_from``, or ``ckpt_path`` for a stage that only evaluates. `quick` are the options
-    of a run that tries the program.
+    the option `start`, such as ``model.init_from``, or ``ckpt_path`` for a stage that only evaluates. `quick` are the
+    options of a run that tries the program.
     """
 
     recipe: str
     options: Options = Field({})
     run: list[Run] = Field(["fit", "validate"])
     after: str | None = None
-    start: Literal["model.init_from", "ckpt_path"] = "model.init_from"
+    start: str = Field("model.init_from", pattern=r"^(ckpt_path|(model|data)(\.\w+)+)$")
     measure: Measures = Field({})
     quick: Options = Field({})
 

@@ -99,9 +99,8 @@ class Part:
     @property
     def key(self) -> str:
         """Changes when anything does that decides the part's numbers."""
-        recipe = yaml.safe_load(catalog.recipe_path(self.stage.recipe).read_text(encoding="utf-8"))
         facts = {
-            "recipe": recipe,
+            "recipe": _content(self.stage.recipe),
             "options": self.options,
             "run": self.stage.run,
             "start": self.stage.start,
@@ -117,6 +116,14 @@ class Part:
         """The record and the checkpoint."""
         stem = f"{self.name}_{self.key}"
         return work / f"{stem}.json", work / f"{stem}.ckpt"
+
+
+def _content(recipe: str) -> Any:
+    """What a recipe, or a row with its options, says."""
+    if catalog.is_row(recipe):
+        row = catalog.row(recipe)[1]
+        return [_content(row.recipe) if row.recipe else None, row.options]
+    return yaml.safe_load(catalog.recipe_path(recipe).read_text(encoding="utf-8"))
 
 
 def finished(part: Part, work: Path, keep: bool) -> dict[str, Any]:

@@ -49,8 +49,9 @@ class GradientSpread(L.Callback):
         outputs: list[Tensor] = []
 
         def keep(part: nn.Module, inputs: Any, output: Tensor) -> None:
-            output.retain_grad()
-            outputs.append(output)
+            if output.requires_grad:
+                output.retain_grad()
+                outputs.append(output)
 
         state = {name: value.clone() for name, value in pl_module.state_dict().items()}  # running statistics will move
         hooks = [part.register_forward_hook(keep) for part in _chosen(pl_module, self.parts).values()]
