@@ -319,6 +319,8 @@ def run(
         ZooError: an unknown paper, arm or metric, a recipe or option that does not fit, no data.
     """
     claim = read(paper)
+    if threads < 1:
+        raise ZooError(f"--threads must be 1 or more, not {threads}")
     for arm in arms or ():
         if arm not in claim.arms:
             raise unknown("arm", arm, claim.arms)

@@ -179,7 +179,12 @@ def _claim_options(one: argparse.ArgumentParser) -> None:
     run.add_argument("--quick", action="store_true", help="a few steps of everything: tries the program, says nothing")
     run.add_argument("--pilot", action="store_true", help="on the pilot seeds, to explore settings; never a result")
     run.add_argument("--threads", type=int, default=1, help="of the process (default 1)")
-    run.add_argument("--work", metavar="FOLDER", default="runs/claims", help="where finished parts are kept")
+    run.add_argument(
+        "--work",
+        metavar="FOLDER",
+        default="runs/claims",
+        help="where finished parts are kept; processes with other --arms share it",
+    )
 
 
 def _data_parsers(data: argparse.ArgumentParser) -> None:
@@ -422,6 +427,9 @@ def _claim(arguments: argparse.Namespace, extra: list[str]) -> int:
     from zoo.command import show
 
     claim, given = declaration.read(arguments.paper), vars(arguments)
+    forms = (".png", ".svg", *([".json"] if arguments.run else []))
+    if arguments.out and not arguments.out.endswith(forms):  # not after minutes of training
+        raise ZooError(f"-o writes {', '.join(forms)}, not {arguments.out!r}")
     if not arguments.run:
         for name in ("seeds", "data", "data_dir", "arms", "quick", "pilot"):
             if given[name]:
