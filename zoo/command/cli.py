@@ -179,7 +179,8 @@ def _claim_options(one: argparse.ArgumentParser) -> None:
     run.add_argument("--quick", action="store_true", help="a few steps of everything: tries the program, says nothing")
     run.add_argument("--pilot", action="store_true", help="on the pilot seeds, to explore settings; never a result")
     run.add_argument("--threads", type=int, default=1, help="of the process (default 1)")
-    run.add_argument(
+    kept = "where finished parts are kept; processes with other --arms share it"
+    run.add_argument("--work", metavar="FOLDER", default="runs/claims", help=kept)
         "--work",
         metavar="FOLDER",
         default="runs/claims",
