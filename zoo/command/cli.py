@@ -181,11 +181,6 @@ def _claim_options(one: argparse.ArgumentParser) -> None:
     run.add_argument("--threads", type=int, default=1, help="of the process (default 1)")
     kept = "where finished parts are kept; processes with other --arms share it"
     run.add_argument("--work", metavar="FOLDER", default="runs/claims", help=kept)
-        "--work",
-        metavar="FOLDER",
-        default="runs/claims",
-        help="where finished parts are kept; processes with other --arms share it",
-    )
 
 
 def _data_parsers(data: argparse.ArgumentParser) -> None:
