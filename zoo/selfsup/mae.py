@@ -34,8 +34,8 @@ from zoo.nn.vit import NORM_EPS, Block, PatchEmbed, VisionTransformer, init_as_l
 from zoo.ops.masking import Masking, random_masking, take_tokens, tokens_at
 from zoo.ops.patches import patchify, unpatchify
 from zoo.ops.pos_embed import resize_pos_embed, sincos_2d
-from zoo.pretrained import fill, read_source
 from zoo.training import BaseModule, Classification, LinearClassification, Optim, probe_head
+from zoo.weights.pretrained import fill, read_source
 
 __all__ = [
     "MAEFineTuning",

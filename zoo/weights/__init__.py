@@ -1,0 +1,1 @@
+"""Published weights: downloads, strict conversion, loading by name."""
