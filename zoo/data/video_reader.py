@@ -119,7 +119,7 @@ class _Packet(NamedTuple):
 
 
 class PyAVReader:
-    """A video file through PyAV, whose wheels bring FFmpeg along: frame k is the k-th that decoding the whole file gives.
+    """A video file through PyAV, whose wheels bring FFmpeg along; frame k is the k-th of decoding it from the start.
 
     The file's packets are listed first, without decoding, and numbered by the times at which they are shown. What an
     edit list cuts off is not counted, though decoding may begin there. Where times cannot tell (absent, doubled, going
@@ -189,11 +189,11 @@ class PyAVReader:
 
     def _number_by_times(self) -> bool:
         """Number the frames by when they are shown; False where the times cannot be trusted with that."""
-        packets, times = self._packets, [packet.pts for packet in self._packets]
+        packets, times = self._packets, [packet.pts for packet in self._packets if packet.pts is not None]
         decoded = [packet.dts for packet in packets if packet.dts is not None]
         if not packets or not packets[0].key or self._trouble or any(packet.corrupt for packet in packets):
             return False
-        if None in times or len(set(times)) < len(times) or any(b <= a for a, b in itertools.pairwise(decoded)):
+        if len(set(times)) < len(packets) or any(b <= a for a, b in itertools.pairwise(decoded)):
             return False
         if "avi" in self._container.format.name.split(",") and any(p.pts != p.dts for p in packets):
             return False  # its times are those of decoding
@@ -203,23 +203,24 @@ class PyAVReader:
         at = [time for time, _ in shown]
         if not shown or (at[0] < times[0] and not packets[0].discarded):
             return False
-        self._by_times = True
+        self._by_times, self._misnumbered = True, False
         self._take([place for _, place in shown], lambda place: bisect.bisect_left(at, times[place]))
         return True
 
     def _number_by_decoding(self) -> None:
         """Number the frames as decoding the whole file gives them."""
         self._open()
-        self._by_times, order, damaged, self._trouble = False, [], False, ""
+        self._by_times = self._misnumbered = damaged = False
+        order, self._trouble = [], ""
         for frame in self._frames(enumerate(self._demux())):
-            order.append(frame.opaque)
+            order.append(_place(frame))
             damaged |= frame.is_corrupt
         places = {place: k for k, place in enumerate(order)}
         seekable = not damaged and not self._trouble and None not in places and len(places) == len(order)
         self._take(order, lambda place: places.get(place) if seekable else None)
 
     def _take(self, order: list[int | None], first_from: Callable[[int], int | None]) -> None:
-        """Frames 0, 1, ... are those of the packets `order`; `first_from`: the first frame decoded from a key packet."""
+        """Frames 0, 1, ... are those of packets `order`; `first_from`: which frame comes first from a key packet."""
         self.num_frames = len(order)
         self._number = {place: k for k, place in enumerate(order)}
         keys = [place for place, packet in enumerate(self._packets) if packet.key and place]
@@ -251,32 +252,35 @@ class PyAVReader:
                 if self._decode(first, place, todo, found):
                     break
             else:
-                if not self._by_times:
-                    raise VideoError(f"{self.path} breaks off at frame {todo[0]}")
-                told = self.num_frames
+                if not self._misnumbered:
+                    raise VideoError(f"{self.path} breaks off at frame {todo[0]} of {self.num_frames}")
                 self._number_by_decoding()
                 if todo[-1] >= self.num_frames:
-                    raise VideoError(f"{self.path} breaks off at frame {self.num_frames} of {told}")
+                    raise VideoError(f"{self.path} has {self.num_frames} frames, fewer than its packets")
             todo = [k for k in todo if k not in found]
 
     def _decode(self, first: int, place: int, todo: list[int], found: dict[int, np.ndarray]) -> bool:
         """Decode from packet `place` on, whose first frame is `first`, and keep what is asked for; was anything found?
 
-        Ends at the last one, before a key frame from which the next one is nearer, or where another frame comes than the
-        one that is due. After a seek a decoder may keep back frames until it has recovered.
+        Ends at the last one, before a key frame from which the next one is nearer, or where another frame comes than
+        is due. After a seek a decoder may keep back frames until it has recovered; a frame that is missing even when
+        decoding from the beginning is lost, and the next one stands for it.
         """
-        due, at, self._trouble = None if place else 0, 0, ""
+        due, at, self._trouble = first, 0, ""
         for frame in self._frames(self._packets_from(place)):
-            number = self._number.get(frame.opaque, -1) if place or self._by_times else due
-            if number < first:
+            number = self._number.get(_place(frame), -1) if place or self._by_times else due
+            if place and number < first:
                 continue  # shown before the key frame: what it is predicted from may be missing
-            if number != (number if due is None else due) or number > todo[at]:
+            if place and (frame.is_corrupt or self._trouble or number > (todo[0] if due == first else due)):
                 break
-            if place and (frame.is_corrupt or self._trouble):
+            if number < due:
+                self._misnumbered = not place
                 break
-            if number == todo[at]:
-                found[number] = self._picture(frame)
-                at += 1
+            if number >= todo[at]:
+                picture = self._picture(frame)
+                while at < len(todo) and todo[at] <= number:
+                    found[todo[at]] = picture
+                    at += 1
                 if at == len(todo) or self._starts[self._start_before(todo[at])][0] - number > _SEEK:
                     break
             due = number + 1
@@ -327,7 +331,7 @@ class PyAVReader:
         """What the decoder makes of numbered packets; those it cannot decode are passed over, as players do."""
         for place, packet in itertools.chain(packets, [(-1, None)]):
             if packet is not None:
-                packet.opaque = place
+                packet.opaque = (place,)  # an object of its own: PyAV tells them apart by identity
             try:
                 yield from self._stream.codec_context.decode(packet)
             except self._av.error.FFmpegError as error:
@@ -378,6 +382,11 @@ class TorchCodecReader:
 
     def close(self) -> None:
         """Nothing to close: the decoder closes with the object."""
+
+
+def _place(frame: Any) -> int | None:
+    """The number of the packet that a frame came from."""
+    return None if frame.opaque is None else frame.opaque[0]
 
 
 def _reason(error: BaseException) -> str:
