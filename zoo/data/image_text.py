@@ -615,7 +615,7 @@ class ImageTextDataModule(ImageDataModule):
                 self._eval_sources[split] = open_source(self.eval_dataset, split, self.eval_data_dir)
             return SampleSet(self._eval_sources[split], transform, self.mean, self.std, self.seed, SALT[split])
         return PairSet(
-            self.source(split),
+            self.held(split),
             transform,
             self.mean,
             self.std,
