@@ -371,10 +371,11 @@ class ADMCrop(ImageTransform):
 class ContrastiveAugment(ImageTransform):
     """The augmentation of contrastive learning: random resized crop, colour jitter, grayscale, blur, flip.
 
-    The defaults are those of MoCo v2 and SimSiam. Colours are jittered as torchvision does on uint8 tensors; the blur is
-    Pillow's (a few box filters). The official codes jitter Pillow's pictures: brightness, contrast and saturation are
-    then the same to a level, but Pillow turns the hue in bytes (256 hues, saturation and value floored), which leaves a
-    channel up to 14 levels aside, 1.6 on average over all colours and shifts up to 0.4.
+    The defaults are those of MoCo v2 and SimSiam. Colours are jittered as torchvision does on uint8 tensors; the blur
+    is Pillow's (a few box filters). The official codes jitter Pillow's pictures: brightness, contrast and saturation
+    are the same there to a level, but Pillow turns the hue in bytes (256 hues, whole saturations), which leaves a
+    channel up to 15 levels aside (0.8 on average over an even grid of colours) for shifts up to 0.1, up to 18 (0.9) for
+    shifts up to 0.4.
 
     Args:
         size: side of the output in pixels.
