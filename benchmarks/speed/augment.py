@@ -94,9 +94,10 @@ def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
     from zoo.data import ImageDataModule
 
     recipe, count = MODELS[setting.model], 4 * setting.batch
-    where = ("shapes", None) if setting.data is None else ("cifar10", str(setting.data))
+    drawn = setting.data is None
     module = ImageDataModule(
-        *where,
+        "shapes" if drawn else "cifar10",
+        None if drawn else str(setting.data),
         batch_size=setting.batch,
         image_size=SIDE,
         train_samples=count,
