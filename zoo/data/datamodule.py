@@ -137,7 +137,9 @@ class ImageDataModule(SeededDataModule):
     """Labelled pictures for training and evaluation. Batches: image (B, 3, S, S) float32, label (B,), index (B,) int64;
     under a transform that gives a list, `views`, a list of such images, instead of image.
 
-    Order, randomness, resuming and evaluation are :class:`~zoo.data.base.SeededDataModule`'s.
+    Order, randomness, resuming and evaluation are :class:`~zoo.data.base.SeededDataModule`'s. Pictures of one size up
+    to 64 pixels are kept in memory as bytes (decoded at the start, up to 1 GiB a split) and changed a whole batch at a
+    time by those of our transforms that can (:class:`~zoo.data.transforms.ImageTransform`).
 
     Args:
         dataset: a card's name (``zoo list datasets``), a folder, or ``hf://org/name``; see :mod:`zoo.data.sources`.
