@@ -194,20 +194,16 @@ def _saturation(planes: Tensor, factor: Tensor) -> Tensor:
 
 def _hue(planes: Tensor, shift: Tensor) -> Tensor:
     r, g, b = planes = planes / 255
-    high = torch.maximum(torch.maximum(r, g), b)
-    chroma = high - torch.minimum(torch.minimum(r, g), b)
-    grey = chroma == 0
-    over = 1 / torch.where(grey, 1.0, chroma)
-    red, green = high == r, high == g
-    hue = torch.where(red, (g - b) * over, torch.where(green, (b - r) * over + 2, (r - g) * over + 4)) / 6
-    hue = (hue + shift.float()) * 6
-    out = torch.empty_like(planes)
-    for plane, corner in zip(out, (5, 3, 1), strict=True):
-        k = hue + corner
-        k = k - (k / 6).floor_().mul_(6)
-        fall = torch.minimum(k, 4 - k).clamp_(0, 1)
-        torch.sub(high, fall.mul_(chroma), out=plane)
-    return out.mul_(255.999).floor_().clamp_(0, 255)
+    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma = high - low
+    over = chroma.clamp(min=1e-6).reciprocal_()  # of gray pixels it is multiplied by 0
+    green = torch.where(high == g, (b - r).mul_(over).add_(2), (r - g).mul_(over).add_(4))
+    hue = torch.where(high == r, (g - b).mul_(over), green).div_(6).add_(shift.float())  # red 0, green 1/3, blue 2/3
+    hue.sub_(hue.floor()).mul_(6)
+    out = torch.stack([hue - 3, hue - 2, hue - 4]).abs_()  # how far from cyan, green and blue
+    out[0].sub_(1)
+    out[1:].neg_().add_(2)
+    return out.clamp_(0, 1).mul_(chroma).add_(low).mul_(255.999).floor_().clamp_(0, 255)
 
 
 STEPS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (_brightness, _contrast, _saturation, _hue)

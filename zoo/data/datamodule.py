@@ -21,7 +21,7 @@ from zoo.data.transforms import EvalResizeCrop, ImageTransform
 from zoo.errors import ZooError
 
 _BLOCK = 1 << 18  # bytes of pictures normalised together
-_TOGETHER = 1 << 18  # bytes of pictures augmented together
+_TOGETHER = 1 << 20  # bytes of pictures augmented together
 
 
 class SampleSet(Dataset):
@@ -98,7 +98,7 @@ class SampleSet(Dataset):
         if not isinstance(transform, ImageTransform) or transform.draws is None:
             return None
         draws = batches.uniforms(self.seed, self.salt, parts, transform.draws)
-        some = max(1, _TOGETHER // images[0].numel())  # what lies in the cache
+        some = max(1, _TOGETHER // images[0].numel())
         done = [transform.batch(*block) for block in zip(images.split(some), draws.split(some), strict=True)]
         if isinstance(done[0], list):
             return [torch.cat(view) for view in zip(*done, strict=True)]
