@@ -3,7 +3,8 @@
     python benchmarks/speed/run.py mae --official PATH --dtype bfloat16 --threads 2 --batch 16 --repeats 9
 
 Writes benchmarks/speed/results/<name>.json and rewrites benchmarks/speed/RESULTS.md from all results there. A paper
-takes part with a module benchmarks/speed/<paper>.py: MODELS, DEFAULT_MODEL, PACKAGES, trainers, images, work, loaders.
+takes part with a module benchmarks/speed/<paper>.py: MODELS, DEFAULT_MODEL, PACKAGES, trainers, images, work, loaders;
+without trainers, images and work it is about data alone.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def measure(paper: str, setting: Setting, sections: tuple[str, ...] = ("step", "
         "environment": environment(*peers.PACKAGES),
     }
     try:
-        if "step" in sections:
+        if "step" in sections and hasattr(peers, "trainers"):
             record["step"] = time_training(peers.trainers(setting), peers.images(setting), peers.work(setting), setting)
         if "data" in sections:
             with peers.loaders(setting) as (loaders, work):
@@ -228,6 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     out = given.out or RESULTS
     kind = f"{model}_{given.dtype}_b{given.batch}" if given.only != "data" else "data"
+    kind = kind if hasattr(peers, "trainers") else f"{model}_b{given.batch}"
     name = "_".join(
         [given.paper, kind, given.device.split(":")[0], f"t{given.threads}", *(["compile"] * given.compile)]
     )
