@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -169,12 +170,13 @@ class _Some:
         return itertools.islice(self.loader, self.count)
 
 
-def _loader(trainer: L.Trainer, split: str) -> Any:
+def _loader(trainer: L.Trainer, split: str, count: int | None = None) -> Any:
     """The loader of "train", "val", "test" or "predict": the data module's own, else the one the trainer holds; as many
     batches of it as the trainer's limit for the split lets through.
 
     A data module with `samples(split, train_transform)` gives the training samples under its evaluation transform, each
-    once; of these a limit counts the batches of all processes together.
+    once; of these a limit counts the batches of all processes together. Where `count` of them are enough, so many are
+    drawn with the run's seed, whatever the limit.
     """
     limit = getattr(trainer, f"limit_{split}_batches", None) or 1.0  # 0 is for the trainer's own loop
     source = trainer.datamodule  # type: ignore[attr-defined]
@@ -184,13 +186,19 @@ def _loader(trainer: L.Trainer, split: str) -> Any:
         loader = getattr(source, f"{split}_dataloader")()
         if split == "train" and callable(getattr(source, "samples", None)):
             samples = source.samples("train", train_transform=False)
-            count = math.ceil(len(samples) / loader.batch_size)
-            count = min(count, limit) if isinstance(limit, int) else math.ceil(count * limit)
-            count, limit = min(len(samples), count * loader.batch_size), 1.0
+            chosen = list(range(len(samples)))
+            if count is not None and count < len(samples):
+                draw = torch.Generator().manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
+                chosen = torch.randperm(len(samples), generator=draw)[:count].sort().values.tolist()
+            elif count is None:
+                batches = math.ceil(len(samples) / loader.batch_size)
+                batches = min(batches, limit) if isinstance(limit, int) else math.ceil(batches * limit)
+                chosen = chosen[: batches * loader.batch_size]
+            count, limit = None, 1.0
             loader = DataLoader(
                 samples,
                 batch_size=loader.batch_size,
-                sampler=range(trainer.global_rank, count, trainer.world_size),
+                sampler=chosen[trainer.global_rank :: trainer.world_size],
                 collate_fn=loader.collate_fn,
                 num_workers=loader.num_workers,
             )
@@ -204,9 +212,17 @@ def _loader(trainer: L.Trainer, split: str) -> Any:
         loader = loader[0] if loader else None
     if loader is None:
         raise ZooError(f"a probe needs {split} data, and this run has none; hand over a LightningDataModule")
+    if count is not None and split == "train" and len(loader) * (getattr(loader, "batch_size", None) or 1) > count:
+        raise ZooError("train_samples of a probe wants a data module that has samples(split, train_transform)")
     if limit == 1.0 and not isinstance(limit, int):
         return loader
     return _Some(loader, limit if isinstance(limit, int) else max(1, int(len(loader) * limit)))
+
+
+def _some(count: int | None) -> int | None:
+    if count is not None and count < 2:
+        raise ZooError(f"train_samples of a probe must be 2 or more, not {count}")
+    return count
 
 
 def _num_classes(trainer: L.Trainer, *labels: Tensor) -> int:
@@ -226,6 +242,7 @@ class LinearProbe(L.Callback):
         warmup_epochs: linear warm-up; the cosine takes the rest.
         weight_decay: 0 in every published probe but VISSL's.
         seed: of the head and the order of samples.
+        train_samples: learn from so many training samples only, drawn with the run's seed.
     """
 
     def __init__(
@@ -237,10 +254,12 @@ class LinearProbe(L.Callback):
         warmup_epochs: float = 10,
         weight_decay: float = 0.0,
         seed: int = 0,
+        train_samples: int | None = None,
     ) -> None:
         if epochs < 1 or batch_size < 2 or not 0 <= warmup_epochs < epochs:
             raise ZooError("a linear probe wants epochs >= 1, batch_size >= 2 and 0 <= warmup_epochs < epochs")
         self.epochs, self.batch_size, self.seed, self.base_lr = epochs, batch_size, seed, base_lr
+        self.train_samples = _some(train_samples)
         self.optim = Optim(name=optimizer, weight_decay=weight_decay, warmup_epochs=warmup_epochs)
 
     def run(self, trainer: L.Trainer, module: L.LightningModule, split: str) -> dict[str, float]:
@@ -249,9 +268,11 @@ class LinearProbe(L.Callback):
             train, held = (
                 gather_samples(
                     trainer,
-                    extract_features(trainer, module, _loader(trainer, name), f"linear probe: {name} features, batch"),
+                    extract_features(
+                        trainer, module, _loader(trainer, name, count), f"linear probe: {name} features, batch"
+                    ),
                 )
-                for name in ("train", split)
+                for name, count in (("train", self.train_samples), (split, None))
             )
         classes = _num_classes(trainer, train["label"], held["label"])
         with torch.inference_mode(False), torch.enable_grad():
@@ -294,12 +315,16 @@ class KNNProbe(L.Callback):
         k: neighbours.
         temperature: of the vote exp(cosine / T).
         every_n_epochs: epochs between two measurements.
+        train_samples: a bank of so many training samples only, drawn with the run's seed.
     """
 
-    def __init__(self, k: int = 20, temperature: float = 0.07, every_n_epochs: int = 1) -> None:
+    def __init__(
+        self, k: int = 20, temperature: float = 0.07, every_n_epochs: int = 1, train_samples: int | None = None
+    ) -> None:
         if every_n_epochs < 1:
             raise ZooError(f"every_n_epochs must be 1 or more, not {every_n_epochs}")
         self.k, self.temperature, self.every_n_epochs = k, temperature, every_n_epochs
+        self.train_samples = _some(train_samples)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or (
@@ -310,9 +335,11 @@ class KNNProbe(L.Callback):
             bank, query = (
                 gather_samples(
                     trainer,
-                    extract_features(trainer, pl_module, _loader(trainer, split), f"kNN: {split} features, batch"),
+                    extract_features(
+                        trainer, pl_module, _loader(trainer, split, count), f"kNN: {split} features, batch"
+                    ),
                 )
-                for split in ("train", "val")
+                for split, count in (("train", self.train_samples), ("val", None))
             )
         # Gathered already (without repeats), so every process computes the same.
         metric = KNNAccuracy(
