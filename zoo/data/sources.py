@@ -308,6 +308,12 @@ class ArrowSource(ArrowPictures):
         return {"image": self.row(index)[0], "label": int(self.labels[index])}
 
 
+def file_of(source: Any, index: int) -> str | None:
+    """The file of a source's sample, where it has one."""
+    name = getattr(source, "name", None)
+    return name(index) if callable(name) else None
+
+
 class Part:
     """Some samples of another source, in the order given."""
 
@@ -330,8 +336,7 @@ class Part:
 
     def name(self, index: int) -> str | None:
         """The file of a sample, where it has one."""
-        name = getattr(self.source, "name", None)
-        return name(int(self.indices[index])) if callable(name) else None
+        return file_of(self.source, int(self.indices[index]))
 
     def _read_many(self, indices: Sequence[int]) -> dict[str, Tensor]:
         assert isinstance(self.source, ManyReader)
