@@ -56,16 +56,16 @@ class Recipe:
         given |= {key.replace("__", "."): value for key, value in options.items()}
         self.name = name
         self.module, self.data, self.trainer = zoo.load_recipe(name, given)
-        self.trainer.callbacks = [c for c in self.trainer.callbacks if not isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        self.trainer.callbacks = [c for c in self.trainer.callbacks if not isinstance(c, ModelCheckpoint)]
+        for callback in self.trainer.callbacks:
             for what, much in (("num_samples", 12), ("count", 4), ("epochs", 2)):
                 if hasattr(callback, what):
                     setattr(callback, what, much)
 
     def leave_out(self, *methods: str) -> None:
         """The callbacks that have one of these methods: probes "run", measures of samples "evaluate"."""
-        kept = [c for c in self.trainer.callbacks if not any(callable(getattr(c, m, None)) for m in methods)]  # type: ignore[attr-defined]
-        self.trainer.callbacks = kept  # type: ignore[attr-defined]
+        kept = [c for c in self.trainer.callbacks if not any(callable(getattr(c, m, None)) for m in methods)]
+        self.trainer.callbacks = kept
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ class Recipe:
 
 
 class Diary(L.Callback):
-    """Losses, gradients at each update, and the state of the run after each."""
+    """The losses of all batches, and the gradients of all updates."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -135,7 +135,7 @@ def test_a_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     else:
         saved = tmp_path / "inside.ckpt"
         every = {"every_n_train_steps": STEPS + 1, "save_top_k": -1, "dirpath": tmp_path, "filename": "inside"}
-        whole.trainer.callbacks += [diary, ModelCheckpoint(**every)]  # type: ignore[attr-defined]
+        whole.trainer.callbacks += [diary, ModelCheckpoint(**every)]
         whole.run("fit")
         reached = {key for some in diary.gradients for key, value in some.items() if bool(value.any())}
         trained = {key for key, p in whole.module.named_parameters() if p.requires_grad}
@@ -145,7 +145,7 @@ def test_a_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         if (theory := _initial_loss(name)) is not None:
             assert diary.losses[0] == pytest.approx(theory.value, abs=theory.tolerance), theory.because
         resumed, rest = Recipe(name, tmp_path), Diary()
-        resumed.trainer.callbacks += [rest, ModelCheckpoint(**every)]  # type: ignore[attr-defined]
+        resumed.trainer.callbacks += [rest, ModelCheckpoint(**every)]
         resumed.run("fit", ckpt_path=str(saved))
         assert rest.losses == diary.losses[STEPS + 1 :]
         assert _same(_state(resumed), _state(whole)) == []
@@ -216,11 +216,11 @@ def _in_one_of(world: int, name: str) -> dict[str, Any]:
     data.train_sampler = lambda samples: Dealt(len(samples), data.seed, data.repeats, **data._place())
     recipe.trainer.limit_val_batches = 0
     recipe.leave_out("run")
-    recipe.trainer.callbacks.append(diary)  # type: ignore[attr-defined]
+    recipe.trainer.callbacks.append(diary)
     recipe.run("fit")
     assert len(diary.gradients) == updates
     weights = {key: p.detach() for key, p in recipe.module.named_parameters()}
-    averages = [dict(c.weights) for c in recipe.trainer.callbacks if isinstance(c, EMA)]  # type: ignore[attr-defined]
+    averages = [dict(c.weights) for c in recipe.trainer.callbacks if isinstance(c, EMA)]
     return found | {"gradients": diary.gradients, "weights": [weights, *averages], "meets": meets}
 
 
@@ -245,8 +245,7 @@ def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
 
 
 def _loaded(samples: Any, batches: list[list[int]], change: Callable[[Any], Any] = lambda batch: batch) -> DataLoader:
-    loader: Any = DataLoader(samples, batch_sampler=batches, collate_fn=change)  # type: ignore[arg-type]
-    return loader
+    return DataLoader(samples, batch_sampler=batches, collate_fn=change)
 
 
 @pytest.mark.parametrize("name", POCKETS)
@@ -279,7 +278,7 @@ def test_batches(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     trainer.limit_val_batches = 0
     whole = samples.__getitems__(keys)
 
-    def fit(change: Callable[[Any], Any]) -> str:
+    def fit(change: Callable[[Any], Any], keys: list[int] = keys) -> str:
         trainer.fit_loop.epoch_progress.reset()
         monkeypatch.setattr(data, "train_dataloader", lambda: _loaded(samples, [keys], change))
         try:
@@ -293,6 +292,7 @@ def test_batches(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for key, line in told.items():
         assert not line or (re.search(rf"\b{key}\b", line) and "\n" not in line)
     assert type(recipe.module).__name__ in fit(lambda batch: list(batch.items()))
+    assert "\n" not in fit(lambda batch: batch, keys[:1])
     image = next(key for key in ("image", "views", "video", *whole) if key in whole)
 
     def poisoned(batch: Any) -> Any:
