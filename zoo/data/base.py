@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data.loader import EpochSampler, ExactSampler, Key, TrainLoader
+from zoo.data.loader import EpochSampler, EvalLoader, ExactSampler, Key, TrainLoader
 from zoo.data.shapes import hash64
 from zoo.errors import ZooError
 
@@ -98,7 +98,7 @@ class SeededDataModule(LightningDataModule):
 
     dataset: str
     train_loader: type[TrainLoader] = TrainLoader
-    eval_loader: type[DataLoader] = DataLoader
+    eval_loader: type[DataLoader] = EvalLoader
 
     # Where there are more devices than samples, some have nothing to evaluate.
     allow_zero_length_dataloader_with_multiple_devices = True

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.base import SALT, Batch, SeededDataModule, at_least_one, key_parts, own_randomness, sample_seeds
 from zoo.data.clips import FPS, ClipsDataset
-from zoo.data.loader import Key, TrainLoader
+from zoo.data.loader import EvalLoader, Key, TrainLoader
 from zoo.data.shapes import hash64
 from zoo.data.video_reader import VideoError, VideoReader
 from zoo.data.video_sources import VideoPart, open_layout, open_part
@@ -263,7 +263,7 @@ class VideoTrainLoader(_Counting, TrainLoader):
     told = "others took their place"
 
 
-class VideoEvalLoader(_Counting):
+class VideoEvalLoader(_Counting, EvalLoader):
     """The loader of views for evaluation."""
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from zoo.errors import ZooError
 from zoo.metrics.knn import KNNAccuracy
+from zoo.ops.collective import gather_objects
 from zoo.training.base import read_batch
 from zoo.training.ema import evaluation_weights
 from zoo.training.optim import Name, Optim, lr_at, make_optimizer, param_groups
@@ -107,7 +108,8 @@ def extract_features(
     """{"features" (N, D), "label" (N,), "index" (N,)} of this process's share of `loader`, on the module's device.
 
     `module` is taken as it stands (see :func:`zoo.training.ema.evaluation_weights`). Samples without an index get their
-    place in the loader, counted over all processes. Long extractions say how far they are, under the name `what`.
+    place in the loader, counted over all processes. A process without samples, beside others, gets {}. Long extractions
+    say how far they are, under the name `what`.
 
     Raises:
         ZooError: the task has no `features`, or the data no labels.
@@ -128,6 +130,8 @@ def extract_features(
             seen += size
             dtype = torch.promote_types(features.dtype, torch.float32)
             rows.append((features.to(dtype), label, batch.get("index", place)))
+    if not rows and trainer.world_size > 1:
+        return {}  # others may have some
     if not rows:
         raise ZooError("a probe got no data: the loader is empty")
     features, labels, indices = (torch.cat(column).clone() for column in zip(*rows, strict=True))
@@ -137,10 +141,19 @@ def extract_features(
 def gather_samples(trainer: L.Trainer, samples: dict[str, Tensor]) -> dict[str, Tensor]:
     """The samples of all processes, each once and in the order of "index", on every process.
 
-    Shares may differ in length; none may be empty.
+    Shares may differ in length; an empty one may be {}.
+
+    Raises:
+        ZooError: all are empty.
     """
     if trainer.world_size > 1:
-        device = samples["index"].device
+        kinds = gather_objects({key: (tuple(value.shape[1:]), value.dtype) for key, value in samples.items()})
+        if not (kind := next(filter(None, kinds), None)):
+            raise ZooError("a probe got no data: the loaders are empty")
+        device = trainer.strategy.root_device
+        samples = samples or {
+            key: torch.zeros(0, *shape, dtype=dtype, device=device) for key, (shape, dtype) in kind.items()
+        }
         sizes = [int(n) for n in trainer.strategy.all_gather(torch.tensor(len(samples["index"]), device=device))]
         gathered = {}
         for key, value in samples.items():
