@@ -1,0 +1,1 @@
+"""Weights: fetched, read from files of any make, and loaded into models."""
