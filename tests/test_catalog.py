@@ -174,7 +174,7 @@ def test_names_belong_to_one_paper(own: Any) -> None:
 def test_code_in_the_file_of_another_paper_and_a_converter_of_its_own(own: Any, tmp_path: Path) -> None:
     import torch
 
-    from zoo.pretrained import convert_weights, create_model
+    from zoo.weights.pretrained import convert_weights, create_model
 
     own()
     (tmp_path / "mine.py").write_text(
@@ -253,7 +253,7 @@ class TestPaper:
     """What a card says, held against the code beside it."""
 
     def test_models_exist_and_have_the_stated_parameters(self, slug: str) -> None:
-        from zoo.pretrained import Architecture
+        from zoo.weights.pretrained import Architecture
 
         card = catalog.paper(slug)
         assert card.models
@@ -262,7 +262,7 @@ class TestPaper:
             assert sum(parameter.numel() for parameter in net.parameters()) == model.params, model.name
 
     def test_weights_load_into_real_models_with_known_options(self, slug: str) -> None:
-        from zoo.pretrained import Architecture, create_preprocess
+        from zoo.weights.pretrained import Architecture, create_preprocess
 
         card = catalog.paper(slug)
         for weight in card.weights:
@@ -277,7 +277,7 @@ class TestPaper:
 
         import torch
 
-        from zoo.pretrained import Architecture, mismatch, paper_module, shapes
+        from zoo.weights.pretrained import Architecture, mismatch, paper_module, shapes
 
         card = catalog.paper(slug)
         checked = 0

@@ -12,8 +12,8 @@ import yaml
 
 import zoo
 from tests.conftest import ROOT
-from zoo import show
-from zoo.cli import main
+from zoo.command import show
+from zoo.command.cli import main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)

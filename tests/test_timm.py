@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import zoo.timm
 from zoo import catalog
 from zoo.errors import ZooError
-from zoo.pretrained import Architecture
+from zoo.weights.pretrained import Architecture
 
 CARDS = [catalog.paper(slug) for slug in catalog.list_papers()]
 CLASSIFIERS = [(card, model) for card in CARDS for model in card.models if model.classifier]
@@ -235,8 +235,8 @@ def test_optimizers_and_transforms_of_timm_take_them() -> None:
 
 
 def test_pretrained_weights_come_by_the_zoo_s_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.test_preact_resnet import official_tree, run_tree
-    from tests.test_torch7 import write
+    from tests.formats.test_torch7 import write
+    from tests.papers.test_preact_resnet import official_tree, run_tree
 
     torch.manual_seed(0)
     tree = official_tree("imagenet", 2, "B", (4, 8, 16, 32), 1000)

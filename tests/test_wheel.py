@@ -45,8 +45,8 @@ def test_installed_wheel_fits_the_pocket_recipe_from_an_empty_folder(wheel: Path
     subprocess.run(command, check=True, capture_output=True)
     program = (
         f"import sys; sys.path[:] = [{str(site)!r}] + [p for p in sys.path if p not in ('', {str(ROOT)!r})];"
-        "import zoo.cli, zoo; assert zoo.__file__.startswith(sys.path[0]), zoo.__file__;"
-        "sys.exit(zoo.cli.main(sys.argv[1:]))"
+        "import zoo.command.cli, zoo; assert zoo.__file__.startswith(sys.path[0]), zoo.__file__;"
+        "sys.exit(zoo.command.cli.main(sys.argv[1:]))"
     )
     tiny = ["--trainer.max_steps", "2", "--data.train_samples", "128", "--trainer.limit_val_batches", "1"]
     done = subprocess.run(

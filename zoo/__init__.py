@@ -11,9 +11,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from zoo.catalog import list_datasets, list_models, list_papers, list_recipes, list_weights
+    from zoo.command.recipes import load_recipe
     from zoo.errors import ZooError
-    from zoo.pretrained import create_model, create_preprocess
-    from zoo.recipes import load_recipe
+    from zoo.weights.pretrained import create_model, create_preprocess
 
 _WHERE = {
     "list_papers": "zoo.catalog",
@@ -21,9 +21,9 @@ _WHERE = {
     "list_weights": "zoo.catalog",
     "list_recipes": "zoo.catalog",
     "list_datasets": "zoo.catalog",
-    "create_model": "zoo.pretrained",
-    "create_preprocess": "zoo.pretrained",
-    "load_recipe": "zoo.recipes",
+    "create_model": "zoo.weights.pretrained",
+    "create_preprocess": "zoo.weights.pretrained",
+    "load_recipe": "zoo.command.recipes",
     "ZooError": "zoo.errors",
 }
 __all__ = [

@@ -19,7 +19,7 @@ from torch import nn
 from zoo import catalog
 from zoo.catalog import ModelEntry, PaperCard, Weight
 from zoo.errors import ZooError
-from zoo.pretrained import create_model
+from zoo.weights.pretrained import create_model
 
 __all__: list[str] = []  # timm adds the names that it registers
 default_cfgs: dict[str, Any] = {}  # where timm looks for what is known of them

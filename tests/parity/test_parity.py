@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from zoo import parity
-from zoo.cli import main
+from zoo.command.cli import main
 from zoo.errors import ZooError
 
 CASES = parity.find_cases()

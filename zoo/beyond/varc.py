@@ -66,8 +66,8 @@ from zoo.nn.vit import PatchEmbed
 from zoo.ops.attention import attention
 from zoo.ops.patches import patchify, unpatchify
 from zoo.ops.pos_embed import apply_rope, rope_2d
-from zoo.pretrained import fill, read_source
 from zoo.training import BaseModule, Optim, lr_at, make_optimizer, param_groups, seed_position
+from zoo.weights.pretrained import fill, read_source
 
 __all__ = [
     "VARCTestTimeTraining",

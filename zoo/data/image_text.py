@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zoo import download
 from zoo.data.base import SALT, Batch, at_least_one, key_parts
 from zoo.data.datamodule import ImageDataModule, SampleSet
 from zoo.data.loader import EpochSampler
@@ -57,6 +56,7 @@ from zoo.data.sources import (
 from zoo.data.text import WordPiece, prompts, vocabulary_path
 from zoo.errors import ZooError, unknown
 from zoo.paths import cache_dir
+from zoo.weights import download
 
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "sentences", "title")
 _OF_DATASETS = ("dataset_info.json", "dataset_dict.json")  # files of Hugging Face's, not of Karpathy's

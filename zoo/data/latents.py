@@ -126,7 +126,7 @@ def cache_latents(
 
 def _agree(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Writes the facts of a folder, joined with those of its other splits."""
-    from zoo.download import lock, replacing
+    from zoo.weights.download import lock, replacing
 
     with lock(folder / FACTS):
         if (folder / FACTS).is_file():
@@ -160,7 +160,7 @@ def _encode(samples: Any, indices: range, frozen: Any, facts: dict[str, Any], de
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    from zoo.download import replacing
+    from zoo.weights.download import replacing
 
     with replacing(path) as file:
         save_file(tensors, file)

@@ -17,9 +17,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from zoo import download
 from zoo.errors import ZooError, unknown
 from zoo.paths import cache_dir, share
+from zoo.weights import download
 
 # The file of google-bert/bert-base-uncased, which facebookresearch/flip holds a copy of.
 PUBLISHED = {

@@ -50,9 +50,9 @@ from zoo.nn.detection import (
     configured,
 )
 from zoo.ops.boxes import cell_anchors
-from zoo.pretrained import fill, read_source
 from zoo.training import Optim
 from zoo.training.detection import Detection
+from zoo.weights.pretrained import fill, read_source
 
 Design = Literal["fpn", "dc5", "c4"]
 Options = Mapping[str, Any]

@@ -1,1 +1,1 @@
-"""Files of other frameworks, and PyTorch's own, read without running anything in them."""
+"""Readers for the checkpoint files of other frameworks; none of them executes what it reads."""

@@ -1,6 +1,6 @@
 """Reads files of torch.save, new (a zip) and old (joined pickles), without running anything in them.
 
-A file is surveyed before torch.load sees it: its pickle is read with stand-ins (:mod:`zoo.pickles`), every tensor is
+A file is surveyed before torch.load sees it: its pickle is read with stand-ins (:mod:`zoo.formats.pickles`), every tensor is
 checked against its storage and every storage against the file. So what is refused is named by its place and type, and
 no file takes more memory than it is long. torch.load then reads it with ``weights_only``, always.
 """
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo import pickles
 from zoo.errors import ZooError
-from zoo.pickles import BESIDE, KNOWN, Inert, Refused, StandIn
+from zoo.formats import pickles
+from zoo.formats.pickles import BESIDE, KNOWN, Inert, Refused, StandIn
 
 _SLACK = 1 << 20  # bytes: small files may hold views of more numbers than they are long
 _STORAGES = {f"{name}Storage": dtype.itemsize for name, dtype in {

@@ -2,7 +2,7 @@
 
 Matching and accumulation are pycocotools' or, by default, those of its reimplementation faster-coco-eval. Both gave the
 same numbers within 2e-14 points on 60 random sets with crowds, ties of scores, empty pictures and unlabelled keypoints
-(tests/test_coco_ap.py repeats some) and on the COCO sample. Processor time of `compute` for 500 pictures with 100
+(test_coco_ap.py repeats some) and on the COCO sample. Processor time of `compute` for 500 pictures with 100
 detections each of 80 classes, one core of an AMD EPYC, pycocotools 2.0.11 against faster-coco-eval 1.8.0: boxes 3.9 and
 0.4 s, masks 3.8 and 1.8 s, keypoints 3.7 and 1.3 s.
 """

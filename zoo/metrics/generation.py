@@ -282,7 +282,7 @@ class InceptionFeatures(Extractor):
         path = _inception_weights(weights)
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        from zoo.pretrained import read_state_dict
+        from zoo.weights.pretrained import read_state_dict
 
         # The file is untrusted: its tensors alone go on to the library, which would unpickle anything.
         with tempfile.TemporaryDirectory() as folder:
@@ -314,7 +314,7 @@ def _inception_weights(weights: str | None) -> Path:
         if not Path(given).expanduser().is_file():
             raise ZooError(f"no Inception weights {given!r}")
         return Path(given).expanduser()
-    from zoo import download
+    from zoo.weights import download
 
     target = cache_dir() / "weights" / "inception" / INCEPTION_URL.rpartition("/")[2]
     try:

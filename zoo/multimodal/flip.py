@@ -40,8 +40,8 @@ from zoo.ops.contrastive import clip_loss
 from zoo.ops.masking import random_masking, take_tokens, tokens_at
 from zoo.ops.patches import patchify
 from zoo.ops.pos_embed import sincos_2d
-from zoo.pretrained import fill, read_source
 from zoo.training import BaseModule, Optim
+from zoo.weights.pretrained import fill, read_source
 
 __all__ = [
     "FLIP",

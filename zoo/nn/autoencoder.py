@@ -331,7 +331,7 @@ def load_autoencoder(source: str, scale: float | None = None) -> Autoencoder:
     """
     if source == PIXELS:
         return Pixels()
-    from zoo.pretrained import mismatch, read_source, shapes
+    from zoo.weights.pretrained import mismatch, read_source, shapes
 
     state = convert_autoencoder(read_source(source))
     with torch.device("meta"):

@@ -40,8 +40,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from zoo.errors import ZooError
 from zoo.nn.resnet import detectron2_trunk, resnet, torchvision_trunk
 from zoo.ops.collective import from_first, gather, world
-from zoo.pretrained import fill, read_source
 from zoo.training import BaseModule, LinearClassification, Optim
+from zoo.weights.pretrained import fill, read_source
 
 __all__ = [
     "EXPORTS",

@@ -484,7 +484,7 @@ class SlowFastClassification(VideoClassification):
         self.save_hyperparameters()
 
     def load_initial(self, source: str) -> None:
-        from zoo.pretrained import fill, read_source
+        from zoo.weights.pretrained import fill, read_source
 
         state = convert_official(read_source(source))
         trunk = {key: value for key, value in state.items() if not key.startswith("head.")}

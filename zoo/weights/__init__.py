@@ -1,1 +1,1 @@
-"""Weights: fetched, read from files of any make, and loaded into models."""
+"""Published weights: downloads, strict conversion, loading by name."""

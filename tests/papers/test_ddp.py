@@ -1,0 +1,74 @@
+"""Two processes (gloo) compute what one computes: the same updates, the same metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+
+def _run(what: str, devices: int, out: Path, script: str = "tests.papers.ddp_mae") -> Path:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", script, what, str(devices), str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    return out
+
+
+def test_mae_updates_are_the_same_in_one_and_two_processes(tmp_path: Path) -> None:
+    one = torch.load(_run("fit", 1, tmp_path / "one.pt"), weights_only=True)
+    two = torch.load(_run("fit", 2, tmp_path / "two.pt"), weights_only=True)
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-7, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_metrics_are_the_same_in_one_and_two_processes(tmp_path: Path) -> None:
+    one = json.loads(_run("metric", 1, tmp_path / "one.json").read_text())
+    two = json.loads(_run("metric", 2, tmp_path / "two.json").read_text())
+    assert one == pytest.approx(two, rel=1e-6)
+    assert any("top1" in name for name in one)
+
+
+def test_moco_in_two_processes_is_what_its_equations_say(tmp_path: Path) -> None:
+    """One permutation for all ranks, keys back in their order, equal queues, averaged gradients, BatchNorm apart."""
+    done = [_run(what, 2, tmp_path / what, "tests.papers.ddp_moco") for what in ("fit", "replay")]
+    ranks, expected = ([torch.load(f"{out}.{rank}", weights_only=True) for rank in range(2)] for out in done)
+    assert torch.equal(ranks[0]["state"]["queue"], ranks[1]["state"]["queue"])
+    assert torch.equal(ranks[0]["state"]["queue_ptr"], ranks[1]["state"]["queue_ptr"])
+    assert ranks[0]["state"]["queue_ptr"].item() == 5 * 8 % 24
+    for rank, wanted in zip(ranks, expected, strict=True):
+        assert len(rank["gradients"]) == len(rank["losses"]) == 5
+        torch.testing.assert_close(rank, wanted, rtol=1e-7, atol=1e-9)
+    for name, value in ranks[0]["state"].items():
+        apart = "running_" in name
+        assert torch.equal(value, ranks[1]["state"][name]) != apart, name
+
+
+def test_flip_gradients_are_the_same_in_one_and_two_processes(tmp_path: Path) -> None:
+    """Pairs are contrasted over both, and gradients flow through the gathered features; encoding in pieces changes
+    nothing."""
+    runs = [("fit", 1), ("fit", 2), ("fit_in_pieces", 2)]
+    one, *others = (
+        torch.load(_run(what, n, tmp_path / f"{what}{n}", "tests.papers.ddp_flip"), weights_only=True)
+        for what, n in runs
+    )
+    assert len(one["gradients"]) == 3
+    assert {name for step in one["gradients"] for name in step} == one["state"].keys() - {"visual.pos_embed"}
+    for other in others:
+        torch.testing.assert_close(other, one, rtol=1e-7, atol=1e-10)
+
+
+def test_flip_metrics_are_the_same_in_one_and_two_processes(tmp_path: Path) -> None:
+    one, two = (
+        json.loads(_run("metric", n, tmp_path / f"{n}.json", "tests.papers.ddp_flip").read_text()) for n in (1, 2)
+    )
+    assert one == pytest.approx(two, rel=1e-5)
+    assert {"val/top1", "val/image_to_text_r1", "val/text_to_image_median"} <= one.keys()

@@ -1,0 +1,399 @@
+"""MAE: the equations, the network, the tasks, the published layouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from zoo import catalog
+from zoo.errors import ZooError
+from zoo.nn.vit import Block, VisionTransformer
+from zoo.selfsup import mae
+from zoo.training import Optim
+
+SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
+DECODER = {"decoder_embed_dim": 8, "decoder_depth": 2, "decoder_num_heads": 2}
+
+
+def _autoencoder(**options) -> mae.MaskedAutoencoder:
+    torch.manual_seed(0)
+    return mae.MaskedAutoencoder(**{**SIZES, **DECODER, **options})
+
+
+def _images(count: int = 4, channels: int = 3) -> Tensor:
+    return torch.randn(count, channels, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+# ----------------------------------------------------------------------------------------------------------- equations
+
+
+def test_normalized_patches_have_mean_zero_and_unbiased_variance_one() -> None:
+    x = mae.normalize_patches(torch.randn(2, 5, 48, dtype=torch.float64) * 7 + 3)
+    torch.testing.assert_close(x.mean(-1), torch.zeros(2, 5, dtype=torch.float64))
+    torch.testing.assert_close(x.var(-1), torch.ones(2, 5, dtype=torch.float64), rtol=1e-5, atol=0)
+    assert mae.normalize_patches(torch.ones(1, 1, 48)).abs().max() == 0
+
+
+def test_the_loss_counts_hidden_patches_only() -> None:
+    target = torch.randn(2, 4, 6)
+    mask = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0]])
+    pred = target + torch.where(mask.bool(), 2.0, 100.0)[..., None]
+    assert mae.reconstruction_loss(pred, target, mask).item() == pytest.approx(4.0)
+
+
+# ------------------------------------------------------------------------------------------------------------- network
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+@pytest.mark.parametrize(("ratio", "depth"), [(0.75, 2), (0.5, 1), (0.9, 0)])
+def test_the_training_loss_equals_the_loss_of_all_predictions(norm_pix_loss: bool, ratio: float, depth: int) -> None:
+    network = _autoencoder(norm_pix_loss=norm_pix_loss, decoder_depth=depth).double()
+    images, noise = _images().double(), torch.rand(4, 16).double()
+    slow, _, mask = network(images, ratio, noise)
+    fast = network.loss(images, ratio, noise)
+    torch.testing.assert_close(fast, slow)
+    assert mask.sum(1).tolist() == [16 - int(16 * (1 - ratio))] * 4
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for a, b in zip(torch.autograd.grad(fast, trained), torch.autograd.grad(slow, trained), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_encoder_sees_only_visible_tokens() -> None:
+    network, seen = _autoencoder(), []
+    for block in (*network.blocks, *network.decoder_blocks):
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    network.loss(_images(), 0.75)
+    assert seen == [5, 5, 5, 17, 17]
+
+
+def test_hidden_pixels_do_not_reach_the_prediction() -> None:
+    network, images, noise = _autoencoder(), _images(), torch.rand(4, 16)
+    _, pred, mask = network(images, 0.75, noise)
+    hidden = mae.unpatchify(mask[..., None].expand(-1, -1, 48), 4)
+    _, other, _ = network(images + 5 * hidden, 0.75, noise)
+    torch.testing.assert_close(other, pred)
+    _, other, _ = network(images + 5 * (1 - hidden), 0.75, noise)
+    assert (other - pred).abs().max() > 1e-3
+
+
+def test_whole_images_are_encoded_in_the_order_of_the_grid() -> None:
+    network, images = _autoencoder().eval(), _images()
+    latent, _, ids_restore = network.forward_encoder(images, 0.0, torch.rand(4, 16))
+    tokens = network.forward_features(images)
+    torch.testing.assert_close(tokens[:, :1], latent[:, :1], rtol=1e-4, atol=1e-5)
+    unshuffled = latent[:, 1:].gather(1, ids_restore[..., None].expand(-1, -1, 16))
+    torch.testing.assert_close(tokens[:, 1:], unshuffled, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_every_trained_parameter() -> None:
+    network = _autoencoder()
+    network.loss(_images()).backward()
+    for name, parameter in network.named_parameters():
+        if name in ("pos_embed", "decoder_pos_embed"):
+            assert not parameter.requires_grad
+        else:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_checkpointing_and_compilable_loss_change_no_number() -> None:
+    network, images, noise = _autoencoder().double(), _images().double(), torch.rand(4, 16).double()
+    plain = torch.autograd.grad(network.loss(images, 0.75, noise), network.mask_token)[0]
+    network.set_grad_checkpointing()
+    saved = torch.autograd.grad(network.loss(images, 0.75, noise), network.mask_token)[0]
+    torch.testing.assert_close(saved, plain)
+    network.set_grad_checkpointing(False)
+    graph = torch.compile(network.loss, backend="aot_eager", fullgraph=True)  # no graph breaks
+    torch.testing.assert_close(graph(images, 0.75, noise), network.loss(images, 0.75, noise))
+
+
+def test_channels_last_changes_no_number() -> None:
+    network, images, noise = _autoencoder(), _images(), torch.rand(4, 16)
+    other = network.loss(images.contiguous(memory_format=torch.channels_last), 0.75, noise)
+    torch.testing.assert_close(other, network.loss(images, 0.75, noise))
+
+
+def test_the_loss_at_the_start_is_the_variance_of_the_target() -> None:
+    """A decoder that knows nothing: standardised targets (variance 1) cost 1 plus the variance of its guesses."""
+    torch.manual_seed(0)
+    network = mae.MaskedAutoencoder(img_size=64, patch_size=8, embed_dim=96, depth=2, num_heads=3, decoder_depth=1)
+    images = torch.randn(8, 3, 64, 64)
+    loss, pred, _ = network(images)
+    expected = (191 / 192) + pred.square().mean()  # the variance is unbiased, the error is averaged over 192 numbers
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    with torch.no_grad():
+        network.decoder_pred.weight.zero_()
+    assert network.loss(images).item() == pytest.approx(191 / 192, rel=1e-4)
+
+
+def test_initial_weights_are_the_papers() -> None:
+    network = mae.MaskedAutoencoder(img_size=32, patch_size=16, embed_dim=192, depth=1, num_heads=3)
+    patches = network.patch_embed.proj.weight
+    bound = (6 / (192 + 768)) ** 0.5
+    assert bound * 0.99 < patches.abs().max() <= bound
+    assert network.blocks[0].attn.qkv.bias.abs().max() == 0
+    assert network.cls_token.std().item() == pytest.approx(0.02, rel=0.3)
+    assert network.pos_embed[:, 0].abs().max() == 0
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_numbers_of_channels(channels: int) -> None:
+    network = _autoencoder(in_chans=channels)
+    loss, pred, _ = network(_images(channels=channels))
+    assert pred.shape == (4, 16, 16 * channels)
+    assert loss.isfinite()
+
+
+def test_wrong_shapes_and_ratios_are_named() -> None:
+    network = _autoencoder()
+    with pytest.raises(ZooError, match=r"\(3, 16, 16\).*not \(3, 8, 16\)"):
+        network(torch.randn(1, 3, 8, 16))
+    with pytest.raises(ZooError, match="leaves none"):
+        network.loss(_images(), 0.99)
+    with pytest.raises(ZooError, match="hides none"):
+        network.loss(_images(), 0.0)
+    with pytest.raises(ZooError, match="noise"):
+        network.loss(_images(), 0.75, torch.rand(4, 15))
+    with pytest.raises(ZooError, match="divisible"):
+        Block(10, 3)
+
+
+def test_a_reconstruction_keeps_what_is_visible_and_undoes_the_standardisation() -> None:
+    network, images, noise = _autoencoder(norm_pix_loss=True), _images() * 3 + 2, torch.rand(4, 16)
+    seen, predicted, pasted = network.reconstruct(images, 0.75, noise)
+    visible = seen != 0
+    assert 0.2 < visible.float().mean() < 0.3
+    assert torch.equal(pasted[visible], images[visible])
+    patches = mae.patchify(predicted, 4)
+    _, pred, _ = network(images, 0.75, noise)
+    own = mae.patchify(images, 4)
+    torch.testing.assert_close(
+        patches, pred * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True), rtol=1e-4, atol=1e-4
+    )
+    sheet = network.picture(images, 0.75, noise)
+    assert sheet.dtype == torch.uint8
+    assert sheet.shape == (3, 4 * 128 + 3 * 4, 4 * 128 + 3 * 4)  # small images are shown enlarged
+    assert torch.equal(sheet[:, :128:8, :128:8], sheet[:, 7:128:8, 7:128:8])
+
+
+# --------------------------------------------------------------------------------------------------------- classifier
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_classifier_protocol(pool: str) -> None:
+    network = VisionTransformer(**SIZES, num_classes=5, global_pool=pool, drop_path_rate=0.2)
+    tokens = network.forward_features(_images())
+    assert tokens.shape == (4, 17, 16)
+    assert network.forward_head(tokens, pre_logits=True).shape == (4, 16)
+    network(_images()).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    assert hasattr(network, "fc_norm") == (pool == "avg")
+    assert hasattr(network, "norm") == (pool == "token")
+    network.reset_classifier(0)
+    assert network(_images()).shape == (4, 16)
+    network.reset_classifier(7)
+    assert network.get_classifier().out_features == 7
+    ids = [network.layer_id(name) for name, _ in network.named_parameters()]
+    assert set(ids) == set(range(network.num_layer_ids))
+    with pytest.raises(ZooError, match="global_pool"):
+        VisionTransformer(**SIZES, global_pool="max")
+
+
+def test_drop_path_rises_with_depth_and_rests_in_evaluation() -> None:
+    network = VisionTransformer(**SIZES, num_classes=2, drop_path_rate=0.4)
+    assert [getattr(block.drop_path, "drop_prob", 0.0) for block in network.blocks] == [0.0, 0.2, 0.4]
+    network.eval()
+    assert torch.equal(network(_images()), network(_images()))
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+
+def _loader(count: int = 8) -> DataLoader:
+    images = _images(count)
+    samples = [{"image": images[i], "label": i % 3, "index": i} for i in range(count)]
+    return DataLoader(samples, batch_size=4)
+
+
+def _trainer(tmp_path: Path, **options) -> L.Trainer:
+    return L.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"max_epochs": 1, "enable_checkpointing": False, **options},
+    )
+
+
+FAST = {"base_lr": 0.1, "warmup_epochs": 0.0}
+
+
+def test_from_pretraining_to_fine_tuning_and_probing(tmp_path: Path) -> None:
+    pretraining = mae.MAEPretraining(**SIZES, **DECODER, optim=Optim(**FAST))
+    trainer = _trainer(tmp_path)
+    trainer.fit(pretraining, _loader(), _loader())
+    assert {"train/loss", "val/loss"} <= trainer.callback_metrics.keys()
+    trainer.save_checkpoint(tmp_path / "pre.ckpt")
+    encoder = pretraining.network
+
+    tuning = mae.MAEFineTuning(
+        **SIZES, num_classes=3, init_from=str(tmp_path / "pre.ckpt"), optim=Optim(**FAST, layer_decay=0.5)
+    )
+    tuning.setup("fit")
+    for name, value in tuning.network.state_dict().items():
+        if name.startswith(("blocks.", "patch_embed.", "cls_token", "pos_embed")):
+            assert torch.equal(value, encoder.state_dict()[name]), name
+    assert tuning.network.head.weight.abs().max() < 1e-4
+    assert tuning.network.pos_embed.requires_grad
+    loss = cross_entropy(tuning.eval()(_images()), torch.tensor([0, 1, 2, 0]))
+    assert loss.item() == pytest.approx(torch.log(torch.tensor(3.0)).item(), rel=1e-3)
+    trainer = _trainer(tmp_path)
+    trainer.fit(tuning.train(), _loader(), _loader())
+    assert {"val/top1", "val/top5", "val/loss"} <= trainer.callback_metrics.keys()
+    assert trainer.callback_metrics["val/top5"] == 1
+    (test,) = trainer.test(tuning, _loader(), verbose=False)
+    assert test.keys() == {"test/top1", "test/top5", "test/loss"}
+
+    probe = mae.MAELinearProbe(
+        **SIZES, num_classes=3, init_from=str(tmp_path / "pre.ckpt"), optim=Optim(name="lars", **FAST)
+    )
+    probe.setup("fit")
+    before = {name: value.clone() for name, value in probe.network.state_dict().items()}
+    assert [n for n, p in probe.named_parameters() if p.requires_grad] == [
+        "network.head.1.weight",
+        "network.head.1.bias",
+    ]
+    _trainer(tmp_path).fit(probe, _loader())
+    changed = {n for n, value in probe.network.state_dict().items() if not torch.equal(value, before[n])}
+    assert changed == {
+        *("head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked"),
+        *("head.1.weight", "head.1.bias"),
+    }
+    probabilities = torch.cat(_trainer(tmp_path).predict(probe, _loader()))
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(8))
+
+    reloaded = mae.MAEPretraining.load_from_checkpoint(tmp_path / "pre.ckpt", weights_only=True)
+    torch.testing.assert_close(reloaded.features(_images()), pretraining.features(_images()))
+
+
+def test_fine_tuning_at_another_size_resizes_the_positions(tmp_path: Path) -> None:
+    path = tmp_path / "official.pth"
+    torch.save({"model": _autoencoder().state_dict()}, path)
+    options = {**SIZES, "img_size": 24, "num_classes": 3, "mixup": 0.0, "cutmix": 0.0}
+    tuning = mae.MAEFineTuning(**options, init_from=str(path))
+    tuning.setup("fit")
+    assert tuning.network.pos_embed.shape == (1, 37, 16)
+    assert tuning(torch.randn(2, 3, 24, 24)).shape == (2, 3)
+    with pytest.raises(ZooError, match="does not fit the model"):
+        mae.MAEFineTuning(**{**options, "embed_dim": 32}, init_from=str(path)).setup("fit")
+    with pytest.raises(ZooError, match="no file"):
+        mae.MAEFineTuning(**options, init_from=str(tmp_path / "absent.ckpt")).setup("fit")
+
+
+def test_pinned_masks_decide_the_loss() -> None:
+    task = mae.MAEPretraining(**SIZES, **DECODER)
+    images, noise = _images(), torch.rand(4, 16)
+    pinned = task.loss({"image": images, "mask_noise": noise})
+    assert torch.equal(pinned, task.loss({"image": images, "mask_noise": noise}))
+    assert not torch.equal(pinned, task.loss({"image": images, "mask_noise": 1 - noise}))
+    torch.manual_seed(3)
+    drawn = task.loss({"image": images})
+    torch.manual_seed(3)
+    assert torch.equal(drawn, task.loss({"image": images}))
+
+
+def test_mixed_labels_are_trained_on() -> None:
+    task = mae.MAEFineTuning(**SIZES, num_classes=3, drop_path_rate=0.0)
+    batch = {"image": _images(), "label": torch.tensor([0, 1, 2, 0])}
+    loss = task.training_step(batch, 0)
+    assert loss.isfinite()
+    assert batch["label"].ndim == 1
+    with pytest.raises(ZooError, match="even"):
+        task.training_step({key: value[:3] for key, value in batch.items()}, 0)
+
+
+def test_features_and_pictures_of_the_pretraining_task() -> None:
+    batch = {"image": _images()}
+    token = mae.MAEPretraining(**SIZES, **DECODER)
+    assert token.features(batch["image"]).shape == (4, 16)
+    mean = mae.MAEPretraining(**SIZES, **DECODER, feature="avg")
+    mean.load_state_dict(token.state_dict())
+    tokens = token.network.forward_features(batch["image"])
+    torch.testing.assert_close(mean.features(batch["image"]), tokens[:, 1:].mean(1))
+    assert token.picture(batch).shape[0] == 3
+    assert token.predict_step(batch, 0)["reconstruction"].shape == (4, 3, 16, 16)
+
+
+def test_wrong_arguments_of_tasks_are_named() -> None:
+    with pytest.raises(TypeError, match="embed_dimm"):
+        mae.MAEPretraining(**SIZES, embed_dimm=16)
+    with pytest.raises(ZooError, match="mask_ratio"):
+        mae.MAEPretraining(**SIZES, mask_ratio=0.97)
+
+
+# ------------------------------------------------------------------------------------------------- published layouts
+
+LAYOUTS = {
+    "mae_pretrain_vit_{}_full": ("mae_", {}),
+    "hf_vit-mae-{}": ("mae_", {}),
+    "mae_pretrain_vit_{}": ("", {"num_classes": 0, "global_pool": "token"}),
+    "mae_finetuned_vit_{}": ("", {}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("size", "name"), [("base", "base_patch16"), ("large", "large_patch16"), ("huge", "huge_patch14")]
+)
+def test_published_layouts_convert_key_for_key(shared: Path, layout: str, size: str, name: str) -> None:
+    prefix, options = LAYOUTS[layout]
+    published = json.loads((shared / "statedicts" / "mae" / f"{layout.format(size)}.json").read_text())
+    with torch.device("meta"):
+        state = {key: torch.empty(shape) for key, shape in published["keys"].items()}
+        network = getattr(mae, f"{prefix}vit_{name}")(**options)
+    converted = mae.convert_official(state)
+    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in network.state_dict().items()}
+    assert sum(p.numel() for p in network.parameters()) == published["params"]
+
+
+def test_split_attention_of_hugging_face_is_joined_in_order() -> None:
+    network = _autoencoder()
+    state = network.state_dict()
+    for old in (False, True):
+        foreign = {"vit.embeddings.cls_token": state["cls_token"]}
+        for leaf in ("weight", "bias"):
+            for part, value in zip("qkv", state[f"blocks.1.attn.qkv.{leaf}"].chunk(3), strict=True):
+                word = {"q": "query", "k": "key", "v": "value"}[part]
+                key = f"encoder.layer.1.attention.attention.{word}" if old else f"layers.1.attention.{part}_proj"
+                foreign[f"vit.{key}.{leaf}"] = value
+        converted = mae.convert_official(foreign)
+        assert converted.keys() == {"cls_token", "blocks.1.attn.qkv.weight", "blocks.1.attn.qkv.bias"}
+        for key, value in converted.items():
+            assert torch.equal(value, state[key])
+
+
+def test_foreign_keys_are_refused() -> None:
+    state = _autoencoder().state_dict()
+    assert mae.convert_official(state).keys() == state.keys()
+    with pytest.raises(ZooError, match=r"layer1\.0\.conv1\.weight"):
+        mae.convert_official({**state, "layer1.0.conv1.weight": torch.zeros(1)})
+    with pytest.raises(ZooError, match="q, k and v"):
+        mae.convert_official({"vit.layers.0.attention.q_proj.weight": torch.zeros(2, 2)})
+    with pytest.raises(ZooError, match="unknown key"):
+        mae.convert_official({"vit.pooler.weight": torch.zeros(1)})
+
+
+def test_the_card_counts_the_parameters_right() -> None:
+    card = catalog.paper("mae")
+    for entry in card.models:
+        with torch.device("meta"):
+            network = getattr(mae, entry.name)()
+        assert sum(p.numel() for p in network.parameters()) == entry.params, entry.name

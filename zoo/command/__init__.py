@@ -1,0 +1,1 @@
+"""The `zoo` command: recipes and rows through LightningCLI, runs, cards in print, pictures."""

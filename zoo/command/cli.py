@@ -1,0 +1,532 @@
+"""The `zoo` command.
+
+This file imports no torch: `zoo list` and `zoo show` read cards only, and the other commands import what they use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from zoo.errors import ZooError, unknown
+
+RUN = ("fit", "validate", "test", "predict")
+KINDS = ("papers", "models", "weights", "recipes", "datasets")
+_VALUELESS = ("-h", "--help", "--print_config")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are a ZooError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ZooError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words, debug)
+    except ZooError as error:
+        if debug:
+            raise
+        print(f"zoo: {error}", file=sys.stderr)
+    except (ModuleNotFoundError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        if debug:
+            raise
+        print(f"zoo: {_of_the_machine(error)} (--debug shows where)", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    return 2
+
+
+def _of_the_machine(error: OSError | ImportError) -> str:
+    if isinstance(error, ImportError):
+        return f"the package {error.name!r} is not installed; pip install {(error.name or '').partition('.')[0]}"
+    return f"{error.strerror or type(error).__name__}: {error.filename}"
+
+
+def _dispatch(words: list[str], debug: bool) -> int:
+    before, command, rest = _split(words)
+    if command in RUN:
+        return _run(command, before + rest, debug)
+    if command == "__complete":
+        return _complete(rest)
+    parser, known = _parser()
+    if command is not None and command not in known:
+        raise unknown("command", command, [*known, *RUN])
+    arguments, extra = parser.parse_known_args([*before, *([command] if command else []), *rest])
+    if command is None:
+        parser.print_help()
+        return 0
+    if extra and command != "claim":
+        raise ZooError(f"zoo {command} has no option {extra[0]!r} (see zoo {command} --help)")
+    return arguments.do(arguments, extra) or 0
+
+
+def _split(words: list[str]) -> tuple[list[str], str | None, list[str]]:
+    """The options before the command, the command, and what follows it; `--config X` may stand on either side."""
+    position = 0
+    while position < len(words) and words[position].startswith("-"):
+        word = words[position]
+        position += 1
+        if word in ("--config", "-c"):
+            position += 1
+        elif not word.startswith("--config=") and word not in ("-h", "--help", "--version"):
+            raise ZooError(f"the option {word!r} stands before the command; write zoo COMMAND ... {word}")
+    return words[:position], (words[position] if position < len(words) else None), words[position + 1 :]
+
+
+def _parser() -> tuple[_Parser, list[str]]:
+    parser = _Parser(prog="zoo", description="A model zoo: recipes, published weights, leaderboards, parity.")
+    parser.add_argument("--version", action="version", version=f"zoo {_version()}")
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    for name, text in {
+        "fit": "train a recipe: zoo fit mae/pocket [--trainer.max_epochs 1 ...]",
+        "validate": "a recipe's validation: zoo validate RECIPE --ckpt_path last",
+        "test": "a recipe's test: zoo test RECIPE --ckpt_path last",
+        "predict": "a recipe's predictions, or: zoo predict MODEL IMAGE... -o OUT",
+    }.items():
+        commands.add_parser(name, help=text, add_help=False)
+
+    one = commands.add_parser("list", help="what there is", description="What there is, as a table.")
+    one.add_argument("kind", nargs="?", default="papers", metavar="|".join(KINDS))
+    one.add_argument("pattern", nargs="?", default="*", help="a part of the name, or a pattern with *")
+    one.add_argument("--licence", help="weights only: those of this licence")
+    form = one.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="papers only: the table of README")
+    form.add_argument("--json", action="store_true")
+    one.set_defaults(do=_list)
+
+    one = commands.add_parser("show", help="one paper, model, weight, recipe or dataset")
+    one.add_argument("name")
+    one.add_argument("--json", action="store_true")
+    one.set_defaults(do=_show)
+
+    one = commands.add_parser("leaderboard", help="published and measured numbers side by side")
+    one.add_argument("paper", nargs="?")
+    form = one.add_mutually_exclusive_group()
+    form.add_argument("--markdown", metavar="FILE")
+    form.add_argument("--html", metavar="FILE")
+    form.add_argument("--json", action="store_true")
+    one.set_defaults(do=_leaderboard)
+
+    one = commands.add_parser("claim", help="a paper's central claim in miniature; minutes on a CPU", add_help=False)
+    one.add_argument("paper")
+    one.set_defaults(do=_claim)
+
+    one = commands.add_parser("parity", help="replay cases of the official code on this machine")
+    one.add_argument("paper", nargs="?")
+    one.add_argument("--dtype", choices=["float64", "float32", "bfloat16", "float16"], help="default: the case's own")
+    one.add_argument("--device", default="cpu")
+    one.add_argument("--json", action="store_true")
+    one.set_defaults(do=_parity)
+
+    one = commands.add_parser("weights", help="published weights: get, verify, convert")
+    one.add_argument("what", choices=["get", "verify", "convert"])
+    one.add_argument("name", help="published weights; convert --to: also a checkpoint of yours")
+    one.add_argument("-o", "--out", metavar="FILE", help="convert: the file, .safetensors, .pth or .pkl")
+    one.add_argument("--to", metavar="FORMAT", help="convert: into another library's layout (detectron2, ...)")
+    one.set_defaults(do=_weights)
+
+    one = commands.add_parser("data", help="look a dataset over before a run; make its latents or statistics")
+    _data_parsers(one)
+
+    one = commands.add_parser("explain", help="why two numbers differ: rows of a leaderboard, runs or result files")
+    one.add_argument("a", metavar="A")
+    one.add_argument("b", metavar="B")
+    one.add_argument("--json", action="store_true")
+    one.set_defaults(do=_explain)
+
+    one = commands.add_parser("completion", help='a completion script: eval "$(zoo completion bash)"')
+    one.add_argument("shell", choices=["bash", "zsh", "fish"])
+    one.set_defaults(do=_completion)
+    return parser, list(commands.choices)
+
+
+def _data_parsers(data: argparse.ArgumentParser) -> None:
+    kinds = data.add_subparsers(metavar="check|latents|stats", required=True)
+    for name, text, do in (
+        ("check", "count and read every sample", _data_check),
+        ("latents", "encode the pictures of a dataset by an autoencoder, once", _data_latents),
+        ("stats", "the statistics of a dataset's pictures that FID compares with", _data_stats),
+    ):
+        one = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        one.add_argument("dataset", help="a dataset's name or a folder")
+        one.add_argument("--data_dir", help="where the named dataset lies")
+        one.set_defaults(do=do)
+        if name == "check":
+            one.add_argument("--quick", action="store_true", help="count only; do not read every sample")
+            one.add_argument("--json", action="store_true")
+            continue
+        one.add_argument("-o", "--out", required=True, help="latents: the folder; stats: the .npz file")
+        one.add_argument("--image_size", type=int, default=256, help="side of the pictures in pixels, ADM's crop")
+        one.add_argument("--batch_size", type=int, default=32)
+        one.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+        if name == "latents":
+            one.add_argument("--autoencoder", default="sd_vae.ft_mse", help="published weights, or a file")
+            one.add_argument("--splits", nargs="+", default=["train"], metavar="SPLIT")
+            one.add_argument("--no_mirror", action="store_true", help="without the pictures' mirror images")
+            one.add_argument("--dtype", default="float32", help="of the moments: float32, float16, bfloat16")
+            one.add_argument("--part", default="0/1", metavar="K/N", help="the K-th of N shares, for N devices at once")
+        else:
+            one.add_argument("--split", default="train")
+            one.add_argument("--extractor", default="inception", help="inception, or random where it is not to be had")
+            one.add_argument("--resize", default="tf1", help="inception's: tf1 (torch-fidelity, ADM) or antialias")
+            one.add_argument("--features", action="store_true", help="keep the features: for KID, precision and recall")
+
+
+def _version() -> str:
+    from zoo import __version__
+
+    return __version__
+
+
+# --------------------------------------------------------------------------------------------------- recipes, images
+
+
+def _run(command: str, words: list[str], debug: bool) -> int:
+    positional, options = _positional(words)
+    if not positional:
+        if "-h" in options or "--help" in options:
+            print(f"usage: zoo {command} RECIPE [options]; zoo {command} RECIPE --help lists them; zoo list recipes")
+            return 0
+        config = _config_among(options)
+        if config is None:
+            raise ZooError(f"zoo {command} wants a recipe: zoo {command} mae/pocket (see zoo list recipes)")
+        positional, options = [config[0]], config[1]
+    if command == "predict" and _is_model(positional[0]):
+        return _picture(words)
+    if len(positional) > 1:
+        raise ZooError(f"unexpected {positional[1]!r}: zoo {command} takes one recipe, then options with --")
+    from zoo import catalog
+
+    catalog.recipe_path(positional[0])  # an unknown name must not wait for torch
+    from zoo.command import recipes
+
+    return recipes.run(command, positional[0], options, debug)
+
+
+def _positional(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that are neither an option nor its value, and the rest; every option but a few takes one value."""
+    positional, options, position = [], [], 0
+    while position < len(words):
+        word = words[position]
+        if not word.startswith("-"):
+            positional.append(word)
+        else:
+            options.append(word)
+            valued = "=" not in word and word not in _VALUELESS and position + 1 < len(words)
+            if valued and not words[position + 1].startswith("--"):
+                position += 1
+                options.append(words[position])
+        position += 1
+    return positional, options
+
+
+def _config_among(options: list[str]) -> tuple[str, list[str]] | None:
+    """The first config file among `options`, and the others: without a recipe's name it is the recipe."""
+    for position, word in enumerate(options):
+        if word in ("--config", "-c") and position + 1 < len(options):
+            return options[position + 1], options[:position] + options[position + 2 :]
+        if word.startswith("--config="):
+            return word.partition("=")[2], options[:position] + options[position + 1 :]
+    return None
+
+
+def _is_model(name: str) -> bool:
+    from zoo import catalog
+
+    if name.endswith((".yaml", ".yml")):
+        return False
+    models = {*catalog.list_models(), *catalog.list_weights()}
+    if name in models:
+        return True
+    try:
+        catalog.recipe_path(name)
+    except ZooError:
+        if "/" not in name and "." not in name:
+            raise unknown("model or recipe", name, [*models, *catalog.list_recipes("*")]) from None
+        return name.partition(".")[0] in models
+    return False
+
+
+def _picture(words: list[str]) -> int:
+    parser = _Parser(prog="zoo predict", description="What a model makes of pictures, or a generative one of noise.")
+    parser.add_argument("model", help="a model with a weight tag: mae_vit_base_patch16.in1k_1600ep_visualize")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", type=Path, help="none: a sheet of samples is drawn")
+    parser.add_argument("-o", "--out", metavar="OUT", type=Path, help="a .png (one image), a folder, or a .json")
+    parser.add_argument("--weights", help="a file to load instead of the published weights")
+    parser.add_argument("--seed", type=int, default=0, help="of a random mask, or of the samples")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="of a detector: objects of a lower score are left out"
+    )
+    parser.add_argument("--labels", help="names that a zero-shot model chooses from: 'cat,dog' (default: ImageNet's)")
+    parser.add_argument("--count", type=int, help="of samples (16)")
+    parser.add_argument("--classes", type=int, nargs="+", metavar="K", help="of samples, a row each")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args(words)
+    from zoo.command import picture
+
+    labels = None
+    if arguments.labels is not None and not (labels := [x.strip() for x in arguments.labels.split(",") if x.strip()]):
+        raise ZooError("--labels names nothing; write --labels 'cat,dog'")
+    if arguments.images:
+        if arguments.count or arguments.classes:
+            raise ZooError("--count and --classes are of samples, which want no pictures")
+        results = picture.predict(
+            arguments.model,
+            arguments.images,
+            arguments.out,
+            weights=arguments.weights,
+            seed=arguments.seed,
+            threshold=arguments.threshold,
+            labels=labels,
+        )
+    else:
+        results = picture.sample(
+            arguments.model, arguments.out, arguments.weights, arguments.count or 16, arguments.classes, arguments.seed
+        )
+    if arguments.json:
+        return _print_json(results)
+    for result in results:
+        if "picture" in result:
+            print(f"{result.get('image', arguments.model)}: {result['picture']}")
+        for row in result.get("objects", []):
+            box = ", ".join(f"{value:.0f}" for value in row["box"])
+            print(f"{result['image']}: {row['score']:6.1%}  {row['label']} ({box})")
+        for row in result.get("top", []):
+            print(f"{result['image']}: {row['probability']:6.1%}  {row['label']}")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- cards
+
+
+def _print_json(value: Any) -> int:
+    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+    return 0
+
+
+def _list(arguments: argparse.Namespace, extra: list[str]) -> int:
+    if arguments.kind not in KINDS:
+        raise unknown("kind", arguments.kind, KINDS)
+    if arguments.licence and arguments.kind != "weights":
+        raise ZooError("--licence filters weights: zoo list weights --licence MIT")
+    if arguments.markdown and (arguments.kind, arguments.pattern) != ("papers", "*"):
+        raise ZooError("--markdown is of all papers: zoo list papers --markdown")
+    from zoo.command import show
+
+    if arguments.markdown:
+        print(show.papers_markdown(), end="")
+        return 0
+    rows = show.listing(arguments.kind, arguments.pattern, arguments.licence)
+    if arguments.json:
+        return _print_json(rows)
+    show.print_listing(arguments.kind, rows, arguments.pattern)
+    return 0
+
+
+def _show(arguments: argparse.Namespace, extra: list[str]) -> int:
+    from zoo.command import show
+
+    if arguments.json:
+        return _print_json(show.describe(arguments.name))
+    show.print_description(arguments.name)
+    return 0
+
+
+def _leaderboard(arguments: argparse.Namespace, extra: list[str]) -> int:
+    from zoo.command import show
+
+    rows = show.leaderboard(arguments.paper)
+    if arguments.json:
+        return _print_json(rows)
+    for path, render in ((arguments.markdown, show.markdown), (arguments.html, show.html)):
+        if path:
+            Path(path).write_text(render(rows), encoding="utf-8")
+            print(f"{path}: {len(rows)} rows")
+            return 0
+    show.print_leaderboard(rows)
+    return 0
+
+
+def _explain(arguments: argparse.Namespace, extra: list[str]) -> int:
+    from zoo.command import show
+
+    found = show.explain(arguments.a, arguments.b)
+    if arguments.json:
+        return _print_json(found)
+    show.print_explanation(found)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- things that compute
+
+
+def _claim(arguments: argparse.Namespace, extra: list[str]) -> int:
+    import runpy
+
+    from zoo import catalog
+    from zoo.paths import share
+
+    path = share("benchmarks") / "claims" / f"{arguments.paper}.py"
+    if not path.is_file():
+        catalog.paper(arguments.paper)
+        raise ZooError(f"the paper {arguments.paper!r} has no claim to run")
+    before = sys.argv
+    sys.argv = [str(path), *extra]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _parity(arguments: argparse.Namespace, extra: list[str]) -> int:
+    from zoo import parity
+    from zoo.command import show
+
+    verdicts = parity.run_cases(arguments.paper, dtype=arguments.dtype, device=arguments.device)
+    rows = show.verdicts(verdicts)
+    if arguments.json:
+        _print_json(rows)
+    else:
+        show.print_verdicts(rows)
+    return int(not rows or any(row["ok"] is False for row in rows))
+
+
+def _weights(arguments: argparse.Namespace, extra: list[str]) -> int:
+    if (arguments.out or arguments.to) and arguments.what != "convert":
+        raise ZooError("-o and --to go with zoo weights convert")
+    from zoo.weights import pretrained
+
+    if arguments.what == "get":
+        print(pretrained.fetch_weights(arguments.name))
+    elif arguments.what == "verify":
+        print(f"{arguments.name}: {pretrained.verify_weights(arguments.name)}")
+    else:
+        if arguments.to and not arguments.out:
+            raise ZooError("--to wants the file to write: -o FILE.pkl, .pth or .safetensors")
+        out = Path(arguments.out or f"{arguments.name}.safetensors")
+        print(pretrained.convert_weights(arguments.name, out, arguments.to) or out)
+    return 0
+
+
+def _data_check(arguments: argparse.Namespace, extra: list[str]) -> int:
+    from zoo.data import check
+
+    report = check.check(arguments.dataset, arguments.data_dir, read=not arguments.quick)
+    if arguments.json:
+        _print_json(report)
+    else:
+        check.print_report(report)
+    return int(bool(report["problems"]))
+
+
+def _data_latents(arguments: argparse.Namespace, extra: list[str]) -> int:
+    part = arguments.part.split("/")
+    if len(part) != 2 or not all(number.isdecimal() for number in part):
+        raise ZooError(f"--part is K/N, such as 0/8, not {arguments.part!r}")
+    from zoo.data.latents import cache_latents
+
+    facts = cache_latents(
+        arguments.dataset,
+        arguments.out,
+        arguments.autoencoder,
+        arguments.image_size,
+        arguments.data_dir,
+        arguments.splits,
+        not arguments.no_mirror,
+        arguments.dtype,
+        device=arguments.device,
+        batch_size=arguments.batch_size,
+        part=(int(part[0]), int(part[1])),
+    )
+    counts = ", ".join(f"{count} of {split}" for split, count in facts["splits"].items())
+    print(f"{arguments.out}: latents {'x'.join(map(str, facts['shape']))}, {counts}")
+    return 0
+
+
+def _data_stats(arguments: argparse.Namespace, extra: list[str]) -> int:
+    from zoo.data import ImageDataModule
+    from zoo.data.transforms import ADMCrop
+    from zoo.metrics.generation import make_extractor
+    from zoo.training.sampling import reference_statistics
+
+    options = {"resize": arguments.resize} if arguments.extractor == "inception" else {}
+    extractor = make_extractor(arguments.extractor, **options).to(arguments.device)
+    data = ImageDataModule(
+        arguments.dataset,
+        arguments.data_dir,
+        arguments.batch_size,
+        image_size=arguments.image_size,
+        eval_transform=ADMCrop(),
+    )
+    found = reference_statistics(data, arguments.split, extractor, arguments.device, arguments.features)
+    found.write(arguments.out, arguments.features)
+    print(f"{arguments.out}: {found.name}, {extractor.facts}")
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------- completion
+
+_SCRIPTS = {
+    "bash": """_zoo() {
+    local IFS=$'\\n'
+    COMPREPLY=($(zoo __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+}
+complete -o default -F _zoo zoo""",
+    "zsh": """#compdef zoo
+_zoo() {
+    local -a found
+    found=(${(f)"$(zoo __complete "${(@)words[2,CURRENT]}" 2>/dev/null)"})
+    (( ${#found} )) && compadd -Q -a found || _files
+}
+compdef _zoo zoo""",
+    "fish": "complete -c zoo -a '(zoo __complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'",
+}
+
+
+def _completion(arguments: argparse.Namespace, extra: list[str]) -> int:
+    print(_SCRIPTS[arguments.shell])
+    return 0
+
+
+def _complete(words: list[str]) -> int:
+    """Prints what may stand for the last of `words`, one a line; nothing where files should be completed."""
+    from zoo import catalog
+
+    *done, prefix = words or [""]
+    candidates: list[str] = []
+    if not done:
+        candidates = _parser()[1]
+    elif done[0] in ("predict", *RUN) and len(done) == 1:
+        candidates = catalog.list_recipes("*") + (catalog.list_weights() if done[0] == "predict" else [])
+    elif done[0] == "list":
+        candidates = list(KINDS) if len(done) == 1 else []
+    elif done[0] == "show":
+        candidates = [*catalog.list_papers(), *catalog.list_models(), *catalog.list_weights()]
+        candidates += [*catalog.list_recipes("*"), *catalog.list_datasets("*")]
+    elif done[0] in ("leaderboard", "claim", "parity"):
+        candidates = catalog.list_papers()
+    elif done[0] == "weights":
+        candidates = ["get", "verify", "convert"] if len(done) == 1 else catalog.list_weights()
+    elif done[0] == "data":
+        candidates = ["check", "latents", "stats"] if len(done) == 1 else catalog.list_datasets("*")
+    elif done[0] == "completion":
+        candidates = list(_SCRIPTS)
+    print("\n".join(name for name in candidates if name.startswith(prefix)))
+    return 0

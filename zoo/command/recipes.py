@@ -1,0 +1,414 @@
+"""Recipes: a YAML of LightningCLI (seed_everything, model, data, trainer) with a name, a run folder and clear errors.
+
+`run` is what ``zoo fit|validate|test|predict RECIPE`` does, `load_recipe` hands the same three objects to Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import zoo
+from zoo import catalog
+from zoo.command.parse_errors import explain_parse_error, innermost
+from zoo.command.progress import Interrupt, PlainProgress, numbers, scalars
+from zoo.command.runs import SaveConfig, new_run_folder, newest_checkpoint, result_record, short_path
+from zoo.errors import ZooError
+from zoo.machine import cpu_has_bfloat16
+from zoo.paths import share
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+# Facts of the data module that the model takes over, where its class has such an argument and nobody set it.
+LINKS = {"num_classes": "num_classes", "num_tasks": "num_tasks", "image_size": "img_size"}
+_NOT_OPTIONS = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
+
+
+# ---------------------------------------------------------------------------------------------- names and run folders
+
+
+def recipe_name(path: Path) -> str:
+    """The name of the recipe at `path`: relative to the recipes folder, as a saved config states it, or the stem."""
+    with contextlib.suppress(ValueError):
+        return path.resolve().relative_to(share("recipes").resolve()).with_suffix("").as_posix()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        first = path.read_text().partition("\n")[0]
+        if match := re.match(r"# recipe: (\S+)", first):
+            return match[1]
+    return path.stem
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI in subclass mode for one recipe and one subcommand, with a flat config.
+
+    Args:
+        name: the recipe's name, which names the run folder.
+        subcommand: whose options (`--ckpt_path`, ...) the parser takes.
+        args: the command line, the recipe itself included as `--config`.
+        unlinked: model arguments that the user set and which are therefore not taken from the data module.
+        rich: a progress bar instead of plain lines.
+    """
+
+    def __init__(self, name: str, subcommand: str, args: list[str], unlinked: set[str], rich: bool) -> None:
+        self.recipe, self.what, self.unlinked, self.rich = name, subcommand, unlinked, rich
+        self.words = args
+        self.folder = Path()
+        self.checkpoint: ModelCheckpoint | None = None
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            save_config_callback=None,
+            trainer_defaults={"use_distributed_sampler": False},
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": f"zoo {subcommand} {name}",
+                "description": f"Every option of the recipe {name}; all of them stand in its YAML too.",
+                "dump_header": [f"recipe: {name}", f"zoo=={zoo.__version__}"],
+                "exit_on_error": False,
+                "allow_abbrev": False,
+            },
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            run=False,
+            auto_configure_optimizers=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        added = parser.add_method_arguments(Trainer, self.what, skip=_NOT_OPTIONS)
+        if "verbose" in added:
+            parser.set_defaults({"verbose": False})  # the score line says it
+        for source, target in LINKS.items():
+            if target not in self.unlinked:
+                parser.link_arguments(f"data.{source}", f"model.init_args.{target}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            raise ZooError(explain_parse_error(str(error), parser)) from error
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, AssertionError, KeyError, MisconfigurationException) as error:
+            raise ZooError(f"{self.recipe}: {innermost(error)}") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config_init["trainer"]
+        root = Path(config["default_root_dir"] or "runs")
+        self.folder = new_run_folder(root, self.recipe)
+        callbacks = config["callbacks"] or []
+        callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
+        if self.what == "fit":
+            callbacks += self._fit_callbacks(config, callbacks)
+        if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RichProgressBar(leave=False) if self.rich else PlainProgress())
+        logger = config["logger"]
+        if logger is None or logger is True:
+            logger = self._loggers() if self.what == "fit" and not config["fast_dev_run"] else False
+        return super().instantiate_trainer(
+            **kwargs,
+            callbacks=callbacks,
+            logger=logger,
+            precision=self._precision(config),
+            default_root_dir=str(self.folder),
+            enable_model_summary=False,
+        )
+
+    def _precision(self, config: Mapping[str, Any]) -> Any:
+        """A recipe's bf16-mixed is float32 on a CPU that would have to emulate it, unless the user asks for it."""
+        asked = any(word.partition("=")[0] == "--trainer.precision" for word in self.words)
+        on_cpu = config["accelerator"] == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        if config["precision"] == "bf16-mixed" and on_cpu and not asked and not cpu_has_bfloat16():
+            return "32-true"
+        return config["precision"]
+
+    def _fit_callbacks(self, config: Mapping[str, Any], given: list[Callback]) -> list[Callback]:
+        from zoo.training.callbacks import default_callbacks
+
+        kinds = {type(callback) for callback in given}
+        added = [callback for callback in default_callbacks() if type(callback) not in kinds]
+        own = [callback for callback in [*given, *added] if isinstance(callback, ModelCheckpoint)]
+        self.checkpoint = own[0] if own else None
+        if not own and config["enable_checkpointing"] is not False:
+            self.checkpoint = self._checkpoint()
+            added.append(self.checkpoint)
+        added.append(Interrupt(self.checkpoint))
+        if not config["fast_dev_run"]:
+            added.append(SaveConfig(self.parser, self.config, self.folder))
+        return added
+
+    def _checkpoint(self) -> ModelCheckpoint:
+        monitor = getattr(self.model, "monitor", None)
+        metric, mode = monitor if isinstance(monitor, tuple) else (monitor, "max")
+        return ModelCheckpoint(
+            dirpath=self.folder / "checkpoints",
+            filename="best" if metric else "recent",
+            monitor=metric,
+            mode=mode,
+            save_top_k=1,  # with 0, Lightning writes last.ckpt only when training ends
+            save_last=True,
+            enable_version_counter=False,
+        )
+
+    def _loggers(self) -> list[Logger]:
+        parent, version = self.folder.parent, self.folder.name
+        return [
+            TensorBoardLogger(str(parent), name="", version=version),
+            CSVLogger(str(parent), name="", version=version),
+        ]
+
+
+def _build(subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool) -> RecipeCLI:
+    path = catalog.recipe_path(str(recipe))
+    content = _check_recipe(path)
+    name = recipe_name(path)
+    args = ["--config", str(path), *_without_its_data(content, argv), *_nested_nulls(argv)]
+    return RecipeCLI(name, subcommand, args, _set_by_hand(args), rich)
+
+
+# Settings of the data module that are about the recipe's own dataset.
+_OF_DATASET = ("options", "train_samples", "data_dir", "mean", "std", "rearc_dir", "rearc_limit", "tasks")
+
+
+def _without_its_data(content: Mapping[str, Any], argv: Sequence[str]) -> list[str]:
+    """The options that take back what a recipe says about its dataset, where the user gives another one."""
+    if not any(word.partition("=")[0] in ("--data.dataset", "--data.init_args.dataset") for word in argv):
+        return []
+    stated = (content.get("data") or {}).get("init_args") or {}
+    return [f"--data.{key}=null" for key in _OF_DATASET if stated.get(key) is not None]
+
+
+def _nested_nulls(argv: Sequence[str]) -> list[str]:
+    """`argv` with ``--model.optim.lr null`` as ``--model.optim={"lr": null}``: jsonargparse 4.53 hands a null that lies
+    two levels deep on as the string "None"."""
+    words, position = [], 0
+    while position < len(argv):
+        word = argv[position]
+        key, equals, value = word.partition("=")
+        if not equals and key.startswith("--") and position + 1 < len(argv):
+            value = argv[position + 1]
+        owner, _, leaf = key.rpartition(".")
+        if value in ("null", "Null", "NULL", "~") and len([p for p in key.split(".") if p != "init_args"]) > 2:
+            words.append(f"{owner.removesuffix('.init_args')}={json.dumps({leaf: None})}")
+            position += 1 if equals else 2
+        else:
+            words.append(word)
+            position += 1
+    return words
+
+
+def _check_recipe(path: Path) -> dict[str, Any]:
+    """The content of the recipe at `path`; a ZooError where it is none."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ZooError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or "model" not in content:
+        raise ZooError(f"{path}: not a recipe; it has no `model`")
+    return content
+
+
+def _set_by_hand(args: Sequence[str]) -> set[str]:
+    """Which link targets the configs or options among `args` set themselves."""
+    found: set[str] = set()
+    for position, word in enumerate(args):
+        key, _, value = word.partition("=")
+        if key in ("--config", "-c"):
+            value = value or (args[position + 1] if position + 1 < len(args) else "")
+            with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+                model = (yaml.safe_load(Path(value).read_text()) or {}).get("model") or {}
+                found |= {target for target in LINKS.values() if target in (model.get("init_args") or {})}
+        else:
+            found |= {t for t in LINKS.values() if key in (f"--model.{t}", f"--model.init_args.{t}")}
+    return found
+
+
+def load_recipe(
+    name: str | Path, overrides: Mapping[str, Any] | None = None
+) -> tuple[LightningModule, LightningDataModule, Trainer]:
+    """The module, data module and trainer of a recipe, ready for ``trainer.fit(module, datamodule)``.
+
+    Args:
+        name: a recipe's name (``mae/pocket``), a unique prefix of it, or the path of a YAML file.
+        overrides: dotted keys and their values, as on the command line: ``{"trainer.max_epochs": 1}``.
+
+    Raises:
+        ZooError: unknown recipe or key, a value of a wrong type.
+    """
+    argv = []
+    for key, value in (overrides or {}).items():
+        argv.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+    with _quiet():
+        cli = _build("fit", name, argv, rich=sys.stdout.isatty())
+    return cli.model, cli.datamodule, cli.trainer
+
+
+def run(subcommand: str, recipe: str, argv: Sequence[str], debug: bool = False) -> int:
+    """``zoo SUBCOMMAND RECIPE ARGV``; returns the exit code (130 after Ctrl-C)."""
+    if subcommand not in SUBCOMMANDS:
+        raise ValueError(subcommand)
+    begin = time.monotonic()
+    with _quiet(debug):
+        cli = _build(subcommand, recipe, _last_to_path(recipe, argv), rich=sys.stdout.isatty())
+        trainer, options = cli.trainer, _options(cli)
+        _announce(cli, options)
+        before = signal.getsignal(signal.SIGINT)
+        os.environ["ZOO_RUN_DIR"] = str(cli.folder)
+        try:
+            outputs = getattr(trainer, subcommand)(cli.model, datamodule=cli.datamodule, **options)
+        except SystemExit:
+            # Lightning turns Ctrl-C into exit code 1.
+            if trainer.state.status != "interrupted":
+                raise
+            return _interrupted(cli, [recipe, *argv])
+        except KeyboardInterrupt:
+            return _interrupted(cli, [recipe, *argv])
+        except MisconfigurationException as error:
+            raise ZooError(f"{cli.recipe}: {' '.join(str(error).split())}") from error
+        finally:
+            os.environ.pop("ZOO_RUN_DIR", None)
+            if signal.getsignal(signal.SIGINT) != before:
+                signal.signal(signal.SIGINT, before)
+    if trainer.is_global_zero:
+        _finish(cli, outputs, [subcommand, recipe, *argv], time.monotonic() - begin)
+    return 0
+
+
+def _options(cli: RecipeCLI) -> dict[str, Any]:
+    known = set(inspect.signature(getattr(Trainer, cli.what)).parameters) - _NOT_OPTIONS - {"self"}
+    return {key: cli.config_init[key] for key in known if key in cli.config_init}
+
+
+def _last_to_path(recipe: str, argv: Sequence[str]) -> list[str]:
+    """`argv` with ``--ckpt_path last`` (or ``best``) turned into the path in the newest run of this recipe."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--ckpt_path=") else [word])]
+    if "--ckpt_path" in words[:-1]:
+        at = words.index("--ckpt_path") + 1
+        if words[at] in ("last", "best"):
+            root = _value_of(words, "--trainer.default_root_dir") or "runs"
+            found = newest_checkpoint(Path(root), recipe_name(catalog.recipe_path(recipe)), words[at])
+            words[at] = str(found)
+        elif words[at] not in ("null", "hpc", "registry") and "://" not in words[at] and not Path(words[at]).exists():
+            raise ZooError(f"--ckpt_path: no file {words[at]!r}")
+    return words
+
+
+def _value_of(words: Sequence[str], key: str) -> str | None:
+    for position, word in enumerate(words):
+        if word == key and position + 1 < len(words):
+            return words[position + 1]
+        if word.startswith(key + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def _announce(cli: RecipeCLI, options: Mapping[str, Any]) -> None:
+    if not cli.trainer.is_global_zero:
+        return
+    count = sum(p.numel() for p in cli.model.parameters() if p.requires_grad)
+    data = getattr(cli.datamodule, "dataset", type(cli.datamodule).__name__)
+    device = type(cli.trainer.accelerator).__name__.removesuffix("Accelerator").lower()
+    parts = [
+        cli.recipe,
+        f"{type(cli.model).__name__} {count / 1e6:.2f} M parameters",
+        f"{data}",
+        f"{cli.trainer.world_size} × {device} {cli.trainer.precision}",
+    ]
+    print(" · ".join(parts))
+    if ckpt := options.get("ckpt_path"):
+        print(f"from {ckpt}")
+    elif cli.what != "fit":
+        print("no --ckpt_path: the weights are those the recipe starts from", file=sys.stderr)
+    sys.stdout.flush()
+
+
+def _interrupted(cli: RecipeCLI, words: list[str]) -> int:
+    last = cli.folder / "checkpoints" / "last.ckpt"
+    if cli.checkpoint is not None and cli.checkpoint.dirpath:
+        last = Path(cli.checkpoint.dirpath) / "last.ckpt"
+    if cli.what == "fit" and last.exists():
+        kept = [part for word in words for part in (word.split("=", 1) if word.startswith("--ckpt_path=") else [word])]
+        if "--ckpt_path" in kept:
+            at = kept.index("--ckpt_path")
+            del kept[at : at + 2]
+        command = shlex.join([*kept, "--ckpt_path", str(short_path(last))])
+        print(f"\ninterrupted; resume with: zoo fit {command}", file=sys.stderr)
+    else:
+        print("\ninterrupted" + (" before a checkpoint was written" if cli.what == "fit" else ""), file=sys.stderr)
+    return 130
+
+
+def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) -> None:
+    if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    metrics = {key: float(value) for key, value in scalars(cli.trainer.callback_metrics).items()}
+    cli.folder.mkdir(parents=True, exist_ok=True)
+    if cli.what == "predict":
+        torch.save(outputs, cli.folder / "predictions.pt")
+        print(f"predictions: {cli.folder / 'predictions.pt'}")
+    else:
+        print("score: " + (" · ".join(numbers(metrics)) or "no metric was logged"))
+    (cli.folder / "result.json").write_text(json.dumps(result_record(cli, metrics, command, seconds), indent=1) + "\n")
+    if cli.checkpoint is not None:
+        for path in (cli.checkpoint.last_model_path, cli.checkpoint.best_model_path):
+            if path and Path(path).stem != "recent":
+                print(f"checkpoint: {short_path(path)}")
+    print(f"run: {short_path(cli.folder)} ({seconds:.0f} s)")
+
+
+@contextlib.contextmanager
+def _quiet(debug: bool = False) -> Iterator[None]:
+    """Without Lightning's announcements and the warnings that call for nothing; all of them under `debug`."""
+    if debug:
+        yield
+        return
+    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+    loggers = [logging.getLogger(name) for name in (*names, "lightning.fabric.utilities.seed")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for text in (
+                ".*does not have many workers.*",
+                ".*num_workers.*",
+                ".*number of training batches .* is smaller than the logging interval.*",
+                ".*Checkpoint directory .* exists and is not empty.*",
+                ".*dirpath has changed.*",
+                ".*Experiment logs directory.*",
+                ".*callbacks used to create the checkpoint need to be provided.*",
+                ".*treespec.*",
+                ".*in eval mode at the start of training.*",
+                ".*is not supported by the `ModelSummary`.*",
+                ".*`LightningCLI`.*args.*",
+            ):
+                warnings.filterwarnings("ignore", message=text)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

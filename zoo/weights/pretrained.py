@@ -1,0 +1,706 @@
+"""Models by name, with the published weights: fetched, checked, converted strictly, cached as safetensors.
+
+    net = zoo.create_model("mae_vit_base_patch16.in1k_1600ep", pretrained=True)
+    transform = zoo.create_preprocess("mae_vit_base_patch16.in1k_1600ep")
+
+Files are untrusted: only tensors and plain values are unpickled, and a file that does not match the model key for key
+is refused with a report. What is kept, in ``weights/<paper>/<weights>/`` of the cache folder: the published file with
+the record of its checksum, and ``converted.safetensors`` with the record of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import pickle
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zoo import __version__, catalog
+from zoo.catalog import PaperCard, Preprocess, Weight
+from zoo.errors import ZooError, unknown
+from zoo.formats import flax, pickles, t5x, torch7
+from zoo.paths import cache_dir
+from zoo.weights import download
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
+
+ADAPTABLE = ("img_size", "num_classes", "in_chans")  # overrides that weights of another value are adapted to
+WRAPPERS = (
+    "state_dict", "model", "model_state", "model_state_dict", "model_ema", "ema_params", "ema", "params", "blobs",
+)  # fmt: skip
+PREFIXES = ("module.", "_orig_mod.", "model.", "network.")  # of DataParallel, torch.compile, Lightning modules
+
+
+def create_model(
+    name: str, pretrained: bool = False, weights: str | os.PathLike[str] | None = None, **overrides: Any
+) -> nn.Module:
+    """A model of the catalog.
+
+    Args:
+        name: a model (``vit_base_patch16``), or a model with the tag of published weights
+            (``vit_base_patch16.mae_in1k_1600ep_ft_in1k``).
+        pretrained: load the published weights; without a tag, the model must have exactly one set of them.
+        weights: load these instead: the name of published weights, a path, an http(s) address or a hub id
+            (``hf://org/repo/file``), in the official layout or in ours.
+        overrides: further arguments of the model. With weights, ``num_classes`` and ``in_chans`` start anew just the
+            parameters whose shape they change (a warning names them), and ``img_size`` resizes position tables.
+
+    Raises:
+        ZooError: unknown names or options; weights that cannot be had, are not what was published, or do not match.
+    """
+    if weights is not None and os.fspath(weights) in catalog.list_weights():
+        if catalog.weight(os.fspath(weights))[1].model != catalog.model(name)[1].name:
+            raise ZooError(f"weights {os.fspath(weights)!r} are of another model than {name!r}")
+        name, weights, pretrained = os.fspath(weights), None, True
+    card, model = catalog.model(name)
+    entry = catalog.weight(name)[1] if "." in name else None
+    if pretrained and weights is None and entry is None:
+        entry = _only_weights(card, model.name)
+    architecture = Architecture(card, model.name, dict(entry.overrides) if entry else {})
+    net = architecture.build(**overrides)
+    if weights is not None:
+        known = [entry for entry in card.weights if entry.model == model.name]
+        converter = known[0].converter if known else "convert_official"
+        state = _convert(card, read_state_dict(_file_of(weights)), os.fspath(weights), converter)
+        fresh, spare = [key for e in known for key in e.fresh], [key for e in known for key in e.spare]
+        _load(net, state, architecture, overrides, os.fspath(weights), fresh, spare)
+    elif pretrained and entry is not None:
+        path = fetch_weights(entry.name)
+        try:
+            _load(net, _read_safetensors(path), architecture, overrides, entry.name, entry.fresh, entry.spare)
+        except ZooError:
+            if not entry.sha256 and not (overrides.keys() - set(ADAPTABLE)):
+                forget_weights(entry.name)  # the address gave something else than what the card says
+            raise
+    return net
+
+
+def create_preprocess(name: str, size: int | None = None) -> v2.Compose:
+    """The transform that weights expect: PIL image or uint8 tensor (..., 3, H, W) to float (..., 3, size, size).
+
+    A detector's keeps the picture's proportions: (3, H, W) to (3, h, w). `size` replaces the published size, for a
+    model created with another ``img_size``. For a model named without tag, all its weights must agree.
+    """
+    if "." in name:
+        facts = catalog.weight(name)[1].preprocess
+    else:
+        card, model = catalog.model(name)
+        published = [entry for entry in card.weights if entry.model == model.name]
+        if not published:
+            raise ZooError(f"{name!r} has no published weights, and so no preprocessing of their own")
+        facts = published[0].preprocess
+        if any(entry.preprocess != facts for entry in published):
+            raise ZooError(f"the weights of {name!r} differ in preprocessing; name one of {_names(published)}")
+    return _transform(facts, size or facts.size)
+
+
+def _transform(facts: Preprocess, size: int) -> v2.Compose:
+    from torchvision.transforms import v2
+
+    if facts.canvas:
+        from zoo.data.arc import Canvas
+
+        return v2.Compose([Canvas(size)])
+    if facts.longest is not None:
+        sized: list[Any] = [_ShortestEdge(size, facts.longest)]
+    else:
+        short_side = int(size / facts.crop_pct + 1e-6)
+        sized = [v2.Resize(short_side, v2.InterpolationMode(facts.interpolation), antialias=True), v2.CenterCrop(size)]
+    steps: list[Any] = [v2.ToImage(), *sized, v2.ToDtype(torch.float32, scale=True)]
+    if facts.channels == "bgr":
+        steps.append(_FlipChannels())
+    return v2.Compose([*steps, v2.Normalize(facts.mean, facts.std), v2.ToPureTensor()])
+
+
+class _ShortestEdge(nn.Module):
+    """Resizes a (3, H, W) uint8 picture as the detection data do."""
+
+    def __init__(self, short: int, longest: int) -> None:
+        super().__init__()
+        self.short, self.longest = short, longest
+
+    def forward(self, image: Tensor) -> Tensor:
+        from zoo.data.detection import resize_pil, shortest_edge_size
+
+        height, width = image.shape[-2:]
+        return resize_pil(image.as_subclass(Tensor), *shortest_edge_size(height, width, self.short, self.longest))
+
+
+class _FlipChannels(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return image.flip(-3)
+
+
+# ---- published weights ----------------------------------------------------------------------------------------------
+
+
+def fetch_weights(name: str) -> Path:
+    """The converted copy (safetensors) of published weights; fetched and converted at first use, checked at each."""
+    card, entry = catalog.weight(name)
+    _tell_licence(name, entry.licence, card.title)
+    folder = _folder(card, entry)
+    converted = folder / "converted.safetensors"
+    if _is_right(converted, card, entry):  # before the lock: a cache may be shared read-only
+        return converted
+    with download.lock(converted):
+        if _is_right(converted, card, entry):  # another process was first
+            return converted
+        if converted.exists():
+            download.say(f"{converted} is older than the code, or was changed since it was stored; converting anew")
+        original = download.fetch(entry.urls, folder / _file_name(entry), _published(entry))
+        try:
+            state = _convert(card, read_state_dict(original.path), name, entry.converter)
+        except ZooError:
+            if not entry.sha256:  # what was recorded at first use is no checkpoint: do not hold on to it
+                download.forget(folder / _file_name(entry))
+            raise
+        _write_safetensors(state, converted)
+        with download.replacing(folder / "converted.json") as file:
+            facts = {"source_sha256": original.sha256, "converter": _converter(card), "sha256": _sha256(converted)}
+            file.write_text(json.dumps(facts, indent=1))
+    return converted
+
+
+def _is_right(converted: Path, card: PaperCard, entry: Weight) -> bool:
+    """Whether the converted copy is there, unchanged, from the published file, and by the present code."""
+    record = _read_record(converted.with_suffix(".json"))
+    return (
+        converted.is_file()
+        and record.get("converter") == _converter(card)
+        and _is_published(record, entry)
+        and _sha256(converted) == record.get("sha256")
+    )
+
+
+def verify_weights(name: str) -> str:
+    """Checks the cached files of published weights against their checksums, and the weights against the model.
+
+    Returns a sentence that says what was checked; raises ZooError if the files are not there or not right.
+    """
+    card, entry = catalog.weight(name)
+    folder = _folder(card, entry)
+    original, converted = folder / _file_name(entry), folder / "converted.safetensors"
+    record = _read_record(folder / "converted.json")
+    if not converted.is_file():
+        raise ZooError(f"{name}: not in the cache ({folder}); `zoo weights get {name}` fetches it")
+    if original.is_file():
+        sha256, problem = download.check(original, _published(entry))
+        if problem or sha256 != record.get("source_sha256"):
+            raise ZooError(f"{original}: {problem or 'not the file that was recorded at first use'}")
+    elif not _is_published(record, entry):
+        raise ZooError(f"{name}: the cached copy does not come from the published file; `zoo weights get` mends it")
+    if _sha256(converted) != record.get("sha256"):
+        raise ZooError(f"{converted}: changed since it was stored; `zoo weights get {name}` mends it")
+    state = _read_safetensors(converted)
+    architecture = Architecture(card, entry.model, dict(entry.overrides))
+    if report := mismatch(state, shapes(architecture.on_meta())):
+        raise ZooError(f"{name} does not match {entry.model}: {report}")
+    against = "published" if entry.sha256 else "recorded at first use"
+    return f"sha256 {record['source_sha256']} as {against}; {len(state)} tensors match {entry.model} key for key"
+
+
+def convert_weights(name: str, out: str | os.PathLike[str], to: str | None = None) -> Path:
+    """Writes published weights, or those of a checkpoint of a task of ours, for use elsewhere; returns the path.
+
+    Args:
+        name: published weights, or (with `to`) a checkpoint file of ours, whose task tells the paper.
+        out: the file, ``.safetensors``. With `to` also ``.pth``, or ``.pkl`` with NumPy arrays, as in detectron2's
+            model zoo; these two can hold more than tensors by name.
+        to: a format among the EXPORTS of the paper's module; None: our own layout.
+
+    Raises:
+        ZooError: unknown weights or format, or a file that cannot hold it.
+    """
+    path = Path(out).expanduser()
+    if path.suffix not in (".safetensors", ".pth", ".pkl")[: None if to else 1]:
+        kinds = ".safetensors, .pth or .pkl" if to else ".safetensors"
+        raise ZooError(f"{os.fspath(out)!r}: converted weights are written as {kinds}")
+    if Path(name).is_file():
+        module, state = _module_of_checkpoint(Path(name)), read_state_dict(name)
+    else:
+        module, state = paper_module(catalog.weight(name)[0]), _read_safetensors(fetch_weights(name))
+    content: dict[str, Any] = state
+    if to is not None:
+        exports = getattr(module, "EXPORTS", {})
+        if to not in exports:
+            raise unknown("export format", to, exports)
+        content = exports[to](state)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_content(content, path)
+    return path
+
+
+def _module_of_checkpoint(path: Path) -> ModuleType:
+    """The module that defines the task which a checkpoint of ours was saved from."""
+    content = {} if _is_safetensors(path) else _unpickle(path)
+    kind = str(content.get("zoo_task", "")) if isinstance(content, Mapping) else ""
+    if not kind.startswith("zoo."):
+        raise ZooError(f"{path}: not a checkpoint of a task of the zoo; name published weights instead")
+    return importlib.import_module(kind.rpartition(".")[0])
+
+
+def _write_content(content: Mapping[str, Any], path: Path) -> None:
+    if path.suffix == ".safetensors":
+        if not all(isinstance(value, Tensor) for value in content.values()):
+            raise ZooError(f"{path}: this format holds more than tensors by name; write .pkl or .pth")
+        _write_safetensors(content, path)
+        return
+    with download.replacing(path) as file:
+        if path.suffix == ".pth":
+            torch.save(dict(content), file)
+        else:
+            file.write_bytes(pickle.dumps(_as_numpy(content)))
+
+
+def _as_numpy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_numpy(entry) for key, entry in value.items()}
+    return value.numpy() if isinstance(value, Tensor) else value
+
+
+def forget_weights(name: str) -> None:
+    """Removes the cached files of published weights."""
+    card, entry = catalog.weight(name)
+    folder = _folder(card, entry)
+    download.forget(folder / _file_name(entry))
+    for path in (folder / "converted.safetensors", folder / "converted.json"):
+        path.unlink(missing_ok=True)
+
+
+def _folder(card: PaperCard, entry: Weight) -> Path:
+    return cache_dir() / "weights" / card.slug / entry.name
+
+
+def _file_name(entry: Weight) -> str:
+    return _base_name(entry.urls[0])
+
+
+def _base_name(source: str) -> str:
+    return re.sub(r"[^\w.-]", "_", source.split("?")[0].split("#")[0].rstrip("/").rpartition("/")[2]) or "weights"
+
+
+def _published(entry: Weight) -> download.Published:
+    return download.Published(entry.sha256, entry.md5_prefix, entry.size)
+
+
+def _is_published(record: Mapping[str, str], entry: Weight) -> bool:
+    """Whether a converted copy was made from the very file that the card names."""
+    return entry.sha256 is None or record.get("source_sha256") == entry.sha256
+
+
+def _read_record(path: Path) -> dict[str, str]:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _converter(card: PaperCard) -> str:
+    """Changes with the code that converts, so that copies made by older code are not used."""
+    source = card.source.read_bytes()
+    return f"{__version__}-{hashlib.sha256(source).hexdigest()[:16]}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _tell_licence(name: str, licence: str, title: str) -> None:
+    download.say(f"weights {name}: licence {licence} ({title})")
+
+
+def _only_weights(card: PaperCard, model: str) -> Weight:
+    published = [entry for entry in card.weights if entry.model == model]
+    if not published:
+        raise ZooError(f"{model!r} has no published weights")
+    if len(published) > 1:
+        raise ZooError(f"{model!r} has several published weights; name one of {_names(published)}")
+    return published[0]
+
+
+def _names(entries: list[Weight]) -> str:
+    return ", ".join(entry.name for entry in entries)
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def paper_module(card: PaperCard) -> ModuleType:
+    """The paper's Python module, beside its card."""
+    if not card.is_own:
+        return importlib.import_module(card.import_name)
+    name, path = f"zoo_papers_{card.source.stem}", card.source
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__file__ == str(path):
+        return loaded
+    if not path.is_file():
+        raise ZooError(f"{card.path}: the paper's code {path.name} must lie beside its card")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's function with the arguments that belong to a set of weights."""
+
+    card: PaperCard
+    model: str
+    arguments: dict[str, Any]
+
+    def build(self, **overrides: Any) -> nn.Module:
+        """The network, with fresh parameters."""
+        function = getattr(paper_module(self.card), self.model)
+        try:
+            net: nn.Module = function(**{**self.arguments, **overrides})
+        except TypeError as error:
+            found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if found is None or found[1] not in overrides:
+                raise
+            raise unknown(f"option of {self.model}", found[1], _options(function)) from error
+        return net
+
+    def on_meta(self, **overrides: Any) -> nn.Module:
+        """The network without memory: names and shapes only."""
+        with torch.device("meta"):
+            return self.build(**overrides)
+
+
+def _options(function: Any) -> list[str]:
+    """The keyword arguments of a model's function, or of the class that it says it returns."""
+    known = set(inspect.signature(function).parameters)
+    kind = getattr(sys.modules[function.__module__], str(inspect.signature(function).return_annotation), None)
+    if inspect.isclass(kind):
+        known |= set(inspect.signature(kind).parameters)
+    return sorted(known - {"overrides", "kwargs", "self"})
+
+
+def shapes(net: nn.Module) -> dict[str, torch.Size]:
+    """The shape of each entry of the state dict."""
+    return {key: value.shape for key, value in net.state_dict().items()}
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, by name: safetensors, PyTorch, out of wrappers such as ``{"model": ...}``,
+    pickled NumPy arrays of Caffe2, Detectron and detectron2 (``.pkl``), Torch7 (``.t7``), by place, a folder or zip of
+    t5x, or flax (``.msgpack``, or a zip of ``checkpoint_<step>``), by path.
+
+    A prefix that every key carries (``module.``, ``model.``) is taken off; of a checkpoint of ours, the network is
+    taken (``network.``), not the metrics beside it. Nothing in the file is executed.
+
+    Raises:
+        ZooError: not a file, not a whole checkpoint, no tensors in it, or a pickle that wants to run code.
+    """
+    path = Path(path)
+    if t5x.is_checkpoint(path):
+        return t5x.read_state_dict(path)
+    if flax.is_checkpoint(path):
+        return flax.read_state_dict(path)
+    if not path.is_file():
+        raise ZooError(f"no weights file {str(path)!r}")
+    if _is_safetensors(path):
+        return _without_prefix(_read_safetensors(path))
+    if path.suffix == ".t7":
+        return torch7.read_state_dict(path)
+    if pickles.is_array_pickle(path):
+        return _without_prefix(_unwrap(pickles.read(path), path))
+    content = _unpickle(path)
+    state = _unwrap(content, path)
+    if "pytorch-lightning_version" in content:
+        network = {key: value for key, value in state.items() if key.startswith("network.")}
+        state = network or state
+    return _without_prefix(state)
+
+
+def read_source(source: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors that a task is to be initialised from, before conversion: a checkpoint of ours (.ckpt), a published
+    file, or the converted copy of published weights given by name.
+
+    Raises:
+        ZooError: no such file or name, or nothing that can be read.
+    """
+    path = Path(source)
+    if not path.is_file() and not t5x.is_checkpoint(path):
+        if path.suffix in (".ckpt", ".pth", ".pt", ".pkl", ".safetensors") or len(path.parts) > 1:
+            raise ZooError(f"init_from: no file {os.fspath(source)!r}")
+        path = fetch_weights(os.fspath(source))
+    return read_state_dict(path)
+
+
+def fill(
+    net: nn.Module, state: Mapping[str, Tensor], source: str | os.PathLike[str], wanted: Callable[[str], bool]
+) -> None:
+    """Loads `state` into the entries of `net` whose names are `wanted`: into all of these, and with nothing left over.
+
+    Raises:
+        ZooError: a key or shape differs; the first difference is named.
+    """
+    from lightning.pytorch.utilities import rank_zero_info
+
+    own = {key: value.shape for key, value in net.state_dict().items() if wanted(key)}
+    if report := mismatch(state, own):
+        raise ZooError(f"init_from: {os.fspath(source)} does not fit the model: {report}")
+    net.load_state_dict(state, strict=False)
+    rank_zero_info(f"encoder from {os.fspath(source)}: {len(state)} tensors")
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(9)
+    return path.suffix == ".safetensors" or (len(head) == 9 and head[8:] == b"{" and head[2:8] == bytes(6))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ZooError(f"{path}: not a whole safetensors file ({_one_line(error)})") from error
+
+
+def _write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    seen: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for key, value in state.items():
+        storage = value.untyped_storage()
+        shared = storage.data_ptr() in seen or storage.nbytes() != value.numel() * value.element_size()
+        seen.add(storage.data_ptr())
+        own[key] = value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous()
+    with download.replacing(path) as file:
+        save_file(own, file)
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL `?([\w.]+)", str(error))
+        if wanted:
+            problem = f"refused: the file wants to run code ({wanted[1]}); weights hold tensors and plain values only"
+        else:
+            problem = "not a whole PyTorch checkpoint, or one that holds more than tensors and plain values"
+        raise ZooError(f"{path}: {problem}") from error
+    except (
+        Exception
+    ) as error:  # torch raises whatever its readers meet: RuntimeError, EOFError, KeyError, ValueError ...
+        raise ZooError(f"{path}: not a whole PyTorch checkpoint ({_one_line(error)[:200]})") from error
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    """Descends from the top of a file to the dict whose values are tensors; entries beside tensors are left."""
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            tensors = {
+                str(key): torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                for key, value in content.items()
+                if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf")
+            }
+            if tensors:
+                return tensors
+            break
+        content = inner
+    keys = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+    raise ZooError(f"{path}: holds no tensors by name (top: {keys[:200]})")
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in PREFIXES:
+        if state and all(key.startswith(prefix) for key in state):
+            return _without_prefix({key.removeprefix(prefix): value for key, value in state.items()})
+    return state
+
+
+def _file_of(weights: str | os.PathLike[str]) -> Path:
+    """The local file of weights given by path, address or hub id."""
+    source = os.fspath(weights)
+    if not re.match(r"(https?|hf|file)://", source):
+        path = Path(source).expanduser()
+        if not path.is_file() and not t5x.is_checkpoint(path):
+            if path.suffix or os.sep in source:
+                raise ZooError(f"no weights file {source!r}")
+            raise unknown("weights", source, catalog.list_weights())
+        return path
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    return download.fetch([source], cache_dir() / "weights" / "others" / digest / _base_name(source)).path
+
+
+def _convert(card: PaperCard, state: dict[str, Tensor], name: str, converter: str) -> dict[str, Tensor]:
+    try:
+        converted: dict[str, Tensor] = getattr(paper_module(card), converter)(state)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ZooError(f"{name}: not a layout of {card.slug}'s checkpoints ({_one_line(error)})") from error
+    return converted
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def _load(
+    net: nn.Module,
+    state: dict[str, Tensor],
+    architecture: Architecture,
+    overrides: Mapping[str, Any],
+    name: str,
+    fresh: Sequence[str],
+    spare: Sequence[str],
+) -> None:
+    """Loads `state` into `net`, adapted to the overrides that may change shapes."""
+    wanted = shapes(net)
+    if shapes_of(state) != wanted:
+        head = _governed("num_classes", architecture, overrides, wanted)
+        free = head | _governed("in_chans", architecture, overrides, wanted)
+        if "img_size" in overrides:
+            free |= {key for key in wanted if key.endswith("pos_embed")}
+        report = mismatch(state, wanted, [*fresh, *head], [*spare, *head], free)
+        if report:
+            others = _fitting(state, architecture, overrides)
+            hint = f"; these are weights of {' or '.join(map(repr, others))}" if others else ""
+            raise ZooError(f"{name} does not match {architecture.model}: {report}{hint}")
+        state = adapt(state, net, name)
+    net.load_state_dict(state, strict=True)
+
+
+def _governed(
+    option: str, architecture: Architecture, overrides: Mapping[str, Any], wanted: Mapping[str, torch.Size]
+) -> set[str]:
+    """The entries of a state dict whose presence or shape depends on `option`, if that is among the overrides."""
+    if option not in overrides:
+        return set()
+    other = shapes(architecture.on_meta(**{**overrides, option: overrides[option] + 1}))
+    return {key for key in {*wanted, *other} if wanted.get(key) != other.get(key)}
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items()}
+
+
+def adapt(state: Mapping[str, Tensor], net: nn.Module, name: str) -> dict[str, Tensor]:
+    """`state` with the names and shapes of `net`: position tables resized, what does not fit taken fresh from `net`.
+
+    A warning names what starts anew and what of `state` is not used.
+    """
+    adapted: dict[str, Tensor] = {}
+    anew, resized = [], []
+    for key, own in net.state_dict().items():
+        given = state.get(key)
+        if given is not None and given.shape == own.shape:
+            adapted[key] = given
+        elif given is not None and _is_position_table(key, given, own):
+            adapted[key] = _resized(key, given, own, net)
+            resized.append(f"{key} {tuple(given.shape)} to {tuple(own.shape)}")
+        else:
+            adapted[key] = own
+            anew.append(f"{key} {tuple(own.shape)}")
+    unused = sorted(state.keys() - adapted.keys())
+    notes = [f"start anew: {', '.join(anew)}"] if anew else []
+    notes += [f"resized: {', '.join(resized)}"] if resized else []
+    notes += [f"not used: {', '.join(unused)}"] if unused else []
+    if notes:
+        warnings.warn(f"{name}: {'; '.join(notes)}", stacklevel=4)
+    return adapted
+
+
+def _is_position_table(key: str, given: Tensor, own: Tensor) -> bool:
+    return key.endswith("pos_embed") and given.ndim == own.ndim == 3 and given.shape[-1] == own.shape[-1]
+
+
+def _resized(key: str, given: Tensor, own: Tensor, net: nn.Module) -> Tensor:
+    from zoo.ops.pos_embed import resize_pos_embed
+
+    owner = key.rpartition(".")[0]
+    grid: Any = net.get_submodule(f"{owner}.patch_embed" if owner else "patch_embed").grid
+    return resize_pos_embed(given, grid, num_prefix=own.shape[1] - grid[0] * grid[1])
+
+
+def mismatch(
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, torch.Size],
+    fresh: Sequence[str] = (),
+    spare: Sequence[str] = (),
+    free: Container[str] = (),
+) -> str:
+    """What keeps `state` from matching the names and shapes `wanted`, in a line; empty if nothing does.
+
+    Patterns `fresh` may be missing, `spare` may be left over, and the entries `free` may be of another shape.
+    """
+    missing = [key for key in wanted if key not in state and not _in(key, fresh)]
+    left = [key for key in state if key not in wanted and not _in(key, spare)]
+    wrong = [
+        f"{key} {tuple(state[key].shape)} for {tuple(shape)}"
+        for key, shape in wanted.items()
+        if key in state and state[key].shape != shape and key not in free
+    ]
+    parts = (("missing", missing), ("unexpected", left), ("other shape", wrong))
+    return "; ".join(f"{len(keys)} {kind} ({_few(keys)})" for kind, keys in parts if keys)
+
+
+def _few(keys: list[str], most: int = 4) -> str:
+    return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
+
+
+def _in(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _fitting(state: Mapping[str, Tensor], architecture: Architecture, overrides: Mapping[str, Any]) -> list[str]:
+    """The paper's other models and weights that `state` does match, with those of the overrides that they take."""
+    card = architecture.card
+    candidates: list[tuple[str, str, dict[str, Any]]] = [(model.name, model.name, {}) for model in card.models]
+    candidates += [(entry.name, entry.model, entry.overrides) for entry in card.weights]
+    found: dict[str, str] = {}
+    for name, model, arguments in candidates:
+        if model == architecture.model or model in found:
+            continue
+        known = _options(getattr(paper_module(card), model))
+        taken = {key: value for key, value in overrides.items() if key in known}
+        try:
+            wanted = shapes(Architecture(card, model, arguments).on_meta(**taken))
+        except ZooError:  # the overrides do not suit this model
+            continue
+        if not mismatch(state, wanted):
+            found[model] = name
+    return sorted(found.values())
