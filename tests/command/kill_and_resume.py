@@ -2,11 +2,11 @@
 
 The suite does a few trials of one recipe; all: `python -m tests.command.kill_and_resume --trials 100`.
 
-A trial starts a shrunken run, ends it one to three times (SIGKILL, SIGTERM, SIGINT, SIGKILL amid a write of a checkpoint
-or amid its taking its name, SIGKILL of one of two ranks), resumes it with ``--ckpt_path last`` and compares weights,
-averages, queues, optimisers, schedules, the state of callbacks, every row that was logged (a fingerprint of each batch
-among them), the score and the best checkpoint: bit by bit. TMPDIR lies on another file system than the runs. Processes
-are forked from one that has imported everything, so that a start costs a second.
+A trial starts a shrunken run, ends it one to three times (SIGKILL, SIGTERM, SIGINT, SIGKILL amid a write of a
+checkpoint or amid its taking its name, SIGKILL of one of two ranks), resumes it with ``--ckpt_path last`` and compares
+weights, averages, queues, optimisers, schedules, the state of callbacks, every row that was logged (a fingerprint of
+each batch among them), the score and the best checkpoint: bit by bit. TMPDIR lies on another file system than the
+runs. Processes are forked from one that has imported everything, so that a start costs a second.
 """
 
 from __future__ import annotations
@@ -59,36 +59,34 @@ def _callbacks(*more: str) -> str:
     return f"--trainer.callbacks=[{', '.join([*more, last, f'{{class_path: {HERE}.Order}}'])}]"
 
 
-_PROBE = "{class_path: zoo.training.LinearProbe, init_args: {epochs: 2}}"
+_PROBE = "{class_path: zoo.training.LinearProbe, init_args: {epochs: 2, warmup_epochs: 0}}"
 _SAMPLING = (
     "{class_path: zoo.training.SamplingEvaluation, init_args: {num_samples: 16, extractor: random, reference: val,"
     " labels: balanced, every_n_epochs: 1, batch_size: 16}}"
 )
 _VIT = "--model.embed_dim=16 --model.depth=1 --model.num_heads=2"
-# What makes each recipe small: six batches an epoch.
+_IMAGES = '--data.options={"max_objects":1,"length":40} --data.train_samples=40 --data.batch_size=8'
+_MOCO = "--model.width=8 --model.dim=8 --model.queue_size=16"
+# What makes each recipe small: five batches an epoch.
 SMALL = {
-    "mae/pocket": f"{_VIT} --model.decoder_embed_dim=16 --model.decoder_depth=1 --model.decoder_num_heads=2"
-    " --data.train_samples=48 --data.batch_size=8 --data.eval_batch_size=8 --model.optim.global_batch=8",
-    "moco/pocket": "--model.width=8 --model.dim=8 --model.queue_size=16 --data.train_samples=48 --data.batch_size=8"
+    "mae/pocket": f"{_VIT} {_IMAGES} --model.decoder_embed_dim=16 --model.decoder_depth=1 --model.decoder_num_heads=2"
     " --model.optim.global_batch=8",
-    "moco_v2/pocket": "--model.width=8 --model.dim=8 --model.queue_size=16 --data.train_samples=48 --data.batch_size=8"
-    " --model.optim.global_batch=16",  # two batches a step
-    "preact_resnet/pocket": "--model.depth=8 --model.widths=[8,8,8] --data.train_samples=48 --data.batch_size=8"
-    " --model.optim.global_batch=8",
-    "flip/pocket": f"{_VIT} --model.text_embed_dim=16 --model.text_depth=1 --model.text_num_heads=2 --model.proj_dim=8"
-    " --data.train_samples=48 --data.batch_size=8 --data.eval_batch_size=8 --model.optim.global_batch=8",
+    "moco/pocket": f"{_MOCO} {_IMAGES} --model.optim.global_batch=8",
+    "moco_v2/pocket": f"{_MOCO} {_IMAGES} --model.optim.global_batch=16",  # two batches a step
+    "preact_resnet/pocket": f"{_IMAGES} --model.depth=8 --model.widths=[8,8,8] --model.optim.global_batch=8",
+    "flip/pocket": f"{_VIT} {_IMAGES} --model.text_embed_dim=16 --model.text_depth=1 --model.text_num_heads=2"
+    " --model.proj_dim=8 --data.eval_batch_size=8 --model.optim.global_batch=8",
     "varc/pocket": f"{_VIT} --model.mlp_dim=16 --data.batch_size=4 --data.eval_batch_size=4"
-    " --data.options={tasks:2,pairs:12,max_side:6} --trainer.limit_train_batches=6",
+    ' --data.options={"tasks":2,"pairs":12,"max_side":6} --trainer.limit_train_batches=5',
     "mask_rcnn/pocket": "--model.fpn.channels=8 --model.resnet.channels=8 --model.resnet.stem_channels=8"
-    " --model.box.fc_channels=8 --model.mask.channels=8 --model.mask.convs=1 --data.train_samples=12 --data.batch_size=2"
-    " --data.eval_batch_size=2 --model.optim.global_batch=2",
-    "meanflow/pocket": f"{_VIT} --data.train_samples=48 --data.batch_size=8 --data.eval_batch_size=8"
-    " --model.optim.global_batch=8",
-    "slowfast/pocket": "--model.width=8 --data.train_samples=24 --data.batch_size=4 --model.optim.global_batch=4",
+    " --model.box.fc_channels=8 --model.mask.channels=8 --model.mask.convs=1 --data.train_samples=10"
+    " --data.batch_size=2 --data.eval_batch_size=2 --model.optim.global_batch=2",
+    "meanflow/pocket": f"{_VIT} {_IMAGES} --data.eval_batch_size=8 --model.optim.global_batch=8",
+    "slowfast/pocket": "--model.width=8 --data.train_samples=20 --data.batch_size=4 --model.optim.global_batch=4",
 }
 MORE = {
     "mae/pocket": [_PROBE],
-    "moco/pocket": ["{class_path: zoo.training.KNNProbe}"],
+    "moco/pocket": ["{class_path: zoo.training.EMA, init_args: {decay: 0.9, name: slow}}"],
     "moco_v2/pocket": ["{class_path: zoo.training.EMA, init_args: {decay: 0.9}}"],
     "preact_resnet/pocket": [
         "{class_path: zoo.training.PreciseBN, init_args: {num_batches: 2}}",
@@ -99,9 +97,9 @@ MORE = {
 }
 # How an epoch can lie: validated at its end, in its middle, every second one; ended by epochs or by steps.
 WAYS = (
-    "--trainer.max_epochs=3 --trainer.check_val_every_n_epoch=1",
-    "--trainer.max_epochs=-1 --trainer.max_steps=15 --trainer.check_val_every_n_epoch=2",
-    "--trainer.max_epochs=2 --trainer.check_val_every_n_epoch=1 --trainer.val_check_interval=0.5",
+    "--trainer.max_epochs=2 --trainer.check_val_every_n_epoch=1",
+    "--trainer.max_epochs=-1 --trainer.max_steps=12 --trainer.check_val_every_n_epoch=2",
+    "--trainer.max_epochs=2 --trainer.check_val_every_n_epoch=1 --trainer.val_check_interval=0.4",
 )
 COMMON = (
     "--trainer.limit_val_batches=2 --trainer.num_sanity_val_steps=1 --trainer.log_every_n_steps=1"
@@ -128,6 +126,7 @@ class Setting:
 
 def warm() -> None:
     """Imports what runs import, so that forked processes need not."""
+    torch.set_num_threads(1)  # a fork keeps no threads
     import zoo.command.recipes
     import zoo.data.detection
     import zoo.training
@@ -180,7 +179,7 @@ def _fork(folder: Path, words: list[str], environment: dict[str, str], trap: Cal
 def _start(folder: Path, setting: Setting, other: str, trap: Callable[[], None] | None = None) -> list[int]:
     """Starts or resumes the run in `folder`; the ids of its processes."""
     resume = bool(list(folder.glob(f"runs/{setting.recipe}/*/checkpoints/[lp]*.ckpt")))
-    environment = {"TMPDIR": other, "ZOO_HOME": str(folder / "home")}
+    environment = {"TMPDIR": other, "ZOO_HOME": str(Path(other) / "home")}
     words = setting.words(resume)
     if setting.ranks == 1:
         return [_fork(folder, words, environment, trap)]
@@ -259,22 +258,27 @@ def _log(folder: Path) -> str:
     return (folder / "log").read_text(errors="replace")[-3000:]
 
 
-def uninterrupted(folder: Path, setting: Setting, other: str) -> tuple[dict[str, Any], float]:
-    """What a run left alone ends with, and its seconds."""
+def uninterrupted(folder: Path, setting: Setting, other: str) -> tuple[dict[str, Any], int]:
+    """What a run left alone ends with, and how many rows it logged."""
     folder.mkdir(parents=True)
-    begin = time.monotonic()
     if any(_wait(_start(folder, setting, other))):
         raise Failed(_log(folder))
-    return outcome(folder, setting), time.monotonic() - begin
+    return outcome(folder, setting), _rows(folder, setting)
+
+
+def _rows(folder: Path, setting: Setting) -> int:
+    """The rows that the newest run in `folder` has logged."""
+    found = sorted(folder.glob(f"runs/{setting.recipe}/*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    return found[-1].read_text().count("\n") if found else 0
 
 
 def killed(
-    folder: Path, setting: Setting, other: str, draw: random.Random, seconds: float, first: str | None = None
+    folder: Path, setting: Setting, other: str, draw: random.Random, rows: int, first: str | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """What a run ends with that was ended one to three times and resumed, and how it was ended.
 
     Args:
-        seconds: of the run left alone.
+        rows: that the run left alone logged.
         first: how it is ended the first time; the rest is drawn.
     """
     folder.mkdir(parents=True)
@@ -288,9 +292,11 @@ def killed(
             trap = _trap_naming(draw.randrange(1, 8), draw.random() < 0.5)
         children = _start(folder, setting, other, trap)
         if trap is None:
-            deadline = time.monotonic() + seconds * draw.uniform(0.2, 1.1)
-            while time.monotonic() < deadline and not _ended(children[0]):
-                time.sleep(0.01)
+            done = _rows(folder, setting)
+            wanted_rows, pause = draw.randrange(done, max(rows, done + 1)), draw.random() * 0.3
+            while _rows(folder, setting) < wanted_rows and not _ended(children[0]):
+                time.sleep(0.002)
+            time.sleep(pause)
             number_of = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[kind]
             targets = [draw.choice(children)] if kind == "kill" else children
             for child in targets:
@@ -337,7 +343,8 @@ def outcome(folder: Path, setting: Setting) -> dict[str, Any]:
 
 def _leaves(value: Any, place: str) -> list[tuple[str, Any]]:
     if isinstance(value, dict):
-        return [leaf for key, entry in value.items() for leaf in _leaves(entry, f"{place}.{key}")]
+        named = [(str(key).rpartition("/")[2], entry) for key, entry in value.items()]  # paths differ
+        return [leaf for key, entry in named for leaf in _leaves(entry, f"{place}.{key}")]
     if isinstance(value, list | tuple):
         return [leaf for key, entry in enumerate(value) for leaf in _leaves(entry, f"{place}.{key}")]
     return [(place, value)]
@@ -359,20 +366,20 @@ def trials(count: int, seed: int, folder: Path, recipes: list[str], report: Call
     draw = random.Random(seed)
     shared = Path("/dev/shm")
     other = tempfile.mkdtemp(dir=shared if shared.is_dir() else None)
-    references: dict[Setting, tuple[dict[str, Any], float]] = {}
+    references: dict[Setting, tuple[dict[str, Any], int]] = {}
     good: dict[str, int] = {}
     try:
         for trial in range(count):
             recipe = recipes[trial % len(recipes)]
             turn = trial // len(recipes)
             setting = Setting(recipe, turn % len(WAYS), 2 if turn % 5 == 4 else 1)
-            if setting not in references:
-                references[setting] = uninterrupted(folder / f"reference{len(references)}", setting, other)
-            reference, seconds = references[setting]
             place = folder / f"trial{trial}"
             first = "kill" if setting.ranks > 1 else KINDS[turn % len(KINDS)]
             try:
-                found, ends = killed(place, setting, other, draw, seconds, first)
+                if setting not in references:
+                    references[setting] = uninterrupted(folder / f"alone{trial}", setting, other)
+                reference, rows = references[setting]
+                found, ends = killed(place, setting, other, draw, rows, first)
                 differing = compare(reference, found)
             except Failed as error:
                 ends, differing = [], [str(error)]
@@ -384,6 +391,7 @@ def trials(count: int, seed: int, folder: Path, recipes: list[str], report: Call
                 report(f"    {line}")
             if not differing:
                 shutil.rmtree(place)
+                shutil.rmtree(folder / f"alone{trial}", ignore_errors=True)
     finally:
         shutil.rmtree(other, ignore_errors=True)
     return good

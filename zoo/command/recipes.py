@@ -164,6 +164,9 @@ class RecipeCLI(LightningCLI):
 
     def _refuse_finished(self, step: int, path: Any) -> None:
         assert self.standing is not None
+        run = run_of(Path(path), self.recipe)
+        if self.standing["ended"] and run is not None and not (run / "result.json").exists():
+            return  # it was stopped before its result was written
         epochs = self.standing["epochs"] + (self.standing["ended"] and self.standing["whole"])
         most_epochs, most_steps = self.config["trainer"]["max_epochs"], self.config["trainer"]["max_steps"]
         if most_epochs is None and most_steps == -1:
@@ -491,7 +494,8 @@ def _interrupted(cli: RecipeCLI, words: list[str]) -> Stopped:
 def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) -> None:
     if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    metrics = {key: float(value) for key, value in scalars(cli.trainer.callback_metrics).items()}
+    known = cli.last.metrics if cli.last is not None else {}  # where nothing was left to train
+    metrics = {key: float(value) for key, value in scalars({**known, **cli.trainer.callback_metrics}).items()}
     cli.folder.mkdir(parents=True, exist_ok=True)
     if cli.what == "predict":
         files.save(outputs, cli.folder / "predictions.pt")

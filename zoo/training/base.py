@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.training.checkpoints import settle, take_up
 from zoo.training.optim import Optim, build
 
 
@@ -148,8 +149,11 @@ class BaseModule(L.LightningModule):
                 " nothing was saved and the last good checkpoint is kept"
             )
         checkpoint["zoo_task"] = f"{type(self).__module__}.{type(self).__qualname__}"
-        if self._means and self.trainer.state.fn == TrainerFn.FITTING:
-            checkpoint["zoo_means"] = {name: mean.state(self.trainer) for name, mean in self._means.items()}
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            if "zoo_run" not in checkpoint:
+                checkpoint["zoo_run"] = settle(self.trainer, checkpoint)
+            if self._means:
+                checkpoint["zoo_means"] = {name: mean.state(self.trainer) for name, mean in self._means.items()}
         for key in checkpoint:
             if key.endswith("hyper_parameters"):
                 checkpoint[key] = _plain(checkpoint[key])
@@ -160,12 +164,16 @@ class BaseModule(L.LightningModule):
         Raises:
             ZooError: the checkpoint's weights are not of this network; one line names what differs.
         """
+        if self._trainer is None:  # load_from_checkpoint
+            return
         state: Any = checkpoint.get("state_dict")
         whole = not self.trainer.strategy.restore_checkpoint_after_setup  # else this process holds a part of them
         if self.strict_loading and whole and isinstance(state, Mapping):
             _refuse_other_weights(state, self.state_dict(), str(checkpoint.get("zoo_task", "")), self)
-        means = checkpoint.get("zoo_means", {}) if self.trainer.state.fn == TrainerFn.FITTING else {}
-        self._means = {name: _Mean.of(kept, self.trainer, self.device) for name, kept in means.items()}
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            take_up(self.trainer, checkpoint)
+            means = checkpoint.get("zoo_means", {}).items()
+            self._means = {name: _Mean.of(kept, self.trainer, self.device) for name, kept in means}
 
 
 class _Losses(L.Callback):

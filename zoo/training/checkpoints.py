@@ -151,7 +151,9 @@ def _validates(trainer: L.Trainer, epoch: int, batches: int, total: int) -> bool
 
 def take_up(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     """Under `max_steps` Lightning takes every state up as one inside an epoch: puts one between two epochs so."""
-    fit = checkpoint["loops"]["fit_loop"]
+    fit = (checkpoint.get("loops") or {}).get("fit_loop")
+    if fit is None:
+        return
     epoch, batch = fit["epoch_progress"]["current"], fit["epoch_loop.batch_progress"]
     between = len(set(epoch.values())) == 1 and batch["current"]["ready"] == batch["current"]["completed"] > 0
     if trainer.max_steps != -1 and between:
@@ -196,7 +198,7 @@ class LastCheckpoint(Checkpoint):
         self._steps = 0
         self._stamp = time.monotonic()
         self._pending = self._ended = self._resumed = self._due_between = False
-        self._metrics: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}  # those of the checkpoint that was taken up
 
     @property
     def path(self) -> Path:
@@ -220,7 +222,7 @@ class LastCheckpoint(Checkpoint):
         self._pending = self._ended = self.saved = self.stop = False
         if self._resumed:
             _refuse_other_optimizer(trainer)
-        values = {name: torch.tensor(value) for name, value in self._metrics.items()}
+        values = {name: torch.tensor(value) for name, value in self.metrics.items()}
         trainer.callback_metrics.update(values)  # those of earlier epochs are part of the score
         if trainer.is_global_zero:
             for left in self.path.parent.glob(".*.part"):  # of a save that was killed
@@ -312,7 +314,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            self._metrics, self._resumed = standing(checkpoint)["metrics"], True
+            self.metrics, self._resumed = standing(checkpoint)["metrics"], True
             take_up(trainer, checkpoint)
 
 
