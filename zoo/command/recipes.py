@@ -39,6 +39,7 @@ from zoo.command.runs import (
     SaveConfig,
     drop_empty,
     first_process,
+    folder_name,
     new_run_folder,
     newest_checkpoint,
     of_a_loader,
@@ -47,10 +48,12 @@ from zoo.command.runs import (
     safe_name,
     short_path,
 )
+from zoo.command.verdict import row_words, verdict, verdict_line
 from zoo.errors import ZooError
 from zoo.machine import cpu_has_bfloat16
 from zoo.paths import share
 from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint, SafeCheckpointIO, is_sharded, local, standing
+from zoo.weights.pretrained import load_published
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 # Facts of the data module that the model takes over, where its class has such an argument and nobody set it.
@@ -62,7 +65,10 @@ _NOT_OPTIONS = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", 
 
 
 def recipe_name(path: Path) -> str:
-    """The name of the recipe at `path`: relative to the recipes folder, as a saved config states it, or the stem."""
+    """The name of the recipe at `path`: relative to the recipes folder, as a saved config states it, or the stem.
+
+    That of a leaderboard row is its address, ``paper:row``; :func:`run_name` makes a folder's name of it.
+    """
     with contextlib.suppress(ValueError):
         return path.resolve().relative_to(share("recipes").resolve()).with_suffix("").as_posix()
     with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -70,6 +76,12 @@ def recipe_name(path: Path) -> str:
         if match := re.match(r"# recipe: (\S+)", first):
             return safe_name(match[1], safe_name(path.stem, "recipe"))
     return safe_name(path.stem, "recipe")
+
+
+def run_name(recipe: str) -> str:
+    """Where the runs of a recipe, or of a row, lie under ``runs/``."""
+    name = recipe if catalog.is_row(recipe) else recipe_name(catalog.recipe_path(recipe))
+    return folder_name(name)
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -86,6 +98,7 @@ class RecipeCLI(LightningCLI):
         name: the recipe's name, which names the run folder.
         subcommand: whose options (`--ckpt_path`, ...) the parser takes.
         args: the command line, the recipe itself included as `--config`.
+        asked: the part of it that the user wrote.
         unlinked: model arguments that the user set and which are therefore not taken from the data module.
         rich: a progress bar instead of plain lines.
         claim: make the run's folder; otherwise it is only named.
@@ -97,14 +110,16 @@ class RecipeCLI(LightningCLI):
         name: str,
         subcommand: str,
         args: list[str],
+        asked: Sequence[str],
         unlinked: set[str],
         rich: bool,
         claim: bool = False,
         checkpoints: SafeCheckpointIO | None = None,
     ) -> None:
         self.recipe, self.what, self.unlinked, self.rich = name, subcommand, unlinked, rich
-        self.words, self.claim = args, claim
+        self.words, self.claim = asked, claim
         self.folder = Path()
+        self.weights: dict[str, Any] = {}
         self.checkpoints = checkpoints or SafeCheckpointIO()
         self.standing: dict[str, Any] | None = None  # of the checkpoint that is taken up
         self.interrupt = Interrupt()
@@ -226,9 +241,9 @@ class RecipeCLI(LightningCLI):
         if self.standing is not None and not self.config["new_run"]:
             run = run_of(Path(self.config["ckpt_path"]), self.recipe)
             elsewhere = any(word.partition("=")[0] == "--trainer.default_root_dir" for word in self.words)
-            if run is not None and not (elsewhere and run.parent != (root / self.recipe).absolute()):
+            if run is not None and not (elsewhere and run.parent != (root / folder_name(self.recipe)).absolute()):
                 return Path(short_path(run))
-        return new_run_folder(root, self.recipe, self.claim)
+        return new_run_folder(root, folder_name(self.recipe), self.claim)
 
     def _fit_callbacks(self, config: Mapping[str, Any], given: list[Callback]) -> list[Callback]:
         from zoo.training.callbacks import default_callbacks
@@ -262,33 +277,40 @@ class RecipeCLI(LightningCLI):
 
 
 def _build(subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool, claim: bool = False) -> RecipeCLI:
+    checkpoints = SafeCheckpointIO()
+    argv, own = _find_checkpoint(str(recipe), argv, checkpoints)
+    name, args = command_line(recipe, argv, own)
+    return RecipeCLI(name, subcommand, args, argv, set_by_hand(args) | _linked(own), rich, claim, checkpoints)
+
+
+def command_line(
+    recipe: str | Path, argv: Sequence[str] = (), own: Mapping[str, Any] | None = None
+) -> tuple[str, list[str]]:
+    """The name of a recipe or row, and all words for its parser: the recipe's file, the row's options, the run's `own`
+    settings, then `argv`."""
     path = catalog.recipe_path(str(recipe))
     content = _check_recipe(path)
-    name = recipe_name(path)
-    checkpoints = SafeCheckpointIO()
-    argv, found = _find_checkpoint(content, name, argv, checkpoints)
-    settings: list[str] = []
-    if found is not None and (run := run_of(found, name)) is not None:
-        stated = _check_recipe(run / "config.yaml")
-        own = {key: stated[key] for key in ("seed_everything", "model", "data") if stated.get(key) is not None}
-        content, settings = content | own, ["--config", json.dumps(own)]
-        if first_process():
-            print(f"model and data: as in {short_path(run / 'config.yaml')}, but for what the command line says")
-    args = ["--config", str(path), *settings, *_without_its_data(content, argv), *_nested_nulls(argv)]
-    by_hand = _set_by_hand(args) | {t for t in LINKS.values() if t in (content["model"].get("init_args") or {})}
-    return RecipeCLI(name, subcommand, args, by_hand, rich, claim, checkpoints)
+    if catalog.is_row(str(recipe)):
+        name, row = str(recipe), row_words(catalog.row(str(recipe))[1])
+    else:
+        name, row = recipe_name(path), []
+    given = ["--config", str(path), *_nested_nulls(row)]
+    if own:
+        content, given = {**content, **own}, [*given, "--config", json.dumps(own)]
+    return name, [*given, *_without_its_data(content, row, argv), *_nested_nulls(argv)]
 
 
 # Settings of the data module that are about the recipe's own dataset.
 _OF_DATASET = ("options", "train_samples", "data_dir", "mean", "std", "rearc_dir", "rearc_limit", "tasks")
 
 
-def _without_its_data(content: Mapping[str, Any], argv: Sequence[str]) -> list[str]:
-    """The options that take back what a recipe says about its dataset, where the user gives another one."""
+def _without_its_data(content: Mapping[str, Any], row: Sequence[str], argv: Sequence[str]) -> list[str]:
+    """The options that take back what a recipe, or its row, says about its dataset, where the user gives another."""
     if not any(word.partition("=")[0] in ("--data.dataset", "--data.init_args.dataset") for word in argv):
         return []
-    stated = (content.get("data") or {}).get("init_args") or {}
-    return [f"--data.{key}=null" for key in _OF_DATASET if stated.get(key) is not None]
+    stated = {key for key, value in ((content.get("data") or {}).get("init_args") or {}).items() if value is not None}
+    stated |= {word.removeprefix("--data.").partition("=")[0].partition(".")[0] for word in row}
+    return [f"--data.{key}=null" for key in _OF_DATASET if key in stated]
 
 
 def _nested_nulls(argv: Sequence[str]) -> list[str]:
@@ -321,7 +343,7 @@ def _check_recipe(path: Path) -> dict[str, Any]:
     return content
 
 
-def _set_by_hand(args: Sequence[str]) -> set[str]:
+def set_by_hand(args: Sequence[str]) -> set[str]:
     """Which link targets the configs or options among `args` set themselves."""
     found: set[str] = set()
     for position, word in enumerate(args):
@@ -342,7 +364,8 @@ def load_recipe(
     """The module, data module and trainer of a recipe, ready for ``trainer.fit(module, datamodule)``.
 
     Args:
-        name: a recipe's name (``mae/pocket``), a unique prefix of it, or the path of a YAML file.
+        name: a recipe's name (``mae/pocket``), a unique prefix of it, the path of a YAML file, or a leaderboard row
+            (``mae:finetune_vit_b``): its recipe with its options.
         overrides: dotted keys and their values, as on the command line: ``{"trainer.max_epochs": 1}``.
 
     Raises:
@@ -362,12 +385,15 @@ def run(subcommand: str, recipe: str, argv: Sequence[str], debug: bool = False) 
         raise ValueError(subcommand)
     begin = time.monotonic()
     with _quiet(debug):
+        source, words = _published_weights(subcommand, recipe, argv)
         try:
-            cli = _build(subcommand, recipe, argv, rich=sys.stdout.isatty(), claim=True)
+            cli = _build(subcommand, recipe, words, rich=sys.stdout.isatty(), claim=True)
         except Finished as error:
             print(f"zoo: {error}", file=sys.stderr)
             return 0
         try:
+            if source is not None:
+                cli.weights = load_published(cli.model, source, _card_of(recipe), cli.datamodule)
             outputs = _train(cli, [recipe, *argv], debug)
         finally:
             drop_empty(cli.folder)
@@ -423,22 +449,60 @@ def _options(cli: RecipeCLI) -> dict[str, Any]:
     return options | ({"weights_only": True} if "weights_only" in known else {})
 
 
+def _published_weights(subcommand: str, recipe: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The published weights that an evaluation starts from, and `argv` without the option that names them.
+
+    Without `--weights`, a row is evaluated with those that it names, unless a checkpoint is given.
+    """
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--weights=") else [word])]
+    if "--weights" not in words:
+        own = catalog.row(recipe)[1].weights if catalog.is_row(recipe) and subcommand != "fit" else None
+        checkpoint = any(word.partition("=")[0] == "--ckpt_path" for word in words)
+        return (None if checkpoint else own), words
+    at = words.index("--weights")
+    if subcommand == "fit":
+        raise ZooError("--weights goes with validate, test and predict; a fit starts from --model.init_from")
+    if at + 1 == len(words):
+        raise ZooError("--weights wants the name of published weights or a file")
+    return words[at + 1], words[:at] + words[at + 2 :]
+
+
+def _card_of(recipe: str) -> catalog.PaperCard:
+    """The paper whose converters read weights for `recipe`."""
+    if catalog.is_row(recipe):
+        return catalog.row(recipe)[0]
+    return catalog.paper(recipe_name(catalog.recipe_path(recipe)).partition("/")[0])
+
+
 def _find_checkpoint(
-    content: Mapping[str, Any], name: str, argv: Sequence[str], checkpoints: SafeCheckpointIO
-) -> tuple[list[str], Path | None]:
-    """`argv` with ``last`` or ``best`` as the path in the newest run of this recipe, and that path."""
-    words = _split_path(argv)
+    recipe: str, argv: Sequence[str], checkpoints: SafeCheckpointIO
+) -> tuple[list[str], dict[str, Any]]:
+    """`argv` with ``--ckpt_path last`` or ``best`` as the path in the newest run of this recipe, and the settings of
+    that run: its seed, model and data."""
+    words, content = _split_path(argv), _check_recipe(catalog.recipe_path(recipe))
     if "--ckpt_path" not in words[:-1]:
         if content.get("ckpt_path") not in ("last", "best"):
-            return words, None
+            return words, {}
         words += ["--ckpt_path", content["ckpt_path"]]
     at = words.index("--ckpt_path") + 1
     if words[at] not in ("last", "best"):
-        return words, None
+        return words, {}
     root = _value_of(words, "--trainer.default_root_dir") or (content.get("trainer") or {}).get("default_root_dir")
-    path = newest_checkpoint(Path(root or "runs"), name, words[at], checkpoints.peek)
+    path = newest_checkpoint(Path(root or "runs"), run_name(recipe), words[at], checkpoints.peek)
     words[at] = str(path)
-    return words, path
+    if (run := run_of(path, run_name(recipe))) is None:
+        return words, {}
+    if first_process():
+        print(f"model and data: as in {short_path(run / 'config.yaml')}, but for what the command line says")
+    stated = _check_recipe(run / "config.yaml")
+    return words, {key: stated[key] for key in ("seed_everything", "model", "data") if stated.get(key) is not None}
+
+
+def _linked(own: Mapping[str, Any]) -> set[str]:
+    """Which link targets the settings of a run set themselves."""
+    model = own.get("model")
+    stated = (model.get("init_args") if isinstance(model, Mapping) else None) or {}
+    return {target for target in LINKS.values() if target in stated}
 
 
 def _split_path(words: Sequence[str]) -> list[str]:
@@ -470,6 +534,8 @@ def _announce(cli: RecipeCLI, options: Mapping[str, Any]) -> None:
     print(" · ".join(parts))
     if ckpt := options.get("ckpt_path"):
         print(f"from {ckpt}")
+    elif cli.weights:
+        print(f"weights {cli.weights['name']}")
     elif cli.what != "fit":
         print("no --ckpt_path: the weights are those the recipe starts from", file=sys.stderr)
     sys.stdout.flush()
@@ -502,7 +568,11 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
         print(f"predictions: {cli.folder / 'predictions.pt'}")
     else:
         print("score: " + (" · ".join(numbers(metrics)) or "no metric was logged"))
-    files.write_json(cli.folder / "result.json", result_record(cli, metrics, command, seconds))
+    record = result_record(cli, metrics, command, seconds)
+    if cli.what == "test" and catalog.is_row(cli.recipe):
+        record["verdict"] = verdict(cli.recipe, metrics, cli.words)
+        print(verdict_line(record["verdict"]))
+    files.write_json(cli.folder / "result.json", record)
     paths = [cli.last.last_model_path] if cli.last is not None else []
     paths += [getattr(callback, "best_model_path", "") for callback in cli.trainer.checkpoint_callbacks]
     for path in dict.fromkeys(short_path(path) for path in paths if path):

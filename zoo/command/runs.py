@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -36,9 +38,14 @@ _ORDER = ".order"  # in a run's folder: the how-manieth run of its recipe it is,
 def safe_name(name: str, otherwise: str) -> str:
     """`name` where it can name a folder under runs/, as mae/pocket does: relative, and no step up."""
     parts = name.split("/")
-    if len(name) <= 200 and all(re.fullmatch(r"[\w+=@-][\w.+=@-]*", part) for part in parts):
+    if len(name) <= 200 and all(re.fullmatch(r"[\w+=@-][\w.+=@:-]*", part) for part in parts):
         return name
     return otherwise
+
+
+def folder_name(name: str) -> str:
+    """Where the runs of a recipe, or of a leaderboard row, lie under ``runs/``."""
+    return name.replace(":", "/")
 
 
 def runs_of(root: Path, name: str) -> list[Path]:
@@ -108,7 +115,7 @@ def run_of(checkpoint: Path, name: str) -> Path | None:
     if folder.name != "checkpoints" or not config.is_file():
         return None
     with contextlib.suppress(OSError, UnicodeDecodeError), config.open(encoding="utf-8") as file:
-        if file.readline().strip() == f"# recipe: {name}":
+        if folder_name(file.readline().strip().removeprefix("# recipe: ")) == folder_name(name):
             return folder.parent
     return None
 
@@ -205,6 +212,7 @@ def result_record(cli: RecipeCLI, metrics: dict[str, float], command: list[str],
         "task": dump["model"]["class_path"],
         **{f"model.{key}": value for key, value in _flat(dump["model"].get("init_args") or {})},
         "ckpt_path": dump.get("ckpt_path"),
+        "weights": weights["name"] if (weights := cli.weights or _checkpoint(dump.get("ckpt_path"))) else None,
         "steps": cli.trainer.global_step,
         **{f"trainer.{key}": dump["trainer"].get(key) for key in _PROTOCOL_OF_TRAINER},
         "precision": cli.trainer.precision,
@@ -219,10 +227,15 @@ def result_record(cli: RecipeCLI, metrics: dict[str, float], command: list[str],
         "command": "zoo " + shlex.join(command),
         "metrics": metrics,
         "protocol": protocol,
+        "weights": weights or None,
         "seconds": round(seconds, 1),
         "date": datetime.date.today().isoformat(),
         "hardware": f"{platform.machine()} {os.cpu_count()} cores, {_device()}",
-        "versions": {"zoo": zoo.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "zoo": zoo.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "lightning", "numpy")},
+        },
     }
 
 
@@ -230,6 +243,14 @@ _PROTOCOL_OF_TRAINER = (
     *("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
     *("limit_train_batches", "limit_val_batches", "limit_test_batches", "deterministic", "sync_batchnorm"),
 )
+
+
+def _checkpoint(path: str | None) -> dict[str, Any]:
+    """Which weights a run started from: the file and its checksum."""
+    if path is None or not Path(path).is_file():
+        return {}
+    with Path(path).open("rb") as file:
+        return {"name": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _counts(trainer: Trainer) -> dict[str, int]:
