@@ -1,8 +1,8 @@
 """Reads files of torch.save, new (a zip) and old (joined pickles), without running anything in them.
 
-A file is surveyed before torch.load sees it: its pickle is read with stand-ins (:mod:`zoo.formats.pickles`), every tensor is
-checked against its storage and every storage against the file. So what is refused is named by its place and type, and
-no file takes more memory than it is long. torch.load then reads it with ``weights_only``, always.
+A file is surveyed before torch.load sees it: its pickle is read with stand-ins (:mod:`zoo.formats.pickles`), every
+tensor is checked against its storage and every storage against the file. So what is refused is named by its place
+and type, and no file takes more memory than it is long. torch.load then reads it with ``weights_only``, always.
 """
 
 from __future__ import annotations
