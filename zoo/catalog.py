@@ -98,7 +98,8 @@ class Weight(_Facts):
     `model` is the function it loads into (default: `name` up to the first dot), called with `overrides`; `converter` is
     the function of the paper's module that puts the file's keys into the model's names. Keys must match one for one,
     but for `fresh` (parameters of the model that the file need not have: a new head) and `spare`
-    (keys of the file that the model need not have), both patterns such as ``fc_norm.*``.
+    (keys of the file that the model need not have), both patterns such as ``fc_norm.*``. Of a file that holds raw
+    weights and their average, `use_ema` says which are published (null: the average).
     """
 
     name: Annotated[str, Field(pattern=r"^[^.\s]+\.[^\s]+$")]
@@ -115,6 +116,7 @@ class Weight(_Facts):
     overrides: dict[str, Any] = {}
     fresh: list[str] = []
     spare: list[str] = []
+    use_ema: bool | None = None
     preprocess: Preprocess
     metrics: list[WeightMetric] = []
     notes: str = ""

@@ -1,8 +1,8 @@
 """Reads files of torch.save, new (a zip) and old (joined pickles), without running anything in them.
 
-A file is surveyed before torch.load sees it: its pickle is read with stand-ins (:mod:`zoo.formats.pickles`), every tensor is
-checked against its storage and every storage against the file. So what is refused is named by its place and type, and
-no file takes more memory than it is long. torch.load then reads it with ``weights_only``, always.
+A file is surveyed before torch.load sees it: its pickle is read with stand-ins (:mod:`zoo.formats.pickles`), every
+tensor is checked against its storage and every storage against the file. So what is refused is named by its place and
+type, and no file takes more memory than it is long. torch.load then reads it with ``weights_only``, always.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def _survey_zip(path: Path) -> Any:
                        if entry.filename.startswith(folder)}  # fmt: skip
             return _Survey(archive.read(f"{root}data.pkl"), size, records).load()
     except zipfile.BadZipFile as error:
-        raise ZooError(f"not a whole zip ({pickles.short(str(error), 200)})") from error
+        raise ZooError(f"not a whole PyTorch checkpoint ({pickles.short(str(error), 200)})") from error
 
 
 def _spoilt(archive: zipfile.ZipFile, root: str) -> str | None:
