@@ -15,7 +15,7 @@ import difflib
 import fnmatch
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -282,7 +282,7 @@ class DataCard(_Facts):
 # ---- lists ----------------------------------------------------------------------------------------------------------
 
 
-def list_papers(field: str | None = None, pattern: str = "*") -> list[str]:
+def list_papers(field: str | None = None, pattern: str | Sequence[str] = "*") -> list[str]:
     """Slugs of the papers, of one `field` if given."""
     cards = _papers()
     fields = {card.field for card in cards.values()}.union(FIELDS)
@@ -291,14 +291,15 @@ def list_papers(field: str | None = None, pattern: str = "*") -> list[str]:
     return _matching((slug for slug, card in cards.items() if field in (None, card.field)), pattern)
 
 
-def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
-    """Names of the models; with `pretrained`, of the published weights (``model.tag``) that can be loaded."""
+def list_models(pattern: str | Sequence[str] = "*", pretrained: bool = False) -> list[str]:
+    """Names of the models that match a pattern, or one of several; with `pretrained`, of the published weights
+    (``model.tag``) that can be loaded."""
     if pretrained:
         return list_weights(pattern)
     return _matching((entry.name for card in _papers().values() for entry in card.models), pattern)
 
 
-def list_weights(pattern: str = "*", licence: str | None = None) -> list[str]:
+def list_weights(pattern: str | Sequence[str] = "*", licence: str | None = None) -> list[str]:
     """Names of the published weights, of a `licence` (a pattern too: ``CC-BY*``) if given."""
     entries = [entry for card in _papers().values() for entry in card.weights]
     if licence is not None:
@@ -307,13 +308,13 @@ def list_weights(pattern: str = "*", licence: str | None = None) -> list[str]:
     return _matching((entry.name for entry in entries), pattern)
 
 
-def list_recipes(pattern: str = "*") -> list[str]:
+def list_recipes(pattern: str | Sequence[str] = "*") -> list[str]:
     """Names of the recipes: ``<paper>/<recipe>``."""
     root = share("recipes")
     return _matching((path.relative_to(root).with_suffix("").as_posix() for path in root.glob("*/*.yaml")), pattern)
 
 
-def list_datasets(pattern: str = "*") -> list[str]:
+def list_datasets(pattern: str | Sequence[str] = "*") -> list[str]:
     """Names of the data sets that have a card."""
     return _matching((path.stem for path in share("data").glob("*.yaml")), pattern)
 
@@ -385,11 +386,14 @@ def recipe_header(recipe: str | os.PathLike[str]) -> str:
     return "\n".join(lines).strip()
 
 
-def _matching(names: Iterable[str], pattern: str) -> list[str]:
-    """The `names` that match a shell `pattern`, or contain it where it has no wildcard; sorted, each once."""
-    if not any(mark in pattern for mark in "*?["):
-        pattern = f"*{pattern}*"
-    return sorted({name for name in names if fnmatch.fnmatchcase(name, pattern)})
+def _matching(names: Iterable[str], pattern: str | Sequence[str]) -> list[str]:
+    """The `names` that match a shell `pattern` (or one of several), or contain it where it has no wildcard; sorted,
+    each once."""
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    if not all(isinstance(one, str) for one in patterns):
+        raise ZooError(f"a pattern is text such as 'mae*', or a list of such, not {pattern!r}")
+    whole = [one if any(mark in one for mark in "*?[") else f"*{one}*" for one in patterns]
+    return sorted({name for name in names if any(fnmatch.fnmatchcase(name, one) for one in whole)})
 
 
 # ---- reading cards --------------------------------------------------------------------------------------------------

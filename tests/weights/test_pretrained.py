@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -724,7 +725,6 @@ def test_the_card_says_which_weights_are_published(papers: Card, server: Server,
 def test_weights_that_are_not_numbers_are_refused(papers: Card, tmp_path: Path, suffix: str) -> None:
     import pickle
 
-    import numpy as np
     from safetensors.torch import save_file
 
     path = tmp_path / f"mine.{suffix}"
@@ -827,6 +827,32 @@ def test_preprocess_is_that_of_the_weights(papers: Card) -> None:
     torch.testing.assert_close(create_preprocess("tiny_vit.ft")(picture), out.flip(0))
     with pytest.raises(ZooError, match="differ in preprocessing"):
         create_preprocess("tiny_vit")
+
+
+def test_preprocess_takes_what_users_have(papers: Card, tmp_path: Path) -> None:
+    from PIL import Image
+
+    path = tmp_path / "photo.png"
+    Image.effect_noise((50, 40), 60).save(path)  # gray
+    prepare = create_preprocess("tiny_vit.ft")
+    wanted = prepare(path)
+    assert wanted.shape == (3, 16, 16)
+    tensor = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    for picture in (str(path), path.read_bytes(), tensor, tensor[None]):
+        torch.testing.assert_close(prepare(picture), wanted.expand(*prepare(picture).shape))
+    torch.testing.assert_close(prepare(Image.open(path)), wanted, atol=0.05, rtol=0)  # Pillow rounds between its passes
+    turned = Image.open(path).rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 270 degrees
+    turned.save(tmp_path / "turned.png", exif=exif)
+    torch.testing.assert_close(prepare(tmp_path / "turned.png"), wanted)
+    for wrong, kind in ((7, "an? int"), (tensor[0], r"a tensor \(40, 50\)"), ([tensor], "a list")):
+        with pytest.raises(
+            ZooError, match=f"preprocessing takes a path, a PIL image or a uint8 tensor .*, not {kind}$"
+        ):
+            prepare(wrong)
+    with pytest.raises(ZooError, match=r"cannot read .*no\.jpg"):
+        prepare("no.jpg")
 
 
 def test_the_record_says_where_a_file_came_from(papers: Card, server: Server) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -63,9 +62,8 @@ def read_state_dict(path: Path, use_ema: bool | None = None) -> dict[str, Tensor
         return _read_msgpack(found, use_ema)
     if not zipfile.is_zipfile(path):
         return _read_msgpack(path, use_ema)
-    with zips.opened(path) as archive, tempfile.TemporaryDirectory(prefix="zoo-flax-") as name:
-        zips.unpack(archive, path, Path(name))
-        return read_state_dict(Path(name), use_ema)
+    with zips.unpacked(path) as folder:
+        return read_state_dict(folder, use_ema)
 
 
 def _below(folder: Path) -> Path | None:

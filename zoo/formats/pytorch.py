@@ -175,8 +175,6 @@ def read(path: Path, mmap: bool = False, map_location: Any = "cpu") -> Any:
         raise
     except Refused as error:
         raise ZooError(f"not a whole PyTorch checkpoint ({pickles.short(str(error), 200)})") from error
-    except OSError as error:
-        raise ZooError(f"cannot be read ({error.strerror or error})") from error
     except Exception as error:  # torch and pickle raise whatever they meet: RuntimeError, EOFError, KeyError ...
         wanted = re.search(r"GLOBAL `?([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         problem = f"it names {wanted[1]}" if wanted else pickles.short(str(error), 200) or type(error).__name__

@@ -10,7 +10,6 @@ Wants the extra ``jax`` (tensorstore, msgpack).
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -46,15 +45,16 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if index is None:
             raise ZooError(f"{path}: no t5x checkpoint, it has no file {INDEX!r}")
         return _read(index)
-    with zips.opened(path) as archive, tempfile.TemporaryDirectory(prefix="zoo-t5x-") as name:
-        inside = _index_in(archive.namelist())
-        if inside is None:
+    inside = _index_in(zips.names(path))
+    if inside is None:
+        with zips.opened(path):  # says so where it is no zip
             raise ZooError(f"{path}: no t5x checkpoint, it has no file {INDEX!r}")
-        base = str(PurePosixPath(inside).parent)
-        start = "" if base == "." else f"{base}/"
-        wanted = [m for m in archive.namelist() if m == inside or m.startswith(f"{start}target.")]
-        zips.unpack(archive, path, Path(name), wanted)
-        return _read(Path(name) / inside)
+    base = str(PurePosixPath(inside).parent)
+    start = "" if base == "." else f"{base}/"
+    with zips.unpacked(
+        path, lambda names: [m for m in names if m == inside or m.startswith(f"{start}target.")]
+    ) as folder:
+        return _read(folder / inside)
 
 
 def _index_below(folder: Path) -> Path | None:

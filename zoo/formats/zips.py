@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,8 +60,19 @@ def check(archive: zipfile.ZipFile, path: Path, wanted: Sequence[str] | None = N
         )
 
 
-def unpack(archive: zipfile.ZipFile, path: Path, folder: Path, wanted: Sequence[str] | None = None) -> None:
-    """Unpacks `wanted` (default all) into `folder`, once :func:`check` has passed; "..", drives and the leading slash
-    of names are left out."""
-    check(archive, path, wanted)
-    archive.extractall(folder, wanted)
+@contextmanager
+def unpacked(path: Path, wanted: Callable[[list[str]], Sequence[str]] = lambda names: names) -> Iterator[Path]:
+    """A folder with the files of a zip (those `wanted` of all names), which goes when it was used; "..", drives and the
+    leading slash of names are left out. An error that names the folder names the zip instead.
+
+    Raises:
+        ZooError: as of :func:`opened` and :func:`check`.
+    """
+    with opened(path) as archive, tempfile.TemporaryDirectory(prefix="zoo-zip-") as name:
+        names = list(wanted(archive.namelist()))
+        check(archive, path, names)
+        archive.extractall(name, names)
+        try:
+            yield Path(name)
+        except ZooError as error:
+            raise ZooError(str(error).replace(name, str(path))) from error

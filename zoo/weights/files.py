@@ -153,8 +153,16 @@ def _read(path: Path, use_ema: bool | None) -> dict[str, Tensor]:
 def _read_npz(path: Path) -> dict[str, Tensor]:
     with zips.opened(path) as archive:
         zips.check(archive, path)
+    arrays = {}
     with np.load(path, allow_pickle=False) as content:
-        state = _tensors({key: content[key] for key in content.files})
+        for key in content.files:
+            try:
+                arrays[key] = content[key]
+            except ValueError as error:  # objects, which are pickles
+                if "allow_pickle" not in str(error):
+                    raise
+                raise ZooError(f"{path}: {pickles.refusal((key,), 'numpy.ndarray of objects')}") from error
+    state = _tensors(arrays)
     if not state:
         raise ZooError(f"{path}: holds no tensors by name")
     return state

@@ -103,7 +103,8 @@ def create_model(
 
 
 def create_preprocess(name: str, size: int | None = None) -> v2.Compose:
-    """The transform that weights expect: PIL image or uint8 tensor (..., 3, H, W) to float (..., 3, size, size).
+    """The transform that weights expect: a picture to float (..., 3, size, size). It takes the path of a file, its
+    bytes, a PIL image, or a uint8 tensor (..., 3, H, W); pictures are turned upright as their EXIF orientation says.
 
     A detector's keeps the picture's proportions: (3, H, W) to (3, h, w). `size` replaces the published size, for a
     model created with another ``img_size``. For a model named without tag, all its weights must agree.
@@ -133,10 +134,32 @@ def _transform(facts: Preprocess, size: int) -> v2.Compose:
     else:
         short_side = int(size / facts.crop_pct + 1e-6)
         sized = [v2.Resize(short_side, v2.InterpolationMode(facts.interpolation), antialias=True), v2.CenterCrop(size)]
-    steps: list[Any] = [v2.ToImage(), *sized, v2.ToDtype(torch.float32, scale=True)]
+    steps: list[Any] = [_Picture(), *sized, v2.ToDtype(torch.float32, scale=True)]
     if facts.channels == "bgr":
         steps.append(_FlipChannels())
     return v2.Compose([*steps, v2.Normalize(facts.mean, facts.std), v2.ToPureTensor()])
+
+
+class _Picture(nn.Module):
+    """What users have at hand as an image tensor, RGB."""
+
+    def forward(self, picture: Any) -> Tensor:
+        from PIL import Image, ImageOps
+        from torchvision.transforms.v2 import functional
+
+        from zoo.data.sources import decode_image, read_image
+
+        if isinstance(picture, Image.Image):
+            picture = ImageOps.exif_transpose(picture)
+            picture = picture if picture.mode == "RGB" else picture.convert("RGB")
+        elif isinstance(picture, str | os.PathLike):
+            picture = read_image(picture, upright=True)
+        elif isinstance(picture, bytes):
+            picture = decode_image(picture, upright=True)
+        elif not isinstance(picture, Tensor) or picture.ndim < 3 or picture.shape[-3] != 3:
+            kind = f"a tensor {tuple(picture.shape)}" if isinstance(picture, Tensor) else f"a {type(picture).__name__}"
+            raise ZooError(f"preprocessing takes a path, a PIL image or a uint8 tensor (..., 3, H, W), not {kind}")
+        return functional.to_image(picture)
 
 
 class _ShortestEdge(nn.Module):
