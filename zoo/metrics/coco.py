@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torchmetrics
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
+from zoo.metrics.gathered import Gathered
 
 IOU_TYPES = ("bbox", "segm", "keypoints")
 BACKENDS = ("faster_coco_eval", "pycocotools")
@@ -66,7 +66,7 @@ def encode_masks(masks: Any) -> list[dict[str, Any]]:
     ]
 
 
-class CocoAP(torchmetrics.Metric):
+class CocoAP(Gathered):
     """COCO's numbers, in percent, of all pictures seen.
 
     `update` takes lists of dicts, one a picture, in the pixels of its file:
@@ -90,8 +90,7 @@ class CocoAP(torchmetrics.Metric):
         ZooError: an unknown IoU type or backend, or sigmas that do not fit the keypoints.
     """
 
-    full_state_update = False
-    higher_is_better = True
+    sample = "picture"
     predictions: list[Tensor]
     truth: list[Tensor]
 
@@ -134,6 +133,7 @@ class CocoAP(torchmetrics.Metric):
         """Adds pictures; `preds` and `target` in the same order."""
         if len(preds) != len(target):
             raise ZooError(f"{len(preds)} predictions for {len(target)} pictures")
+        self._count()
         for found, true in zip(preds, target, strict=True):
             image_id = int(true["image_id"])
             self.predictions.append(self._line(self._record(found, image_id, ("scores",))))
@@ -158,9 +158,8 @@ class CocoAP(torchmetrics.Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The numbers; see the class."""
+        self._require()
         predictions, truth = _records(self.predictions), _records(self.truth)
-        if not truth:
-            raise ZooError("COCO's AP needs pictures (update) first")
         results: dict[str, float] = {}
         for kind in self.iou_types:
             results |= self._of_type(kind, predictions, truth)
