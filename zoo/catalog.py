@@ -15,6 +15,7 @@ import difflib
 import fnmatch
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +30,8 @@ from zoo.paths import cache_dir, share
 FIELDS = ("recognition", "selfsup", "detection", "video", "multimodal", "generation", "beyond")
 _PACKAGE = Path(__file__).resolve().parent
 
+# A name that a run logs, or a linear expression of one.
+LOGGED = r"^(?:(?P<offset>\d+(?:\.\d+)?) (?P<sign>[+-]) )?(?:(?P<scale>\d+(?:\.\d+)?) \* )?(?P<name>\S+)$"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -139,9 +142,15 @@ class Measured(_Facts):
 
 
 class Row(_Facts):
-    """A line of a leaderboard: a published value and its protocol, the recipe that is that line, and our own value."""
+    """A line of a leaderboard: a published value and its protocol, what runs it, and our own value.
 
-    id: str
+    ``PAPER:ID`` is its address. It is its `recipe` with `options` (dotted keys as on the command line). `weights` names
+    published weights that give the number without training. `logged` is how the value follows from what a run logs,
+    such as ``100 - 100 * test/top1``, and `tolerance` how far a measured value may lie from the published one, in the
+    unit of the row; both have defaults by metric (:mod:`zoo.command.verdict`).
+    """
+
+    id: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     dataset: str
     metric: str
     unit: str = ""
@@ -150,6 +159,10 @@ class Row(_Facts):
     where: str
     protocol: dict[str, Any] = {}
     recipe: str | None = None
+    options: dict[Annotated[str, Field(pattern=r"^[a-z_]\w*(\.\w+)*$")], Any] = {}
+    weights: str | None = None
+    logged: Annotated[str, Field(pattern=LOGGED)] | None = None
+    tolerance: Annotated[float, Field(gt=0)] | None = None
     cost: str | None = None
     measured: Measured | None = None
     status: Literal["verified", "partly", "not run"] = "not run"
@@ -159,6 +172,8 @@ class Row(_Facts):
     def _status_is_backed(self) -> Row:
         if (self.measured is None) != (self.status == "not run"):
             raise ValueError(f"row {self.id!r}: status {self.status!r} and `measured` do not agree")
+        if self.recipe is None and (self.options or self.weights):
+            raise ValueError(f"row {self.id!r}: options and weights are of a recipe, and it names none")
         return self
 
 
@@ -217,6 +232,9 @@ class PaperCard(_Facts):
         for entry in self.weights:
             if entry.model not in models:
                 raise ValueError(f"weights {entry.name!r} name {entry.model!r}, which is none of the card's models")
+        for row in self.leaderboard:
+            if row.weights is not None and row.weights not in {entry.name for entry in self.weights}:
+                raise ValueError(f"row {row.id!r}: {row.weights!r} is none of the card's weights")
         return self
 
     @property
@@ -314,6 +332,11 @@ def list_recipes(pattern: str | Sequence[str] = "*") -> list[str]:
     return _matching((path.relative_to(root).with_suffix("").as_posix() for path in root.glob("*/*.yaml")), pattern)
 
 
+def list_rows(pattern: str | Sequence[str] = "*") -> list[str]:
+    """Addresses of the leaderboards' rows, ``paper:id``."""
+    return _matching((f"{card.slug}:{row.id}" for card in _papers().values() for row in card.leaderboard), pattern)
+
+
 def list_datasets(pattern: str | Sequence[str] = "*") -> list[str]:
     """Names of the data sets that have a card."""
     return _matching((path.stem for path in share("data").glob("*.yaml")), pattern)
@@ -349,6 +372,21 @@ def weight(name: str) -> tuple[PaperCard, Weight]:
     return entries[name]
 
 
+def row(name: str) -> tuple[PaperCard, Row]:
+    """The paper and the entry of a leaderboard row, ``paper:id``."""
+    slug, _, key = name.partition(":")
+    card = paper(slug)
+    for entry in card.leaderboard:
+        if entry.id == key:
+            return card, entry
+    raise unknown("leaderboard row", name, (f"{slug}:{entry.id}" for entry in card.leaderboard))
+
+
+def is_row(name: str) -> bool:
+    """Whether `name` is the address of a row, known or not: a word, a colon and a word."""
+    return re.fullmatch(r"\w+:[\w.-]+", name) is not None and not Path(name).is_file()
+
+
 def data_card(name: str) -> DataCard:
     """The card of a data set."""
     path = share("data") / f"{name}.yaml"
@@ -358,8 +396,13 @@ def data_card(name: str) -> DataCard:
 
 
 def recipe_path(recipe: str | os.PathLike[str]) -> Path:
-    """The file of a recipe given by name (``mae/pocket``), by the beginning of one name, or by path."""
+    """The file of a recipe given by name (``mae/pocket``), by the beginning of one name, by path, or by a row."""
     name = os.fspath(recipe)
+    if is_row(name):
+        _, entry = row(name)
+        if entry.recipe is None:
+            raise ZooError(f"the row {name} has no recipe: nothing here runs it (zoo show {name} says what is known)")
+        name = entry.recipe
     names = list_recipes()
     if name in names:
         return share("recipes") / f"{name}.yaml"

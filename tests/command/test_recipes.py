@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import zoo
 from zoo import catalog
-from zoo.command.recipes import newest_checkpoint, recipe_name
+from zoo.command.recipes import RecipeCLI, command_line, newest_checkpoint, recipe_name, set_by_hand
 from zoo.paths import share
+from zoo.weights.pretrained import Architecture, mismatch
 
 RECIPES = catalog.list_recipes()
+ROWS = {name: row for name in catalog.list_rows() if (row := catalog.row(name)[1]).recipe}
+
+
+class _Parsed(RecipeCLI):
+    """The command line of a recipe, with its parser, and nothing built."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+@cache
+def _parser(recipe: str, unlinked: frozenset[str]) -> Any:
+    return _Parsed(recipe, "test", command_line(recipe)[1], (), set(unlinked), False).parser
+
+
+@cache
+def _published(weights: str) -> dict[str, torch.Tensor]:
+    card, entry = catalog.weight(weights)
+    return Architecture(card, entry.model, entry.overrides).on_meta().state_dict()
 
 
 def test_there_are_recipes_and_every_paper_has_a_pocket_one() -> None:
@@ -32,7 +55,7 @@ def test_header_says_what_cost_and_command(name: str) -> None:
     assert len(first) > 20, "what it reproduces"
     if "/pocket" not in name:
         assert re.search(r"Table \d|Tab\. \d|section|appendix", header, re.IGNORECASE), "where the number stands"
-        assert re.search(r"\d+(\.\d+)?\s*%", header), "the number"
+        assert re.search(r"\d+(\.\d+)?\s*%|zoo leaderboard", header), "the number, or where it stands"
     assert re.search(r"V100|A100|H100|H200|TPU|core|GPU|CPU", header), "hardware and cost"
 
 
@@ -59,6 +82,39 @@ def test_leaderboard_rows_and_recipes_know_each_other(name: str) -> None:
     assert all(row.recipe in RECIPES for row in rows)
     first = re.search(r"pretrain|offline", name)  # a stage before the one that is measured
     assert "/pocket" in name or first or any(row.recipe == name for row in rows)
+
+
+@pytest.mark.parametrize("recipe", sorted({str(row.recipe) for row in ROWS.values()}))
+def test_rows_build_at_full_size(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row's options parse, and its network is built on the meta device; published weights fill it."""
+    monkeypatch.chdir(tmp_path)
+    parsed: dict[str, Any] = {}  # many rows are two metrics of one run
+    built: dict[str, Any] = {}
+    for name, row in ROWS.items():
+        if row.recipe != recipe:
+            continue
+        options = json.dumps(row.options)
+        if options not in parsed:
+            words = command_line(name)[1]
+            parser = _parser(recipe, frozenset(set_by_hand(words)))
+            config = parser.parse_args(words)
+            key = repr((config["model"], config["data"]))
+            if key not in built:
+                with torch.device("meta"):
+                    built[key] = parser.instantiate_classes(config).model
+            parsed[options] = built[key]
+        module = parsed[options]
+        assert all(parameter.is_meta for parameter in module.parameters())
+        if row.weights:
+            network = getattr(module, "network", module)
+            wanted = {key: value.shape for key, value in network.state_dict().items()}
+            spare = catalog.weight(row.weights)[1].spare
+            assert not mismatch(_published(row.weights), wanted, spare=spare), name
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_and_recipes_have_names_of_their_own() -> None:
+    assert not {name.replace(":", "/") for name in ROWS} & set(RECIPES)  # the names of run folders
 
 
 def test_names_of_recipes(tmp_path: Path) -> None:

@@ -100,9 +100,9 @@ def _parser() -> tuple[_Parser, list[str]]:
     parser.add_argument("--version", action="version", version=f"zoo {_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
     for name, text in {
-        "fit": "train a recipe: zoo fit mae/pocket [--trainer.max_epochs 1 ...]",
+        "fit": "train a recipe or a leaderboard row: zoo fit mae/pocket [--trainer.max_epochs 1 ...]",
         "validate": "a recipe's validation: zoo validate RECIPE --ckpt_path last",
-        "test": "a recipe's test: zoo test RECIPE --ckpt_path last",
+        "test": "a recipe's test: zoo test RECIPE --ckpt_path last; a row's, with its weights: zoo test PAPER:ROW",
         "predict": "a recipe's predictions, or: zoo predict MODEL IMAGE... -o OUT",
     }.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -116,13 +116,14 @@ def _parser() -> tuple[_Parser, list[str]]:
     form.add_argument("--json", action="store_true")
     one.set_defaults(do=_list)
 
-    one = commands.add_parser("show", help="one paper, model, weight, recipe or dataset")
-    one.add_argument("name")
+    one = commands.add_parser("show", help="one paper, model, weight, recipe, dataset or row of a leaderboard")
+    one.add_argument("name", help="a name, or PAPER:ROW")
     one.add_argument("--json", action="store_true")
     one.set_defaults(do=_show)
 
     one = commands.add_parser("leaderboard", help="published and measured numbers side by side")
     one.add_argument("paper", nargs="?")
+    one.add_argument("--results", metavar="FOLDER", help="show your own tests of rows that lie there too: runs")
     form = one.add_mutually_exclusive_group()
     form.add_argument("--markdown", metavar="FILE")
     form.add_argument("--html", metavar="FILE")
@@ -138,6 +139,8 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("--dtype", choices=["float64", "float32", "bfloat16", "float16"], help="default: the case's own")
     one.add_argument("--device", default="cpu")
     one.add_argument("--json", action="store_true")
+    one.add_argument("--make", action="store_true", help="how a case is made; with PAPER: a script that makes one")
+    one.add_argument("-o", "--out", metavar="FILE", help="--make PAPER: where the script is written")
     one.set_defaults(do=_parity)
 
     one = commands.add_parser("weights", help="published weights: get, verify, convert")
@@ -156,6 +159,13 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("b", metavar="B")
     one.add_argument("--json", action="store_true")
     one.set_defaults(do=_explain)
+
+    one = commands.add_parser("new", help="the files of a new paper to fill in: zoo new my_paper --field recognition")
+    one.add_argument("paper", nargs="?", help="its name: small letters, digits, underscores")
+    one.add_argument("--card_fields", action="store_true", help="print what a card may say, and write nothing")
+    one.add_argument("--field", help="recognition, selfsup, detection, video, multimodal, ...")
+    one.add_argument("--title", help="the paper's title")
+    one.set_defaults(do=_new)
 
     one = commands.add_parser("completion", help='a completion script: eval "$(zoo completion bash)"')
     one.add_argument("shell", choices=["bash", "zsh", "fish"])
@@ -261,7 +271,7 @@ def _config_among(options: list[str]) -> tuple[str, list[str]] | None:
 def _is_model(name: str) -> bool:
     from zoo import catalog
 
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith((".yaml", ".yml")) or catalog.is_row(name):
         return False
     models = {*catalog.list_models(), *catalog.list_weights()}
     if name in models:
@@ -371,7 +381,7 @@ def _show(arguments: argparse.Namespace, extra: list[str]) -> int:
 def _leaderboard(arguments: argparse.Namespace, extra: list[str]) -> int:
     from zoo.command import show
 
-    rows = show.leaderboard(arguments.paper)
+    rows = show.leaderboard(arguments.paper, arguments.results)
     if arguments.json:
         return _print_json(rows)
     for path, render in ((arguments.markdown, show.markdown), (arguments.html, show.html)):
@@ -390,6 +400,21 @@ def _explain(arguments: argparse.Namespace, extra: list[str]) -> int:
     if arguments.json:
         return _print_json(found)
     show.print_explanation(found)
+    return 0
+
+
+def _new(arguments: argparse.Namespace, extra: list[str]) -> int:
+    from zoo.command.new import card_fields, write_skeleton
+
+    if arguments.card_fields:
+        print(card_fields(), end="")
+        return 0
+    if arguments.paper is None or arguments.field is None:
+        raise ZooError("zoo new wants a name and a field: zoo new my_paper --field recognition")
+    for path in write_skeleton(arguments.paper, arguments.field, arguments.title):
+        print(path)
+    print("fill in what stands in capitals; CONTRIBUTING.md tells the rest, and it runs already:")
+    print(f"zoo fit {arguments.paper}/pocket")
     return 0
 
 
@@ -421,6 +446,8 @@ def _parity(arguments: argparse.Namespace, extra: list[str]) -> int:
     from zoo import parity
     from zoo.command import show
 
+    if arguments.make or arguments.out:
+        return _parity_make(arguments)
     verdicts = parity.run_cases(arguments.paper, dtype=arguments.dtype, device=arguments.device)
     rows = show.verdicts(verdicts)
     if arguments.json:
@@ -428,6 +455,23 @@ def _parity(arguments: argparse.Namespace, extra: list[str]) -> int:
     else:
         show.print_verdicts(rows)
     return int(not rows or any(row["ok"] is False for row in rows))
+
+
+def _parity_make(arguments: argparse.Namespace) -> int:
+    from zoo import parity
+
+    if not arguments.make or (arguments.out and not arguments.paper):
+        raise ZooError("-o goes with a paper's script: zoo parity --make PAPER -o make_case.py")
+    text = parity.template(arguments.paper) if arguments.paper else parity.GUIDE
+    if arguments.out:
+        path = Path(arguments.out)
+        if path.exists():
+            raise ZooError(f"{path} is there already; give another file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        text = f"{path}\n"
+    print(text, end="")
+    return 0
 
 
 def _weights(arguments: argparse.Namespace, extra: list[str]) -> int:
@@ -532,16 +576,23 @@ def _complete(words: list[str]) -> int:
     from zoo import catalog
 
     *done, prefix = words or [""]
+    typed = ""
+    if ":" in (prefix, *done[-1:]):  # bash breaks paper:row into words, and completes the last one only
+        typed = "".join([*done[-1:], ":"]) if prefix == ":" else "".join(done[-2:])
+        done, prefix = (done[:-1], typed) if prefix == ":" else (done[:-2], typed + prefix)
     candidates: list[str] = []
     if not done:
         candidates = _parser()[1]
     elif done[0] in ("predict", *RUN) and len(done) == 1:
         candidates = catalog.list_recipes("*") + (catalog.list_weights() if done[0] == "predict" else [])
+        candidates += [name for name in catalog.list_rows() if catalog.row(name)[1].recipe]
     elif done[0] == "list":
         candidates = list(KINDS) if len(done) == 1 else []
     elif done[0] == "show":
         candidates = [*catalog.list_papers(), *catalog.list_models(), *catalog.list_weights()]
-        candidates += [*catalog.list_recipes("*"), *catalog.list_datasets("*")]
+        candidates += [*catalog.list_recipes("*"), *catalog.list_datasets("*"), *catalog.list_rows()]
+    elif done[0] == "explain":
+        candidates = catalog.list_rows()
     elif done[0] in ("leaderboard", "claim", "parity"):
         candidates = catalog.list_papers()
     elif done[0] == "weights":
@@ -550,5 +601,5 @@ def _complete(words: list[str]) -> int:
         candidates = ["check", "latents", "stats"] if len(done) == 1 else catalog.list_datasets("*")
     elif done[0] == "completion":
         candidates = list(_SCRIPTS)
-    print("\n".join(name for name in candidates if name.startswith(prefix)))
+    print("\n".join(name.removeprefix(typed) for name in candidates if name.startswith(prefix)))
     return 0

@@ -34,9 +34,11 @@ from zoo import catalog
 from zoo.command.parse_errors import explain_parse_error, innermost
 from zoo.command.progress import Interrupt, PlainProgress, numbers, scalars
 from zoo.command.runs import SaveConfig, new_run_folder, newest_checkpoint, result_record, short_path
+from zoo.command.verdict import row_words, verdict, verdict_line
 from zoo.errors import ZooError
 from zoo.machine import cpu_has_bfloat16
 from zoo.paths import share
+from zoo.weights.pretrained import load_published
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 # Facts of the data module that the model takes over, where its class has such an argument and nobody set it.
@@ -48,7 +50,10 @@ _NOT_OPTIONS = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", 
 
 
 def recipe_name(path: Path) -> str:
-    """The name of the recipe at `path`: relative to the recipes folder, as a saved config states it, or the stem."""
+    """The name of the recipe at `path`: relative to the recipes folder, as a saved config states it, or the stem.
+
+    That of a leaderboard row is its address, ``paper:row``; :func:`run_name` makes a folder's name of it.
+    """
     with contextlib.suppress(ValueError):
         return path.resolve().relative_to(share("recipes").resolve()).with_suffix("").as_posix()
     with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -56,6 +61,12 @@ def recipe_name(path: Path) -> str:
         if match := re.match(r"# recipe: (\S+)", first):
             return match[1]
     return path.stem
+
+
+def run_name(recipe: str) -> str:
+    """Where the runs of a recipe, or of a row, lie under ``runs/``."""
+    name = recipe if catalog.is_row(recipe) else recipe_name(catalog.recipe_path(recipe))
+    return name.replace(":", "/")
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -68,14 +79,18 @@ class RecipeCLI(LightningCLI):
         name: the recipe's name, which names the run folder.
         subcommand: whose options (`--ckpt_path`, ...) the parser takes.
         args: the command line, the recipe itself included as `--config`.
+        asked: the part of it that the user wrote.
         unlinked: model arguments that the user set and which are therefore not taken from the data module.
         rich: a progress bar instead of plain lines.
     """
 
-    def __init__(self, name: str, subcommand: str, args: list[str], unlinked: set[str], rich: bool) -> None:
+    def __init__(
+        self, name: str, subcommand: str, args: list[str], asked: Sequence[str], unlinked: set[str], rich: bool
+    ) -> None:
         self.recipe, self.what, self.unlinked, self.rich = name, subcommand, unlinked, rich
-        self.words = args
+        self.words = asked
         self.folder = Path()
+        self.weights: dict[str, Any] = {}
         self.checkpoint: ModelCheckpoint | None = None
         super().__init__(
             LightningModule,
@@ -120,7 +135,7 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init["trainer"]
         root = Path(config["default_root_dir"] or "runs")
-        self.folder = new_run_folder(root, self.recipe)
+        self.folder = new_run_folder(root, self.recipe.replace(":", "/"))
         callbacks = config["callbacks"] or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if self.what == "fit":
@@ -184,23 +199,33 @@ class RecipeCLI(LightningCLI):
 
 
 def _build(subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool) -> RecipeCLI:
+    name, args = command_line(recipe, argv)
+    return RecipeCLI(name, subcommand, args, argv, set_by_hand(args), rich)
+
+
+def command_line(recipe: str | Path, argv: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """The name of a recipe or row, and all words for its parser: the recipe's file, the row's options, then `argv`."""
     path = catalog.recipe_path(str(recipe))
     content = _check_recipe(path)
-    name = recipe_name(path)
-    args = ["--config", str(path), *_without_its_data(content, argv), *_nested_nulls(argv)]
-    return RecipeCLI(name, subcommand, args, _set_by_hand(args), rich)
+    if catalog.is_row(str(recipe)):
+        name, row = str(recipe), row_words(catalog.row(str(recipe))[1])
+    else:
+        name, row = recipe_name(path), []
+    given = ["--config", str(path), *_nested_nulls(row)]
+    return name, [*given, *_without_its_data(content, row, argv), *_nested_nulls(argv)]
 
 
 # Settings of the data module that are about the recipe's own dataset.
 _OF_DATASET = ("options", "train_samples", "data_dir", "mean", "std", "rearc_dir", "rearc_limit", "tasks")
 
 
-def _without_its_data(content: Mapping[str, Any], argv: Sequence[str]) -> list[str]:
-    """The options that take back what a recipe says about its dataset, where the user gives another one."""
+def _without_its_data(content: Mapping[str, Any], row: Sequence[str], argv: Sequence[str]) -> list[str]:
+    """The options that take back what a recipe, or its row, says about its dataset, where the user gives another."""
     if not any(word.partition("=")[0] in ("--data.dataset", "--data.init_args.dataset") for word in argv):
         return []
-    stated = (content.get("data") or {}).get("init_args") or {}
-    return [f"--data.{key}=null" for key in _OF_DATASET if stated.get(key) is not None]
+    stated = {key for key, value in ((content.get("data") or {}).get("init_args") or {}).items() if value is not None}
+    stated |= {word.removeprefix("--data.").partition("=")[0].partition(".")[0] for word in row}
+    return [f"--data.{key}=null" for key in _OF_DATASET if key in stated]
 
 
 def _nested_nulls(argv: Sequence[str]) -> list[str]:
@@ -233,7 +258,7 @@ def _check_recipe(path: Path) -> dict[str, Any]:
     return content
 
 
-def _set_by_hand(args: Sequence[str]) -> set[str]:
+def set_by_hand(args: Sequence[str]) -> set[str]:
     """Which link targets the configs or options among `args` set themselves."""
     found: set[str] = set()
     for position, word in enumerate(args):
@@ -254,7 +279,8 @@ def load_recipe(
     """The module, data module and trainer of a recipe, ready for ``trainer.fit(module, datamodule)``.
 
     Args:
-        name: a recipe's name (``mae/pocket``), a unique prefix of it, or the path of a YAML file.
+        name: a recipe's name (``mae/pocket``), a unique prefix of it, the path of a YAML file, or a leaderboard row
+            (``mae:finetune_vit_b``): its recipe with its options.
         overrides: dotted keys and their values, as on the command line: ``{"trainer.max_epochs": 1}``.
 
     Raises:
@@ -274,8 +300,11 @@ def run(subcommand: str, recipe: str, argv: Sequence[str], debug: bool = False) 
         raise ValueError(subcommand)
     begin = time.monotonic()
     with _quiet(debug):
-        cli = _build(subcommand, recipe, _last_to_path(recipe, argv), rich=sys.stdout.isatty())
+        source, words = _published_weights(subcommand, recipe, argv)
+        cli = _build(subcommand, recipe, _last_to_path(recipe, words), rich=sys.stdout.isatty())
         trainer, options = cli.trainer, _options(cli)
+        if source is not None:
+            cli.weights = load_published(cli.model, source, _card_of(recipe), cli.datamodule)
         _announce(cli, options)
         before = signal.getsignal(signal.SIGINT)
         os.environ["ZOO_RUN_DIR"] = str(cli.folder)
@@ -304,6 +333,31 @@ def _options(cli: RecipeCLI) -> dict[str, Any]:
     return {key: cli.config_init[key] for key in known if key in cli.config_init}
 
 
+def _published_weights(subcommand: str, recipe: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The published weights that an evaluation starts from, and `argv` without the option that names them.
+
+    Without `--weights`, a row is evaluated with those that it names, unless a checkpoint is given.
+    """
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--weights=") else [word])]
+    if "--weights" not in words:
+        own = catalog.row(recipe)[1].weights if catalog.is_row(recipe) and subcommand != "fit" else None
+        checkpoint = any(word.partition("=")[0] == "--ckpt_path" for word in words)
+        return (None if checkpoint else own), words
+    at = words.index("--weights")
+    if subcommand == "fit":
+        raise ZooError("--weights goes with validate, test and predict; a fit starts from --model.init_from")
+    if at + 1 == len(words):
+        raise ZooError("--weights wants the name of published weights or a file")
+    return words[at + 1], words[:at] + words[at + 2 :]
+
+
+def _card_of(recipe: str) -> catalog.PaperCard:
+    """The paper whose converters read weights for `recipe`."""
+    if catalog.is_row(recipe):
+        return catalog.row(recipe)[0]
+    return catalog.paper(recipe_name(catalog.recipe_path(recipe)).partition("/")[0])
+
+
 def _last_to_path(recipe: str, argv: Sequence[str]) -> list[str]:
     """`argv` with ``--ckpt_path last`` (or ``best``) turned into the path in the newest run of this recipe."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--ckpt_path=") else [word])]
@@ -311,7 +365,7 @@ def _last_to_path(recipe: str, argv: Sequence[str]) -> list[str]:
         at = words.index("--ckpt_path") + 1
         if words[at] in ("last", "best"):
             root = _value_of(words, "--trainer.default_root_dir") or "runs"
-            found = newest_checkpoint(Path(root), recipe_name(catalog.recipe_path(recipe)), words[at])
+            found = newest_checkpoint(Path(root), run_name(recipe), words[at])
             words[at] = str(found)
         elif words[at] not in ("null", "hpc", "registry") and "://" not in words[at] and not Path(words[at]).exists():
             raise ZooError(f"--ckpt_path: no file {words[at]!r}")
@@ -342,6 +396,8 @@ def _announce(cli: RecipeCLI, options: Mapping[str, Any]) -> None:
     print(" · ".join(parts))
     if ckpt := options.get("ckpt_path"):
         print(f"from {ckpt}")
+    elif cli.weights:
+        print(f"weights {cli.weights['name']}")
     elif cli.what != "fit":
         print("no --ckpt_path: the weights are those the recipe starts from", file=sys.stderr)
     sys.stdout.flush()
@@ -373,7 +429,11 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
         print(f"predictions: {cli.folder / 'predictions.pt'}")
     else:
         print("score: " + (" · ".join(numbers(metrics)) or "no metric was logged"))
-    (cli.folder / "result.json").write_text(json.dumps(result_record(cli, metrics, command, seconds), indent=1) + "\n")
+    record = result_record(cli, metrics, command, seconds)
+    if cli.what == "test" and catalog.is_row(cli.recipe):
+        record["verdict"] = verdict(cli.recipe, metrics, cli.words)
+        print(verdict_line(record["verdict"]))
+    (cli.folder / "result.json").write_text(json.dumps(record, indent=1) + "\n")
     if cli.checkpoint is not None:
         for path in (cli.checkpoint.last_model_path, cli.checkpoint.best_model_path):
             if path and Path(path).stem != "recent":

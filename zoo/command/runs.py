@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -78,6 +80,7 @@ def result_record(cli: RecipeCLI, metrics: dict[str, float], command: list[str],
         "task": dump["model"]["class_path"],
         **{f"model.{key}": value for key, value in _flat(dump["model"].get("init_args") or {})},
         "ckpt_path": dump.get("ckpt_path"),
+        "weights": weights["name"] if (weights := cli.weights or _checkpoint(dump.get("ckpt_path"))) else None,
         "steps": cli.trainer.global_step,
         **{f"trainer.{key}": dump["trainer"].get(key) for key in _PROTOCOL_OF_TRAINER},
         "precision": cli.trainer.precision,
@@ -92,10 +95,15 @@ def result_record(cli: RecipeCLI, metrics: dict[str, float], command: list[str],
         "command": "zoo " + shlex.join(command),
         "metrics": metrics,
         "protocol": protocol,
+        "weights": weights or None,
         "seconds": round(seconds, 1),
         "date": datetime.date.today().isoformat(),
         "hardware": f"{platform.machine()} {os.cpu_count()} cores, {_device()}",
-        "versions": {"zoo": zoo.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "zoo": zoo.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "lightning", "numpy")},
+        },
     }
 
 
@@ -103,6 +111,14 @@ _PROTOCOL_OF_TRAINER = (
     *("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
     *("limit_train_batches", "limit_val_batches", "limit_test_batches", "deterministic", "sync_batchnorm"),
 )
+
+
+def _checkpoint(path: str | None) -> dict[str, Any]:
+    """Which weights a run started from: the file and its checksum."""
+    if path is None or not Path(path).is_file():
+        return {}
+    with Path(path).open("rb") as file:
+        return {"name": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _counts(trainer: Trainer) -> dict[str, int]:

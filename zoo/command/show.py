@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zoo import catalog
+from zoo.command.verdict import results_of, row_commands, tolerance_of
 from zoo.errors import ZooError, unknown
 from zoo.paths import share
 
@@ -139,11 +140,14 @@ def _resolve(name: str) -> tuple[str, str]:
     for kind, names in kinds.items():
         if name in names:
             return kind, name
+    if catalog.is_row(name):
+        catalog.row(name)
+        return "row", name
     if "/" in name or name.endswith((".yaml", ".yml")):
         catalog.recipe_path(name)
         return "recipe", name
     raise unknown(
-        "paper, model, weights, dataset or recipe", name, [known for names in kinds.values() for known in names]
+        "paper, model, weights, dataset, recipe or row", name, [known for names in kinds.values() for known in names]
     )
 
 
@@ -161,6 +165,10 @@ def describe(name: str) -> dict[str, Any]:
         return {"kind": kind, "paper": card.slug, **weight.model_dump(mode="json")}
     if kind == "dataset":
         return {"kind": kind, **catalog.data_card(name).model_dump(mode="json")}
+    if kind == "row":
+        card, row = catalog.row(name)
+        facts = {"kind": kind, "paper": card.slug, **row.model_dump(mode="json"), "tolerance": tolerance_of(row)}
+        return facts | {"commands": row_commands(name)}
     import yaml
 
     path = catalog.recipe_path(name)
@@ -176,7 +184,7 @@ def _rows_of_recipe(name: str) -> list[tuple[str, dict[str, Any]]]:
 
 def print_description(name: str) -> None:
     facts = describe(name)
-    printer = {"paper": _print_paper, "recipe": _print_recipe}.get(facts["kind"], _print_facts)
+    printer = {"paper": _print_paper, "recipe": _print_recipe, "row": _print_row}.get(facts["kind"], _print_facts)
     printer(facts)
 
 
@@ -282,6 +290,29 @@ def _print_recipe(facts: Mapping[str, Any]) -> None:
     console.print(Text("\n".join(line for line in text.splitlines() if not line.startswith("#")).strip()))
 
 
+def _print_row(facts: Mapping[str, Any]) -> None:
+    console = _console()
+    name = f"{facts['paper']}:{facts['id']}"
+    console.print(Text(name, style="bold"), Text(f"{facts['dataset']} {facts['metric']} of {facts['model']}"))
+    cells = dict(zip(_COLUMNS, _cells({**facts, "results": []}), strict=True))
+    tolerance = "" if facts["tolerance"] is None else f" (tolerance {facts['tolerance']:.2g})"
+    measured = f"{cells['measured']} on {cells['on']}" if facts["measured"] else "not yet"
+    lines = {
+        "published": f"{cells['published'] or 'no value'}, {facts['where']}{tolerance}",
+        "measured": f"{measured}, {facts['status']}",
+        "protocol": cells["protocol"],
+        "cost": facts["cost"],
+        "recipe": facts["recipe"],
+        "options": ", ".join(f"{key} {json.dumps(value)}" for key, value in facts["options"].items()),
+        "weights": facts["weights"],
+    }
+    for key, value in lines.items():
+        if value:
+            console.print(Text.assemble((f"{key}: ", "bold"), value))
+    for command in facts["commands"] or ["no recipe runs this row"]:
+        console.print(Text(f"  {command}"), soft_wrap=True)
+
+
 def _heading(text: str) -> None:
     _console().print(Text(f"\n{text}", style="bold underline"))
 
@@ -289,10 +320,20 @@ def _heading(text: str) -> None:
 # -------------------------------------------------------------------------------------------------------- leaderboards
 
 
-def leaderboard(paper: str | None = None) -> list[dict[str, Any]]:
-    """The rows of one paper or of all, grouped by dataset and metric, the best published value first."""
+def leaderboard(paper: str | None = None, results: str | None = None) -> list[dict[str, Any]]:
+    """The rows of one paper or of all, grouped by dataset and metric, the best published value first.
+
+    Each has the `command` that runs it, and with a folder of runs the `results` of one's own tests of it.
+    """
     cards = [catalog.paper(slug) for slug in ([paper] if paper else catalog.list_papers())]
-    rows = [{"paper": card.slug, **row.model_dump(mode="json")} for card in cards for row in card.leaderboard]
+    own = results_of(results) if results is not None else {}
+    rows = []
+    for card in cards:
+        for row in card.leaderboard:
+            name = f"{card.slug}:{row.id}"
+            command = f"zoo {'test' if row.weights else 'fit'} {name}" if row.recipe else None
+            facts = {"paper": card.slug, **row.model_dump(mode="json"), "command": command}
+            rows.append(facts | ({"results": own.get(name, [])} if results is not None else {}))
 
     def order(row: Mapping[str, Any]) -> tuple[Any, ...]:
         best = float("inf") if row["value"] is None else row["value"] * (-1 if row["higher_is_better"] else 1)
@@ -305,7 +346,10 @@ def _protocol(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {_short(value)}" for key, value in row["protocol"].items())
 
 
-_COLUMNS = ("id", "dataset", "metric", "model", "published", "where", "measured", "on", "status", "recipe", "protocol")
+_COLUMNS = (
+    *("id", "dataset", "metric", "model", "published", "where", "measured", "on", "status", "yours", "command"),
+    "protocol",
+)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -322,9 +366,16 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         number(measured.get("value")),
         ", ".join(filter(None, [measured.get("hardware", ""), measured.get("date", "")])),
         row["status"],
-        row["recipe"] or "",
+        "; ".join(
+            f"{number(entry['measured'])} ({entry['verdict']}, {entry['date']})" for entry in row.get("results") or []
+        ),
+        row.get("command") or "",
         _protocol(row),
     ]
+
+
+def _hidden(rows: Iterable[Mapping[str, Any]]) -> set[str]:
+    return set() if any("results" in row for row in rows) else {"yours"}
 
 
 def print_leaderboard(rows: list[dict[str, Any]], paper: bool = True) -> None:
@@ -332,7 +383,8 @@ def print_leaderboard(rows: list[dict[str, Any]], paper: bool = True) -> None:
     if not rows:
         print("no leaderboard rows")
         return
-    hidden = {"protocol", "recipe", "on"} if not paper else {"on"}
+    hidden = {"protocol", "command", "on"} if not paper else {"on"}
+    hidden |= _hidden(rows)
     kept = [i for i, name in enumerate(_COLUMNS) if name not in hidden]
     body = []
     for row in rows:
@@ -344,17 +396,21 @@ def print_leaderboard(rows: list[dict[str, Any]], paper: bool = True) -> None:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+    hidden = _hidden(rows)
+    columns = [name for name in _COLUMNS if name not in hidden]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in _cells(row)) + " |")
+        cells = [cell for name, cell in zip(_COLUMNS, _cells(row), strict=True) if name not in hidden]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def html(rows: list[dict[str, Any]]) -> str:
     """The rows as one HTML page without scripts."""
-    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+    kept = [i for i, name in enumerate(_COLUMNS) if name not in _hidden(rows)]
+    head = "".join(f"<th>{_COLUMNS[i]}</th>" for i in kept)
     body = "\n".join(
-        "<tr>" + "".join(f"<td>{_html.escape(cell)}</td>" for cell in _cells(row)) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{_html.escape(_cells(row)[i])}</td>" for i in kept) + "</tr>" for row in rows
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>zoo leaderboard</title>

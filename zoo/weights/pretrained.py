@@ -11,6 +11,7 @@ the record of its checksum, and ``converted.safetensors`` with the record of its
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fnmatch
 import hashlib
 import importlib
@@ -31,6 +32,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -490,6 +492,69 @@ def fill(
         raise ZooError(f"init_from: {os.fspath(source)} does not fit the model: {report}")
     net.load_state_dict(state, strict=False)
     rank_zero_info(f"encoder from {os.fspath(source)}: {len(state)} tensors")
+
+
+def load_published(
+    task: nn.Module, source: str | os.PathLike[str], card: PaperCard, data: Any = None
+) -> dict[str, str | None]:
+    """Loads published weights into the network of a task that is to be evaluated: every entry, with nothing fresh.
+
+    Args:
+        task: whose `network` is filled; its `init_from` is then left alone.
+        source: the name of published weights, or a file, address or hub id in the official layout or in ours.
+        card: the paper whose converters read a file.
+        data: the data module; weights are refused where it states another image size, mean or deviation than theirs.
+
+    Returns:
+        {name, sha256 of the file, licence}.
+
+    Raises:
+        ZooError: weights that cannot be had, do not match key for key, or are made for other pictures.
+    """
+    network = getattr(task, "network", task)
+    name = os.fspath(source)
+    wanted = shapes(network)
+    if name in catalog.list_weights():
+        card, entry = catalog.weight(name)
+        _check_pictures(entry, data)
+        path = fetch_weights(name)
+        state, candidates = read_safetensors(path), [entry]
+        sha256 = download.read_json(path.with_suffix(".json")).get("source_sha256")
+    else:
+        path = _file_of(source)
+        raw, sha256 = read_state_dict(path), _sha256(path) if path.is_file() else None
+        converters = dict.fromkeys(entry.converter for entry in card.weights) or ["convert_official"]
+        state, candidates = _first_that_reads(card, raw, name, list(converters)), list(card.weights)
+    spare = [key for entry in candidates for key in entry.spare]
+    state = {key: value for key, value in state.items() if key in wanted or not _in(key, spare)}
+    if report := mismatch(state, wanted):
+        raise ZooError(f"{name} does not match the recipe's {type(network).__name__}: {report}")
+    network.load_state_dict(state, strict=True)
+    if getattr(task, "init_from", None) is not None:
+        task.init_from = None  # type: ignore[assignment]
+    return {"name": name, "sha256": sha256, "licence": candidates[0].licence if len(candidates) == 1 else None}
+
+
+def _first_that_reads(
+    card: PaperCard, raw: dict[str, Tensor], name: str, converters: Sequence[str]
+) -> dict[str, Tensor]:
+    for converter in converters[:-1]:
+        with contextlib.suppress(ZooError):
+            return _convert(card, raw, name, converter)
+    return _convert(card, raw, name, converters[-1])
+
+
+def _check_pictures(entry: Weight, data: Any) -> None:
+    facts = entry.preprocess
+    if facts.canvas or facts.longest is not None:  # neither crop nor mean are the data module's
+        return
+    for key, theirs in (("image_size", facts.size), ("mean", facts.mean), ("std", facts.std)):
+        given = getattr(data, key, None)
+        if given is None:
+            continue
+        same = np.shape(given) == np.shape(theirs) and np.allclose(np.asarray(given, float), theirs, atol=1e-3)
+        if not same:
+            raise ZooError(f"{entry.name} expects pictures of {key} {theirs}; the recipe's data give {given}")
 
 
 def _write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
