@@ -789,6 +789,11 @@ def test_hub_ids(papers: Card, server: Server, tmp_path: Path) -> None:
 # ---- names and preprocessing ----------------------------------------------------------------------------------------
 
 
+def _pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
 def test_wrong_names_are_one_line(papers: Card, tmp_path: Path) -> None:
     for call, message in (
         (lambda: create_model("tiny_vitt"), "unknown model 'tiny_vitt'; did you mean 'tiny_vit'"),
@@ -796,6 +801,9 @@ def test_wrong_names_are_one_line(papers: Card, tmp_path: Path) -> None:
         (lambda: create_model("tiny_vit", pretrained=True), "name one of tiny_vit.ft, tiny_vit.encoder"),
         (lambda: create_model("tiny_vit", weights="tiny_mae.full"), "another model"),
         (lambda: create_model("tiny_vit", weights=tmp_path / "no.pth"), "no weights file"),
+        (lambda: create_model("tiny_vit", weights=tmp_path), "is a folder without a checkpoint of t5x or flax"),
+        (lambda: create_model("tiny_vit", weights=_pipe(tmp_path / "pipe.pth")), "is no regular file"),
+        (lambda: pretrained.read_source(tmp_path / "pipe.pth"), "is no regular file"),
         (lambda: pretrained.verify_weights("tiny_vit.ft"), "not in the cache"),
     ):
         with pytest.raises(ZooError, match=message) as caught:

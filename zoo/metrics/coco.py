@@ -103,7 +103,8 @@ class CocoAP(Gathered):
         backend: Literal["faster_coco_eval", "pycocotools"] = "faster_coco_eval",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        nothing = torch.zeros(0, dtype=torch.uint8)
+        super().__init__({"predictions": nothing, "truth": nothing}, **kwargs)
         for name in iou_types:
             if name not in IOU_TYPES:
                 raise unknown("IoU type", name, IOU_TYPES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,22 +43,31 @@ class Gathered(torchmetrics.Metric):
             name, sample = type(self).__name__, self.sample
             raise ZooError(f"{name} has seen no {sample}: it needs {sample}s before compute (update comes first)")
 
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        states = {name: getattr(self, name) for name in self._defaults if isinstance(self._defaults[name], list)}
-        empty = {name: self._rows.get(name) for name, state in states.items() if isinstance(state, list) and not state}
-        unknown = [name for name in states if name not in self._rows]
-        if unknown and torch.distributed.is_available() and torch.distributed.is_initialized():
-            mine = {name: (tuple(states[name][0].shape[1:]), states[name][0].dtype)
-                    for name in unknown if len(states[name])}  # fmt: skip
-            told: list[Any] = [None] * torch.distributed.get_world_size(self.process_group)
-            torch.distributed.all_gather_object(told, mine, self.process_group)
-            for name, (shape, dtype) in (item for one in told for item in one.items()):
-                if name in empty and empty[name] is None:
-                    empty[name] = torch.empty(0, *shape, dtype=dtype)
-        for name, rows in empty.items():
-            if rows is not None:
-                setattr(self, name, [rows.to(self.device)])
-        super().sync(*args, **kwargs)
+    def sync(
+        self,
+        dist_sync_fn: Callable | None = None,
+        process_group: Any = None,
+        should_sync: bool = True,
+        distributed_available: Callable | None = None,
+    ) -> None:
+        available = distributed_available or self.distributed_available_fn
+        if should_sync and callable(available) and available() and not self._is_synced:
+            self._agree(process_group or self.process_group)
+        super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
+
+    def _agree(self, group: Any) -> None:
+        """Puts rows of the right shape and type, none of them, where this process has no rows of a state."""
+        states = {name: getattr(self, name) for name, default in self._defaults.items() if isinstance(default, list)}
+        rows = dict(self._rows)
+        if unknown := [name for name in states if name not in rows]:
+            mine = {name: states[name][0][:0].cpu() for name in unknown if len(states[name])}
+            told: list[Any] = [None] * torch.distributed.get_world_size(group)
+            torch.distributed.all_gather_object(told, mine, group)
+            for one in told:
+                rows |= one
+        for name, state in states.items():
+            if isinstance(state, list) and not state and name in rows:
+                setattr(self, name, [rows[name].to(self.device)])
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """The values `val` (default: of `compute`) as a figure, in the way of torchmetrics: (figure, axes).

@@ -103,11 +103,6 @@ def read_state_dict(path: str | os.PathLike[str], use_ema: bool | None = None) -
     return state
 
 
-def is_weights(path: Path) -> bool:
-    """Whether there is a file, or a folder of a format that is one."""
-    return path.is_file() or (path.is_dir() and (t5x.is_checkpoint(path) or flax.is_checkpoint(path)))
-
-
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 

@@ -42,7 +42,7 @@ from zoo.errors import ZooError, unknown
 from zoo.formats import pytorch
 from zoo.paths import cache_dir
 from zoo.weights import download
-from zoo.weights.files import is_weights, read_safetensors, read_state_dict
+from zoo.weights.files import read_safetensors, read_state_dict
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2
@@ -470,7 +470,7 @@ def read_source(source: str | os.PathLike[str]) -> dict[str, Tensor]:
         ZooError: no such file or name, or nothing that can be read.
     """
     path = Path(source)
-    if not is_weights(path):
+    if not path.exists():
         if path.suffix in (".ckpt", ".pth", ".pt", ".pkl", ".safetensors") or len(path.parts) > 1:
             raise ZooError(f"init_from: no file {os.fspath(source)!r}")
         path = fetch_weights(os.fspath(source))
@@ -576,7 +576,7 @@ def _file_of(weights: str | os.PathLike[str]) -> Path:
     source = os.fspath(weights)
     if not re.match(r"(https?|hf|file)://", source):
         path = Path(source).expanduser()
-        if not is_weights(path):
+        if not path.exists():  # what else lies there is told when it is read
             if path.suffix or os.sep in source:
                 raise ZooError(f"no weights file {source!r}")
             raise unknown("weights", source, catalog.list_weights())
