@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from zoo.errors import ZooError
+from zoo.files import rename
 
 CHUNK = 1 << 20
 ATTEMPTS = 5  # tries in a row that bring no byte, for each address
@@ -202,7 +203,7 @@ def replacing(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        os.replace(temporary, target)
+        rename(temporary, target)
     except OSError as error:
         raise ZooError(f"cannot write {target}: {_one_line(error)}") from error
     finally:
@@ -233,7 +234,7 @@ def _from_web(url: str, target: Path, wanted: Published) -> Fetched:
         raise _Failed(problem)
     with replacing(_record(target)) as file:
         file.write_text(json.dumps({"source": url, "sha256": sha256, "size": part.stat().st_size}, indent=1))
-    os.replace(part, target)
+    rename(part, target)
     _drop_part(target)
     return Fetched(target, sha256)
 
