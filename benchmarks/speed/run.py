@@ -177,9 +177,10 @@ def render(results: Path) -> str:
         "",
     ]
     records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    by_field: dict[str, list[dict[str, Any]]] = {field: [] for field in catalog.FIELDS}
+    by_field: dict[str, list[dict[str, Any]]] = {field: [] for field in (*catalog.FIELDS, "data")}
     for record in records:
-        by_field[catalog.paper(record["benchmark"]).field].append(record)
+        name = record["benchmark"]
+        by_field[catalog.paper(name).field if name in catalog.list_papers() else "data"].append(record)
     for field, found in by_field.items():
         tables = [_table(record, section) for record in found for section in ("step", "data") if section in record]
         if tables:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from zoo import files
 from zoo.ops.collective import gather_at_first
 from zoo.training.base import batch_length
 from zoo.training.callbacks import Pictures
@@ -60,9 +60,7 @@ class Predictions(Callback):
             rows = {row["index"]: row for share in reversed(shares) for row in reversed(share)}
             self.count = len(rows)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-            torch.save([rows[index] for index in sorted(rows)], part)
-            os.replace(part, self.path)
+            files.save([rows[index] for index in sorted(rows)], self.path)
         self._rows = []
 
 
