@@ -96,14 +96,13 @@ QUICK = {
 
 def pretraining_task(settings: Settings, ratio: float) -> MAEPretraining:
     optim = Optim(lr=settings.pretrain_lr, warmup_steps=settings.pretrain_steps // 10)
-    return MAEPretraining(model=None, **settings.network, mask_ratio=ratio, feature="avg", optim=optim)
+    return MAEPretraining(**settings.network, mask_ratio=ratio, feature="avg", optim=optim)
 
 
 def finetuning_task(settings: Settings, classes: int, optim: Optim, checkpoint: Path | None) -> MAEFineTuning:
     """The classifier on the encoder of `checkpoint`, or on a fresh one; no mixing, no stochastic depth."""
     sizes = {name: size for name, size in settings.network.items() if not name.startswith("decoder")}
     return MAEFineTuning(
-        model=None,
         **sizes,
         num_classes=classes,
         drop_path_rate=0.0,

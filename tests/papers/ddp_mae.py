@@ -82,12 +82,12 @@ def run(what: str, devices: int, out: str) -> None:
     )
     if what == "fit":
         optim = Optim(name="adamw", base_lr=1e-2, weight_decay=0.05, betas=(0.9, 0.95))
-        module = MAEPretraining(model=None, **TINY, **DECODER, optim=optim)
+        module = MAEPretraining(**TINY, **DECODER, optim=optim)
         trainer.fit(module, Data(GLOBAL_BATCH * STEPS))
         if trainer.is_global_zero:
             torch.save({k: v for k, v in module.state_dict().items() if v.is_floating_point()}, out)
     else:
-        module = MAEFineTuning(model=None, **TINY, num_classes=5, optim=Optim())
+        module = MAEFineTuning(**TINY, num_classes=5, optim=Optim())
         (metrics,) = trainer.test(module, Data(37), verbose=False)
         if trainer.is_global_zero:
             with open(out, "w") as file:

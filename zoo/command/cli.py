@@ -149,6 +149,13 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("--json", action="store_true")
     one.set_defaults(do=_explain)
 
+    one = commands.add_parser("new", help="the files of a new paper to fill in: zoo new my_paper --field recognition")
+    one.add_argument("paper", nargs="?", help="its name: small letters, digits, underscores")
+    one.add_argument("--card_fields", action="store_true", help="print what a card may say, and write nothing")
+    one.add_argument("--field", help="recognition, selfsup, detection, video, multimodal, ...")
+    one.add_argument("--title", help="the paper's title")
+    one.set_defaults(do=_new)
+
     one = commands.add_parser("completion", help='a completion script: eval "$(zoo completion bash)"')
     one.add_argument("shell", choices=["bash", "zsh", "fish"])
     one.set_defaults(do=_completion)
@@ -369,6 +376,21 @@ def _explain(arguments: argparse.Namespace, extra: list[str]) -> int:
     if arguments.json:
         return _print_json(found)
     show.print_explanation(found)
+    return 0
+
+
+def _new(arguments: argparse.Namespace, extra: list[str]) -> int:
+    from zoo.command.new import card_fields, write_skeleton
+
+    if arguments.card_fields:
+        print(card_fields(), end="")
+        return 0
+    if arguments.paper is None or arguments.field is None:
+        raise ZooError("zoo new wants a name and a field: zoo new my_paper --field recognition")
+    for path in write_skeleton(arguments.paper, arguments.field, arguments.title):
+        print(path)
+    print("fill in what stands in capitals; CONTRIBUTING.md tells the rest, and it runs already:")
+    print(f"zoo fit {arguments.paper}/pocket")
     return 0
 
 

@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
-import inspect
 import os
 import re
 import typing
 from typing import Any
+
+from jsonargparse import ArgumentParser
 
 from zoo.errors import ZooError
 
@@ -128,10 +129,11 @@ def _load(class_path: str) -> Any:
 
 
 def _parameters(kind: Any) -> list[str]:
+    """The arguments of a class, those that it hands on as ``**kwargs`` included."""
     if kind is None:
         return []
-    found = inspect.signature(kind).parameters
-    return [key for key, value in found.items() if value.kind not in (value.VAR_KEYWORD, value.VAR_POSITIONAL)]
+    found = ArgumentParser(exit_on_error=False).add_class_arguments(kind, "kind", fail_untyped=False)
+    return list(dict.fromkeys(key.split(".")[1] for key in found))
 
 
 def _argument_class(kind: Any, argument: str) -> Any:

@@ -21,7 +21,7 @@ Deviations from the official PyTorch code, none of which changes a value:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 from zoo.nn.vit import NORM_EPS, Block, PatchEmbed, VisionTransformer, init_as_linear, run_blocks
 from zoo.ops.masking import Masking, random_masking, take_tokens, tokens_at
 from zoo.ops.patches import patchify, unpatchify
@@ -272,76 +272,30 @@ class MaskedAutoencoder(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- 3. tasks
 
 
-def _network(
-    kind: Callable[..., nn.Module], known: Mapping[str, Callable[..., nn.Module]], name: str | None, options: dict
-) -> Any:
-    """The network `name` with the `options` that are not None, or one of sizes given in `options` alone."""
-    options = {key: value for key, value in options.items() if value is not None}
-    if name is None:
-        missing = [key for key in ("patch_size", "embed_dim", "depth", "num_heads") if key not in options]
-        if missing:
-            raise ZooError(f"model: null wants the network's sizes; missing: {', '.join(missing)}")
-        return kind(**options)
-    if name not in known:
-        raise unknown("model", name, known)
-    return known[name](**options)
-
-
 class MAEPretraining(BaseModule):
     """Pre-training (Table 8).
 
     Batches hold `image` (B, C, S, S), and may pin the masks by `mask_noise` (B, L).
 
     Args:
-        model: a published size, or null for one made of the sizes that follow. A size given overrides `model`'s.
-        img_size: side of the images; taken from the data module by a recipe.
         mask_ratio: share of patches that are hidden.
-        optim: optimiser and schedule.
         feature: what `features` gives to probes: the class "token", or the mean of the patch tokens ("avg").
         compile: compile the training loss with torch.compile.
+        optim: optimiser and schedule.
+        network: of :class:`MaskedAutoencoder`.
     """
 
     def __init__(
         self,
-        model: str | None = "mae_vit_base_patch16",
-        img_size: int | None = None,
-        patch_size: int | None = None,
-        in_chans: int | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        mlp_ratio: float | None = None,
-        decoder_embed_dim: int | None = None,
-        decoder_depth: int | None = None,
-        decoder_num_heads: int | None = None,
         mask_ratio: float = 0.75,
-        norm_pix_loss: bool = True,
-        grad_checkpointing: bool = False,
         feature: Literal["token", "avg"] = "token",
         compile: bool = False,
         optim: Optim = Optim(base_lr=1.5e-4, warmup_epochs=40),  # noqa: B008 (frozen)
+        **network: Any,
     ) -> None:
         super().__init__(optim)
         self.save_hyperparameters()
-        self.network: MaskedAutoencoder = _network(
-            MaskedAutoencoder,
-            PRETRAINING_MODELS,
-            model,
-            {
-                "img_size": img_size,
-                "patch_size": patch_size,
-                "in_chans": in_chans,
-                "embed_dim": embed_dim,
-                "depth": depth,
-                "num_heads": num_heads,
-                "mlp_ratio": mlp_ratio,
-                "decoder_embed_dim": decoder_embed_dim,
-                "decoder_depth": decoder_depth,
-                "decoder_num_heads": decoder_num_heads,
-                "norm_pix_loss": norm_pix_loss,
-                "grad_checkpointing": grad_checkpointing,
-            },
-        )
+        self.network = MaskedAutoencoder(**network)
         length = self.network.num_patches
         if not (0 < mask_ratio < 1 and 1 <= int(length * (1 - mask_ratio)) < length):
             raise ZooError(f"mask_ratio {mask_ratio} of {length} patches must hide at least one and leave at least one")
@@ -388,60 +342,28 @@ class MAEFineTuning(Classification):
     """End-to-end fine-tuning (Table 9).
 
     Args:
-        model: a published size, or null for one made of the sizes that follow. A size given overrides `model`'s.
-        img_size: side of the images; position embeddings of `init_from` are resized to it.
-        num_classes: taken from the data module by a recipe.
-        global_pool: "avg" (the official default) or "token".
-        drop_path_rate: stochastic depth of the last block.
         init_from: where :meth:`setup` takes the encoder from: a checkpoint of :class:`MAEPretraining`, a published
-            file, or the name of published weights; null trains from scratch.
+            file, or the name of published weights; null trains from scratch. Position embeddings are resized.
         mixup: Beta parameter of mixup, 0 for none; its draws are paired with those of `cutmix`.
         cutmix: Beta parameter of CutMix, 0 for none.
         label_smoothing: of the training targets.
         optim: optimiser and schedule.
+        network: of :class:`~zoo.nn.vit.VisionTransformer`.
     """
 
     network: VisionTransformer
 
     def __init__(
         self,
-        model: str | None = "vit_base_patch16",
-        img_size: int | None = None,
-        patch_size: int | None = None,
-        in_chans: int | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        mlp_ratio: float | None = None,
-        num_classes: int = 1000,
-        global_pool: Literal["avg", "token"] = "avg",
-        drop_path_rate: float = 0.1,
-        grad_checkpointing: bool = False,
         init_from: str | None = None,
         mixup: float = 0.8,
         cutmix: float = 1.0,
         label_smoothing: float = 0.1,
         optim: Optim = Optim(base_lr=5e-4, betas=(0.9, 0.999), layer_decay=0.65, warmup_epochs=5, min_lr=1e-6),  # noqa: B008
+        **network: Any,
     ) -> None:
-        network = _network(
-            VisionTransformer,
-            CLASSIFIERS,
-            model,
-            {
-                "img_size": img_size,
-                "patch_size": patch_size,
-                "in_chans": in_chans,
-                "embed_dim": embed_dim,
-                "depth": depth,
-                "num_heads": num_heads,
-                "mlp_ratio": mlp_ratio,
-                "num_classes": num_classes,
-                "global_pool": global_pool,
-                "drop_path_rate": drop_path_rate,
-                "grad_checkpointing": grad_checkpointing,
-            },
-        )
-        super().__init__(network, optim, num_classes, mixup, cutmix, label_smoothing, init_from)
+        vit = VisionTransformer(**network)
+        super().__init__(vit, optim, vit.num_classes, mixup, cutmix, label_smoothing, init_from)
         self.save_hyperparameters()
         if init_from is not None:
             nn.init.trunc_normal_(self.network.get_parameter("head.weight"), std=2e-5)
@@ -454,43 +376,19 @@ class MAELinearProbe(LinearClassification):
     """Linear probing (Table 10): the class token through BatchNorm without affine and one linear layer, LARS.
 
     Only the head trains; the encoder is frozen, and its features take no gradient. Arguments as in
-    :class:`MAEFineTuning`.
+    :class:`MAEFineTuning`; the paper's `global_pool` here is "token".
     """
 
     network: VisionTransformer
 
     def __init__(
         self,
-        model: str | None = "vit_base_patch16",
-        img_size: int | None = None,
-        patch_size: int | None = None,
-        in_chans: int | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        mlp_ratio: float | None = None,
-        num_classes: int = 1000,
-        global_pool: Literal["avg", "token"] = "token",
         init_from: str | None = None,
         optim: Optim = Optim(name="lars", base_lr=0.1, weight_decay=0.0, warmup_epochs=10),  # noqa: B008
+        **network: Any,
     ) -> None:
-        network = _network(
-            VisionTransformer,
-            CLASSIFIERS,
-            model,
-            {
-                "img_size": img_size,
-                "patch_size": patch_size,
-                "in_chans": in_chans,
-                "embed_dim": embed_dim,
-                "depth": depth,
-                "num_heads": num_heads,
-                "mlp_ratio": mlp_ratio,
-                "num_classes": num_classes,
-                "global_pool": global_pool,
-            },
-        )
-        super().__init__(network, probe_head(network.embed_dim, num_classes), "head", optim, num_classes, init_from)
+        vit = VisionTransformer(**network)
+        super().__init__(vit, probe_head(vit.embed_dim, vit.num_classes), "head", optim, vit.num_classes, init_from)
         self.save_hyperparameters()
 
     def load_initial(self, source: str) -> None:
@@ -534,9 +432,6 @@ def vit_huge_patch14_448(**overrides: Any) -> VisionTransformer:
     """ViT-H/14 classifier for 448-pixel images (the paper's best), average-pooled."""
     return vit_huge_patch14(**{"img_size": 448, **overrides})
 
-
-PRETRAINING_MODELS = {f.__name__: f for f in (mae_vit_base_patch16, mae_vit_large_patch16, mae_vit_huge_patch14)}
-CLASSIFIERS = {f.__name__: f for f in (vit_base_patch16, vit_large_patch16, vit_huge_patch14, vit_huge_patch14_448)}
 
 # ------------------------------------------------------------------------------------------------ 5. official weights
 

@@ -212,7 +212,7 @@ def _optim(case: Case, **facts: Any) -> Optim:
 def train_pretrain(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
     options = _pick(config["model"], *SIZES, *DECODER)
-    module = MAEPretraining(model=None, **options, mask_ratio=config["mask_ratio"], optim=_optim(case))
+    module = MAEPretraining(**options, mask_ratio=config["mask_ratio"], optim=_optim(case))
     outputs, network = _fit(case, module)
     with torch.no_grad():
         loss, pred, _ = network(inputs["imgs_eval"], config["mask_ratio"], inputs["mask_noise_eval"])
@@ -222,7 +222,6 @@ def train_pretrain(case: Case) -> dict[str, Tensor]:
 def train_finetune(case: Case) -> dict[str, Tensor]:
     config = case["config"]
     module = MAEFineTuning(
-        model=None,
         **_classifier_options(config["model"]),
         drop_path_rate=config["model"].get("drop_path_rate", 0.0),
         mixup=0.0,
@@ -235,7 +234,7 @@ def train_finetune(case: Case) -> dict[str, Tensor]:
 
 def train_linprobe(case: Case) -> dict[str, Tensor]:
     options = _classifier_options(case["config"]["model"])
-    module = MAELinearProbe(model=None, **options, optim=_optim(case, name="lars"))
+    module = MAELinearProbe(**options, optim=_optim(case, name="lars"))
     return _with_eval_logits(case, *_fit(case, module))
 
 
