@@ -484,7 +484,7 @@ def _contents(files: Iterable[tuple[Path, bool, str]]) -> dict[Path, dict[str, A
         kept = {path: known[str(path)][1] for path, _, stamp in files if known.get(str(path), [""])[0] == stamp}
     except (OSError, ValueError, AttributeError, LookupError, TypeError):
         kept = {}
-    contents = {path: kept[path] if path in kept else _parsed(path) for path, *_ in files}
+    contents = {path: kept[path] if path in kept else read_yaml(path) for path, *_ in files}
     if len(kept) < len(contents):
         temporary = store.with_name(f"{store.name}.{os.getpid()}.tmp")
         with contextlib.suppress(OSError):  # a cache folder that cannot be written costs time, nothing else
@@ -503,8 +503,12 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, "a mapping is wanted here", node.start_mark)
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} stands twice", key.start_mark
@@ -513,27 +517,90 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return super().construct_mapping(node, deep)
 
 
+# Beyond what any card or recipe needs; a file that asks for more is an accident or an attack.
+_MOST_BYTES, _MOST_NODES, _MOST_DEPTH, _MOST_DIGITS = 4 << 20, 200_000, 100, 400
+
+
+def read_yaml(path: Path, kind: str = "card") -> dict[str, Any]:
+    """The mapping that a card, or another `kind` of YAML file, holds; safe, whatever the file is.
+
+    Raises:
+        ZooError: no regular file, not UTF-8, not YAML, a key that stands twice, no mapping; or one of absurd size,
+            depth or numbers, counted after its aliases are expanded.
+    """
+    name = _short(path)
+    try:
+        if not path.is_file():
+            raise ZooError(f"{name}: not a file")
+        with path.open("rb") as file:
+            raw = file.read(_MOST_BYTES + 1)
+        text = raw.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            line = raw[: error.start].count(b"\n") + 1
+            raise ZooError(f"{name}: not UTF-8 text (line {line}); save it as UTF-8") from error
+        raise ZooError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+    facts = parse_yaml(text, name if kind == "card" else f"{name}: not YAML")
+    if not isinstance(facts, dict):
+        raise ZooError(f"{name}: a {kind} is a mapping of keys, not {type(facts).__name__}")
+    return facts
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """What YAML `text` says, under the bounds of :func:`read_yaml`; `name` is its file or option, for errors."""
+    try:
+        check_yaml(text, name)
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ZooError(f"{name}: {' '.join(str(error).split())[:300]}") from error
+
+
+def check_yaml(text: str, name: str) -> None:
+    """Refuses YAML `text` of absurd size, without building anything of it.
+
+    Raises:
+        ZooError: too long, too deep, too many values once aliases are expanded, an alias of what holds it, a number of
+            more than 400 digits. yaml.YAMLError for what is no YAML.
+    """
+    if len(text) > _MOST_BYTES:
+        raise ZooError(f"{name}: more than {_MOST_BYTES >> 20} MB of YAML")
+    sizes: dict[str, int] = {}  # of what each anchor stands for
+    stack: list[tuple[str | None, int]] = []  # open collections: their anchors, and how many nodes came before
+    count = 0
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in [anchor for anchor, _ in stack]:
+                raise ZooError(f"{name}: the alias *{event.anchor} stands in what it names")
+            count += sizes.get(str(event.anchor), 0)
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+            if event.anchor:
+                sizes[event.anchor] = 1
+            if event.implicit[0] and len(event.value) > _MOST_DIGITS and re.match(r"[-+.\d]", event.value):
+                raise ZooError(f"{name}: a number of {len(event.value)} digits")
+        elif isinstance(event, yaml.CollectionStartEvent):
+            stack.append((event.anchor, count))
+            count += 1
+            if len(stack) > _MOST_DEPTH:
+                raise ZooError(f"{name}: more than {_MOST_DEPTH} levels deep")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = stack.pop()
+            if anchor:
+                sizes[anchor] = count - before
+        if count > _MOST_NODES:
+            raise ZooError(f"{name}: more than {_MOST_NODES:,} values once its aliases are expanded")
+
+
 _Card = TypeVar("_Card", PaperCard, DataCard)
 
 
 @lru_cache(maxsize=64)
 def _data_card(path: Path, stamp: str) -> DataCard:
     """The data set's card; `stamp` makes the cache of this function forget a file that changed."""
-    card = _validated(DataCard, path, _parsed(path))
+    card = _validated(DataCard, path, read_yaml(path))
     if card.name != path.stem:
         raise ZooError(f"{_short(path)}: name is {card.name!r}; it must be the file's name, {path.stem!r}")
     return card
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            facts = yaml.load(file, _Loader)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ZooError(f"{_short(path)}: {' '.join(str(error).split())}") from error
-    if not isinstance(facts, dict):
-        raise ZooError(f"{_short(path)}: a card is a mapping of keys, not {type(facts).__name__}")
-    return facts
 
 
 def _validated(kind: type[_Card], path: Path, facts: dict[str, Any]) -> _Card:

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 import zoo
 from zoo import catalog
-from zoo.command.recipes import RecipeCLI, command_line, newest_checkpoint, recipe_name, set_by_hand
+from zoo.command.reading import command_line, recipe_name
+from zoo.command.recipes import RecipeCLI, newest_checkpoint
 from zoo.paths import share
 from zoo.weights.pretrained import Architecture, mismatch
 
@@ -31,7 +32,9 @@ class _Parsed(RecipeCLI):
 
 @cache
 def _parser(unlinked: frozenset[str]) -> Any:
-    return _Parsed("any", "test", command_line("mae/pocket")[1], (), set(unlinked), False).parser
+    line = command_line("mae/pocket")
+    line.unlinked = set(unlinked)
+    return _Parsed(line, "test", rich=False).parser
 
 
 @cache
@@ -87,9 +90,9 @@ def test_a_recipe_and_its_rows_build_at_full_size(recipe: str, tmp_path: Path, m
     for name, row in [(recipe, None), *((name, row) for name, row in ROWS.items() if row.recipe == recipe)]:
         options = json.dumps(row.options if row else {})
         if options not in parsed:
-            words = command_line(name)[1]
-            parser = _parser(frozenset(set_by_hand(words)))
-            config = parser.parse_args(words)
+            line = command_line(name)
+            parser = _parser(frozenset(line.unlinked))
+            config = parser.parse_args(line.words)
             assert config.trainer.max_epochs > 0 or config.trainer.max_steps > 0
             key = repr((config["model"], config["data"]))
             if key not in built:

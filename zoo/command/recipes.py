@@ -11,7 +11,6 @@ import inspect
 import json
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -33,40 +31,15 @@ import zoo
 from zoo import catalog
 from zoo.command.parse_errors import explain_parse_error, innermost
 from zoo.command.progress import Interrupt, PlainProgress, numbers, scalars
+from zoo.command.reading import LINKS, CommandLine, command_line, installed_only, recipe_name, run_name
 from zoo.command.runs import SaveConfig, new_run_folder, newest_checkpoint, result_record, short_path
-from zoo.command.verdict import row_words, verdict, verdict_line
+from zoo.command.verdict import verdict, verdict_line
 from zoo.errors import ZooError
 from zoo.machine import cpu_has_bfloat16
-from zoo.paths import share
 from zoo.weights.pretrained import load_published
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
-# Facts of the data module that the model takes over, where its class has such an argument and nobody set it.
-LINKS = {"num_classes": "num_classes", "num_tasks": "num_tasks", "image_size": "img_size"}
 _NOT_OPTIONS = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
-
-
-# ---------------------------------------------------------------------------------------------- names and run folders
-
-
-def recipe_name(path: Path) -> str:
-    """The name of the recipe at `path`: relative to the recipes folder, as a saved config states it, or the stem.
-
-    That of a leaderboard row is its address, ``paper:row``; :func:`run_name` makes a folder's name of it.
-    """
-    with contextlib.suppress(ValueError):
-        return path.resolve().relative_to(share("recipes").resolve()).with_suffix("").as_posix()
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        first = path.read_text().partition("\n")[0]
-        if match := re.match(r"# recipe: (\S+)", first):
-            return match[1]
-    return path.stem
-
-
-def run_name(recipe: str) -> str:
-    """Where the runs of a recipe, or of a row, lie under ``runs/``."""
-    name = recipe if catalog.is_row(recipe) else recipe_name(catalog.recipe_path(recipe))
-    return name.replace(":", "/")
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -76,19 +49,14 @@ class RecipeCLI(LightningCLI):
     """LightningCLI in subclass mode for one recipe and one subcommand, with a flat config.
 
     Args:
-        name: the recipe's name, which names the run folder.
+        line: what the recipe and the user say.
         subcommand: whose options (`--ckpt_path`, ...) the parser takes.
-        args: the command line, the recipe itself included as `--config`.
-        asked: the part of it that the user wrote.
-        unlinked: model arguments that the user set and which are therefore not taken from the data module.
         rich: a progress bar instead of plain lines.
+        dry: build model, data and callbacks, but no trainer.
     """
 
-    def __init__(
-        self, name: str, subcommand: str, args: list[str], asked: Sequence[str], unlinked: set[str], rich: bool
-    ) -> None:
-        self.recipe, self.what, self.unlinked, self.rich = name, subcommand, unlinked, rich
-        self.words = asked
+    def __init__(self, line: CommandLine, subcommand: str, rich: bool, dry: bool = False) -> None:
+        self.recipe, self.what, self.line, self.rich, self.dry = line.name, subcommand, line, rich, dry
         self.folder = Path()
         self.weights: dict[str, Any] = {}
         self.checkpoint: ModelCheckpoint | None = None
@@ -99,15 +67,15 @@ class RecipeCLI(LightningCLI):
             trainer_defaults={"use_distributed_sampler": False},
             seed_everything_default=0,
             parser_kwargs={
-                "prog": f"zoo {subcommand} {name}",
-                "description": f"Every option of the recipe {name}; all of them stand in its YAML too.",
-                "dump_header": [f"recipe: {name}", f"zoo=={zoo.__version__}"],
+                "prog": f"zoo {subcommand} {line.name}",
+                "description": f"Every option of the recipe {line.name}; all of them stand in its YAML too.",
+                "dump_header": [f"recipe: {line.name}", f"zoo=={zoo.__version__}"],
                 "exit_on_error": False,
                 "allow_abbrev": False,
             },
             subclass_mode_model=True,
             subclass_mode_data=True,
-            args=args,
+            args=line.words,
             run=False,
             auto_configure_optimizers=False,
         )
@@ -116,21 +84,33 @@ class RecipeCLI(LightningCLI):
         added = parser.add_method_arguments(Trainer, self.what, skip=_NOT_OPTIONS)
         if "verbose" in added:
             parser.set_defaults({"verbose": False})  # the score line says it
+        if self.line.module is not None:
+            parser.add_argument("--module", type=str | None, help="a Python file beside the recipe with its classes")
         for source, target in LINKS.items():
-            if target not in self.unlinked:
+            if target not in self.line.unlinked:
                 parser.link_arguments(f"data.{source}", f"model.init_args.{target}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
-            raise ZooError(explain_parse_error(str(error), parser)) from error
+            raise ZooError(explain_parse_error(str(error), parser, self._known(parser))) from error
+        if self.line.module is not None:
+            self.config["module"] = str(self.line.module)  # a saved config lies elsewhere
+
+    def _known(self, parser: LightningArgumentParser) -> dict[str, Any]:
+        """The options that the recipe has before the user's words, with their values; none where it is at fault."""
+        with contextlib.suppress(argparse.ArgumentError, ZooError):
+            config = parser.parse_args(self.line.given)
+            return {key.replace("init_args.", ""): config[key] for key in config.keys()}  # noqa: SIM118
+        return {}
 
     def instantiate_classes(self) -> None:
-        try:
-            super().instantiate_classes()
-        except (ValueError, TypeError, AssertionError, KeyError, MisconfigurationException) as error:
-            raise ZooError(f"{self.recipe}: {innermost(error)}") from error
+        with bounded_networks():
+            if self.dry:
+                self.parser.instantiate_classes(self.config)
+            else:
+                super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init["trainer"]
@@ -156,7 +136,7 @@ class RecipeCLI(LightningCLI):
 
     def _precision(self, config: Mapping[str, Any]) -> Any:
         """A recipe's bf16-mixed is float32 on a CPU that would have to emulate it, unless the user asks for it."""
-        asked = any(word.partition("=")[0] == "--trainer.precision" for word in self.words)
+        asked = any(word.partition("=")[0] == "--trainer.precision" for word in self.line.asked)
         on_cpu = config["accelerator"] == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
         if config["precision"] == "bf16-mixed" and on_cpu and not asked and not cpu_has_bfloat16():
             return "32-true"
@@ -198,79 +178,54 @@ class RecipeCLI(LightningCLI):
         ]
 
 
-def _build(subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool) -> RecipeCLI:
-    name, args = command_line(recipe, argv)
-    return RecipeCLI(name, subcommand, args, argv, set_by_hand(args), rich)
+@contextlib.contextmanager
+def bounded_networks(layers: int = 100_000) -> Iterator[None]:
+    """A network of absurd size ends in a ZooError while it is built: of more layers than any real one, or of more bytes
+    than the machine has."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    count, size = 0, 0
 
+    def more_layers(module: torch.nn.Module, name: str, child: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > layers:
+            raise ZooError(f"the network has more than {layers:,} layers: see its depth and the like")
 
-def command_line(recipe: str | Path, argv: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """The name of a recipe or row, and all words for its parser: the recipe's file, the row's options, then `argv`."""
-    path = catalog.recipe_path(str(recipe))
-    content = _check_recipe(path)
-    if catalog.is_row(str(recipe)):
-        name, row = str(recipe), row_words(catalog.row(str(recipe))[1])
-    else:
-        name, row = recipe_name(path), []
-    given = ["--config", str(path), *_nested_nulls(row)]
-    return name, [*given, *_without_its_data(content, row, argv), *_nested_nulls(argv)]
+    def more_bytes(module: torch.nn.Module, name: str, value: Any) -> None:
+        nonlocal size
+        if isinstance(value, torch.Tensor) and not value.is_meta:
+            size += value.numel() * value.element_size()
+        if size > memory:
+            raise ZooError(
+                f"the network has more than {memory / 2**30:.0f} GB of parameters, more than this machine holds"
+            )
 
-
-# Settings of the data module that are about the recipe's own dataset.
-_OF_DATASET = ("options", "train_samples", "data_dir", "mean", "std", "rearc_dir", "rearc_limit", "tasks")
-
-
-def _without_its_data(content: Mapping[str, Any], row: Sequence[str], argv: Sequence[str]) -> list[str]:
-    """The options that take back what a recipe, or its row, says about its dataset, where the user gives another."""
-    if not any(word.partition("=")[0] in ("--data.dataset", "--data.init_args.dataset") for word in argv):
-        return []
-    stated = {key for key, value in ((content.get("data") or {}).get("init_args") or {}).items() if value is not None}
-    stated |= {word.removeprefix("--data.").partition("=")[0].partition(".")[0] for word in row}
-    return [f"--data.{key}=null" for key in _OF_DATASET if key in stated]
-
-
-def _nested_nulls(argv: Sequence[str]) -> list[str]:
-    """`argv` with ``--model.optim.lr null`` as ``--model.optim={"lr": null}``: jsonargparse 4.53 hands a null that lies
-    two levels deep on as the string "None"."""
-    words, position = [], 0
-    while position < len(argv):
-        word = argv[position]
-        key, equals, value = word.partition("=")
-        if not equals and key.startswith("--") and position + 1 < len(argv):
-            value = argv[position + 1]
-        owner, _, leaf = key.rpartition(".")
-        if value in ("null", "Null", "NULL", "~") and len([p for p in key.split(".") if p != "init_args"]) > 2:
-            words.append(f"{owner.removesuffix('.init_args')}={json.dumps({leaf: None})}")
-            position += 1 if equals else 2
-        else:
-            words.append(word)
-            position += 1
-    return words
-
-
-def _check_recipe(path: Path) -> dict[str, Any]:
-    """The content of the recipe at `path`; a ZooError where it is none."""
+    hooks = [
+        torch.nn.modules.module.register_module_module_registration_hook(more_layers),
+        torch.nn.modules.module.register_module_parameter_registration_hook(more_bytes),
+        torch.nn.modules.module.register_module_buffer_registration_hook(more_bytes),
+    ]
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ZooError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or "model" not in content:
-        raise ZooError(f"{path}: not a recipe; it has no `model`")
-    return content
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def set_by_hand(args: Sequence[str]) -> set[str]:
-    """Which link targets the configs or options among `args` set themselves."""
-    found: set[str] = set()
-    for position, word in enumerate(args):
-        key, _, value = word.partition("=")
-        if key in ("--config", "-c"):
-            value = value or (args[position + 1] if position + 1 < len(args) else "")
-            with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-                model = (yaml.safe_load(Path(value).read_text()) or {}).get("model") or {}
-                found |= {target for target in LINKS.values() if target in (model.get("init_args") or {})}
-        else:
-            found |= {t for t in LINKS.values() if key in (f"--model.{t}", f"--model.init_args.{t}")}
-    return found
+def _build(subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool) -> RecipeCLI:
+    printed = [word for word in argv if word.partition("=")[0] == "--print_config"]
+    with installed_only():
+        line = command_line(recipe, argv)
+        try:
+            if printed:  # only what can be built; the parser then prints it and exits
+                first = command_line(recipe, [word for word in argv if word not in printed])
+                with torch.device("meta"):
+                    RecipeCLI(first, subcommand, rich, dry=True)
+            return RecipeCLI(line, subcommand, rich)
+        except ZooError:
+            raise
+        except Exception as error:  # a value of the user's that some class cannot live with
+            raise ZooError(f"{line.name}: {innermost(error)}") from error
 
 
 def load_recipe(
@@ -394,6 +349,8 @@ def _announce(cli: RecipeCLI, options: Mapping[str, Any]) -> None:
         f"{cli.trainer.world_size} × {device} {cli.trainer.precision}",
     ]
     print(" · ".join(parts))
+    for note in cli.line.notes:
+        print(note)
     if ckpt := options.get("ckpt_path"):
         print(f"from {ckpt}")
     elif cli.weights:
@@ -431,7 +388,7 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
         print("score: " + (" · ".join(numbers(metrics)) or "no metric was logged"))
     record = result_record(cli, metrics, command, seconds)
     if cli.what == "test" and catalog.is_row(cli.recipe):
-        record["verdict"] = verdict(cli.recipe, metrics, cli.words)
+        record["verdict"] = verdict(cli.recipe, metrics, cli.line.asked)
         print(verdict_line(record["verdict"]))
     (cli.folder / "result.json").write_text(json.dumps(record, indent=1) + "\n")
     if cli.checkpoint is not None:
