@@ -174,6 +174,22 @@ def test_nonlocal_groups_see_their_own_part_of_time() -> None:
         grouped(x[:, :, :5])
 
 
+@pytest.mark.parametrize("stride_in_1x1", [False, True])
+def test_a_bottleneck_on_one_frame_is_torchvisions(stride_in_1x1: bool) -> None:
+    from torchvision.models.resnet import Bottleneck
+
+    down = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    flat = Bottleneck(8, 4, 2, down, groups=2).eval()
+    block = ResidualBlock3d(8, 8, 16, stride=2, groups=2, stride_in_1x1=stride_in_1x1).eval()
+    if stride_in_1x1:
+        flat.conv1.stride, flat.conv2.stride = (2, 2), (1, 1)
+    pairs = [(f"conv{k}", f"conv_{p}") for k, p in enumerate("abc", 1)] + [("downsample.0", "shortcut_conv")]
+    for theirs, ours in pairs:
+        block.get_submodule(ours).weight.data = flat.get_submodule(theirs).weight.data.unsqueeze(2)
+    x = torch.randn(2, 8, 1, 6, 6)
+    torch.testing.assert_close(block(x), flat(x.squeeze(2)).unsqueeze(2))
+
+
 def test_a_network_starts_as_shortcuts_and_identities() -> None:
     network = sf.SlowFast(**SMALL, nonlocal_after=((), (1,), (0,), ()))
     blocks = [m for m in network.modules() if isinstance(m, ResidualBlock3d)]

@@ -78,7 +78,7 @@ def test_unknown_paper_and_dtype_are_named() -> None:
 def test_a_case_whose_optional_package_is_missing_is_skipped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (path,) = [path for path in parity.find_cases("varc") if path.stem == "unet_small"]
+    path = _case("unet_small")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     verdicts = parity.run_case(parity.load(path))
     assert {verdict.ok for verdict in verdicts} == {None}

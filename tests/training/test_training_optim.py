@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from zoo.errors import ZooError
 from zoo.training import LARS, BaseModule, Optim, lr_at, param_groups
+from zoo.training.optim import make_optimizer
 
 
 class Tiny(nn.Module):
@@ -126,7 +128,62 @@ def test_layer_decay_without_layer_ids_and_nothing_to_train_are_named() -> None:
         param_groups(nn.Linear(2, 2).requires_grad_(False), Optim())
 
 
-@pytest.mark.parametrize("options", [{"name": "adam"}, {"schedule": "cosin"}, {"base_lr": 0}, {"global_batch": 0}])
+def test_norms_and_biases_may_have_a_decay_of_their_own() -> None:
+    optim = Optim(weight_decay=0.1, norm_weight_decay=0.01, no_decay="none")
+    norm, rest = param_groups(Tiny(), optim)
+    assert (norm["names"], norm["weight_decay"]) == (["norm.weight", "norm.bias"], 0.01)
+    assert (len(rest["names"]), rest["weight_decay"]) == (5, 0.1)
+    norm, spared, rest = param_groups(Tiny(), dataclasses.replace(optim, no_decay="1d", norm_weight_decay=0.0))
+    assert (norm["weight_decay"], spared["weight_decay"]) == (0.0, 0.0)
+    assert spared["names"] == ["token", "block.bias", "head.bias"]
+    norm, bias, rest = param_groups(Tiny(), dataclasses.replace(optim, bias_weight_decay=0.2, bias_lr_scale=2.0))
+    assert norm["names"] == ["norm.weight"]
+    assert bias["names"] == ["block.bias", "norm.bias", "head.bias"]
+    assert (bias["weight_decay"], bias["lr_scale"], rest["lr_scale"]) == (0.2, 2.0, 1.0)
+    scales = [g["lr_scale"] for g in param_groups(Tiny(), Optim(layer_decay=0.5, bias_lr_scale=2.0))]
+    assert scales == [0.25, 0.5, 1.0, 1.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "reference"),
+    [
+        ({"name": "adam", "weight_decay": 0.1, "eps": 1e-2}, torch.optim.Adam),
+        ({"name": "adamw", "weight_decay": 0.1, "eps": 1e-2}, torch.optim.AdamW),
+        ({"name": "sgd", "weight_decay": 0.1, "dampening": 0.3}, torch.optim.SGD),
+    ],
+)
+def test_optimisers_take_what_is_declared(options: dict, reference: Any) -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(3, 2), torch.randn(2, 3, 2)
+    optim = Optim(**options, betas=(0.8, 0.9), momentum=0.7, no_decay="none")
+    own = {"momentum": 0.7, "dampening": 0.3} if optim.name == "sgd" else {"betas": (0.8, 0.9), "eps": 1e-2}
+    found = []
+    for make in (
+        lambda layer: make_optimizer(param_groups(layer, optim), optim, 0.1),
+        lambda layer: reference(layer.parameters(), lr=0.1, weight_decay=0.1, **own),
+    ):
+        layer = nn.Linear(2, 3, bias=False)
+        layer.weight.data = start.clone()
+        optimizer = make(layer)
+        for gradient in gradients:
+            layer.weight.grad = gradient.clone()
+            optimizer.step()
+        found.append(layer.weight.detach())
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "adagrad"},
+        {"schedule": "cosin"},
+        {"base_lr": 0},
+        {"global_batch": 0},
+        {"norm_weight_decay": -1.0},
+        {"bias_lr_scale": 0.0},
+        {"nesterov": True, "dampening": 0.1},
+    ],
+)
 def test_wrong_declarations_are_refused(options: dict) -> None:
     with pytest.raises(ZooError):
         Optim(**options)

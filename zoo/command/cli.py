@@ -132,6 +132,8 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("--dtype", choices=["float64", "float32", "bfloat16", "float16"], help="default: the case's own")
     one.add_argument("--device", default="cpu")
     one.add_argument("--json", action="store_true")
+    one.add_argument("--make", action="store_true", help="how a case is made; with PAPER: a script that makes one")
+    one.add_argument("-o", "--out", metavar="FILE", help="--make PAPER: where the script is written")
     one.set_defaults(do=_parity)
 
     one = commands.add_parser("weights", help="published weights: get, verify, convert")
@@ -433,6 +435,8 @@ def _parity(arguments: argparse.Namespace, extra: list[str]) -> int:
     from zoo import parity
     from zoo.command import show
 
+    if arguments.make or arguments.out:
+        return _parity_make(arguments)
     verdicts = parity.run_cases(arguments.paper, dtype=arguments.dtype, device=arguments.device)
     rows = show.verdicts(verdicts)
     if arguments.json:
@@ -440,6 +444,23 @@ def _parity(arguments: argparse.Namespace, extra: list[str]) -> int:
     else:
         show.print_verdicts(rows)
     return int(not rows or any(row["ok"] is False for row in rows))
+
+
+def _parity_make(arguments: argparse.Namespace) -> int:
+    from zoo import parity
+
+    if not arguments.make or (arguments.out and not arguments.paper):
+        raise ZooError("-o goes with a paper's script: zoo parity --make PAPER -o make_case.py")
+    text = parity.template(arguments.paper) if arguments.paper else parity.GUIDE
+    if arguments.out:
+        path = Path(arguments.out)
+        if path.exists():
+            raise ZooError(f"{path} is there already; give another file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        text = f"{path}\n"
+    print(text, end="")
+    return 0
 
 
 def _weights(arguments: argparse.Namespace, extra: list[str]) -> int:

@@ -49,7 +49,9 @@ class TemporalConv3d(nn.Conv3d):
         return flat.unflatten(3, x.shape[3:])
 
 
-def _spatial(in_chans: int, out_chans: int, stride: int, dilation: int, temporal_kernel: int = 1) -> nn.Conv3d:
+def _spatial(
+    in_chans: int, out_chans: int, stride: int, dilation: int, temporal_kernel: int = 1, groups: int = 1
+) -> nn.Conv3d:
     """T x 3 x 3, padded to the same size."""
     return nn.Conv3d(
         in_chans,
@@ -58,6 +60,7 @@ def _spatial(in_chans: int, out_chans: int, stride: int, dilation: int, temporal
         (1, stride, stride),
         (temporal_kernel // 2, dilation, dilation),
         (1, dilation, dilation),
+        groups,
         bias=False,
     )
 
@@ -76,6 +79,8 @@ class ResidualBlock3d(nn.Module):
         block: which of the two.
         temporal_kernel: T.
         stride, dilation: in space.
+        groups: of a bottleneck's 1 x 3 x 3.
+        stride_in_1x1: a bottleneck's first convolution strides, not its second.
     """
 
     def __init__(
@@ -87,6 +92,8 @@ class ResidualBlock3d(nn.Module):
         temporal_kernel: int = 1,
         stride: int = 1,
         dilation: int = 1,
+        groups: int = 1,
+        stride_in_1x1: bool = False,
     ) -> None:
         super().__init__()
         if block not in ("bottleneck", "basic"):
@@ -100,8 +107,12 @@ class ResidualBlock3d(nn.Module):
         self.bn_c: nn.Module | None = None
         if block == "bottleneck":
             self.conv_a: nn.Conv3d = TemporalConv3d(in_chans, inner_chans, temporal_kernel)
+            if stride_in_1x1 and stride != 1:
+                kernel, padding = (temporal_kernel, 1, 1), (temporal_kernel // 2, 0, 0)
+                self.conv_a = nn.Conv3d(in_chans, inner_chans, kernel, (1, stride, stride), padding, bias=False)
+                stride = 1
             self.bn_a = nn.BatchNorm3d(inner_chans)
-            self.conv_b = _spatial(inner_chans, inner_chans, stride, dilation)
+            self.conv_b = _spatial(inner_chans, inner_chans, stride, dilation, groups=groups)
             self.bn_b = nn.BatchNorm3d(inner_chans)
             self.conv_c = TemporalConv3d(inner_chans, out_chans)
             self.bn_c = nn.BatchNorm3d(out_chans)
@@ -197,6 +208,7 @@ class Stage3d(nn.Module):
         dilation: of all blocks.
         nonlocal_after: blocks (from 0) that a non-local block follows.
         similarity, nonlocal_pool, nonlocal_groups: of those.
+        groups, stride_in_1x1: as of :class:`ResidualBlock3d`.
     """
 
     def __init__(
@@ -214,6 +226,8 @@ class Stage3d(nn.Module):
         similarity: Similarity = "dot_product",
         nonlocal_pool: Sequence[int] = (1, 2, 2),
         nonlocal_groups: int = 1,
+        groups: int = 1,
+        stride_in_1x1: bool = False,
     ) -> None:
         super().__init__()
         temporal_blocks = depth if temporal_blocks is None else temporal_blocks
@@ -230,6 +244,8 @@ class Stage3d(nn.Module):
                 temporal_kernels[i % len(temporal_kernels)] if i < temporal_blocks else 1,
                 1 if i else stride,
                 dilation,
+                groups,
+                stride_in_1x1,
             )
             for i in range(depth)
         )
@@ -273,7 +289,7 @@ class Pathway3d(nn.Module):
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        width: channels w of the stem; a bottleneck stage s (from 0) has w * 2^s inner and 4 times as many output ones.
+        width: channels w of the stem; stage s (from 0) puts out 4 * w * 2^s, a bottleneck has w * 2^s inner ones.
         block: of all stages. Basic blocks put out as many channels as bottlenecks do, as in PySlowFast.
         temporal_kernels: T of the stem and of the blocks of each stage (one number, or several that are repeated).
         temporal_blocks: how many blocks of each stage are temporal; None: all.
@@ -284,6 +300,8 @@ class Pathway3d(nn.Module):
         nonlocal_pools, nonlocal_groups: of the non-local blocks of each stage.
         temporal_pool: kernel and stride of a maximum over time behind res2 (2 in C2D and I3D).
         in_chans: of the video.
+        groups: of the bottlenecks' 1 x 3 x 3, which have as many times the inner channels (ResNeXt).
+        stride_in_1x1: as of :class:`ResidualBlock3d`.
     """
 
     def __init__(
@@ -302,6 +320,8 @@ class Pathway3d(nn.Module):
         nonlocal_groups: Sequence[int] = (1, 1, 1, 1),
         temporal_pool: int = 1,
         in_chans: int = 3,
+        groups: int = 1,
+        stride_in_1x1: bool = False,
     ) -> None:
         super().__init__()
         if depth not in DEPTHS:
@@ -316,7 +336,7 @@ class Pathway3d(nn.Module):
         self.stages = nn.ModuleList(
             Stage3d(
                 self.out_chans[s] + lateral_chans[s],
-                width * 2**s,
+                groups * width * 2**s,
                 self.out_chans[s + 1],
                 DEPTHS[depth][s],
                 block,
@@ -328,6 +348,8 @@ class Pathway3d(nn.Module):
                 similarity,
                 nonlocal_pools[s],
                 nonlocal_groups[s],
+                groups,
+                stride_in_1x1,
             )
             for s, kernels in enumerate(stage_kernels)
         )

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from zoo.errors import ZooError, unknown
 from zoo.training.lars import LARS
 
-Name = Literal["adamw", "sgd", "lars"]
+Name = Literal["adamw", "adam", "sgd", "lars"]
 Schedule = Literal["cosine", "step", "constant"]
 Interval = Literal["step", "epoch"]
 NoDecay = Literal["1d", "norm", "none"]
@@ -39,14 +39,17 @@ class Optim:
     """Optimiser and learning-rate schedule of a run.
 
     Args:
-        name: the optimiser.
+        name: the optimiser; "adam" takes its decay as a part of the gradient (L2), "adamw" beside it.
         base_lr: learning rate for `reference_batch` samples; scaled linearly to the effective batch.
         lr: the absolute learning rate; where given, `base_lr` is not used.
         reference_batch: the batch that `base_lr` is stated for (256 in most papers).
         weight_decay: decay of the parameters that `no_decay` and the model's `no_weight_decay()` leave.
-        betas: of AdamW.
+        norm_weight_decay: decay of normalisation layers, which are a group of their own then; null: as `no_decay` says.
+        bias_weight_decay: decay of all biases, those of normalisation layers too; null: as the others'.
+        bias_lr_scale: factor of the learning rate of all biases.
+        betas, eps: of Adam and AdamW.
         momentum: of SGD and LARS.
-        nesterov: of SGD.
+        nesterov, dampening: of SGD.
         trust_coefficient: of LARS.
         layer_decay: factor per layer from the top down; wants a model with `layer_id(name)` and `num_layer_ids`.
         no_decay: "1d" spares biases and parameters of one dimension, "norm" those of normalisation layers only, "none"
@@ -76,9 +79,14 @@ class Optim:
     lr: float | None = None
     reference_batch: int = 256
     weight_decay: float = 0.05
+    norm_weight_decay: float | None = None
+    bias_weight_decay: float | None = None
+    bias_lr_scale: float = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
     momentum: float = 0.9
     nesterov: bool = False
+    dampening: float = 0.0
     trust_coefficient: float = 0.001
     layer_decay: float | None = None
     no_decay: NoDecay = "1d"
@@ -106,15 +114,20 @@ class Optim:
         ):
             if value not in get_args(known):
                 raise unknown(kind, str(value), get_args(known))
-        for key in ("base_lr", "reference_batch"):
+        for key in ("base_lr", "reference_batch", "bias_lr_scale"):
             if not getattr(self, key) > 0:
                 raise ZooError(f"optim.{key} must be positive, not {getattr(self, key)}")
         for key in ("lr", "layer_decay", "warmup_lr", "global_batch"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise ZooError(f"optim.{key} must be positive or null, not {getattr(self, key)}")
-        for key in ("weight_decay", "warmup_epochs", "warmup_start_lr", "min_lr"):
+        for key in ("weight_decay", "eps", "dampening", "warmup_epochs", "warmup_start_lr", "min_lr"):
             if not getattr(self, key) >= 0:
                 raise ZooError(f"optim.{key} must not be negative, but is {getattr(self, key)}")
+        for key in ("norm_weight_decay", "bias_weight_decay"):
+            if getattr(self, key) is not None and not getattr(self, key) >= 0:
+                raise ZooError(f"optim.{key} must be null or not negative, but is {getattr(self, key)}")
+        if self.nesterov and self.dampening:
+            raise ZooError("optim.nesterov wants dampening 0")
         milestones = self.milestone_steps or self.milestones
         if self.factors and len(self.factors) != len(milestones):
             raise ZooError(f"optim.factors are {len(self.factors)}, one a milestone would be {len(milestones)}")
@@ -170,9 +183,10 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     """The trainable parameters of `model`, grouped by weight decay and learning-rate scale.
 
     Undecayed are what `no_decay` spares and the names in `no_weight_decay()` of the model or of any part of it, save
-    the names in its `weight_decay_too()`. Without layer decay the undecayed group comes first; with it, groups come in
-    the order in which they first occur in `named_parameters`, and a layer's scale is layer_decay ** (top - id), top
-    being `model.num_layer_ids` - 1.
+    the names in its `weight_decay_too()`. Normalisation layers and biases with a decay of their own have that instead,
+    a bias of a normalisation layer that of biases. Without layer decay these groups come first, then the undecayed one;
+    with it, groups come in the order in which they first occur in `named_parameters`, and a layer's scale is
+    layer_decay ** (top - id), top being `model.num_layer_ids` - 1.
 
     Returns:
         Groups with keys `params`, `names`, `weight_decay`, `lr_scale`.
@@ -191,23 +205,28 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
         raise ZooError(f"optim.layer_decay wants a model with layer_id(name); {type(model).__name__} has none")
 
     included: set[str] = getattr(model, "weight_decay_too", set)()
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if optim.no_decay == "norm":
-            plain = isinstance(model.get_submodule(name.rpartition(".")[0]), NORMS)
-        else:
-            plain = parameter.ndim <= 1 or name.endswith(".bias")
+        norm = isinstance(model.get_submodule(name.rpartition(".")[0]), NORMS)
+        bias = name.rpartition(".")[2] == "bias"
+        plain = norm if optim.no_decay == "norm" else parameter.ndim <= 1 or name.endswith(".bias")
         decayed = optim.no_decay == "none" or name in included or not (plain or name in spared)
         layer, scale = 0, 1.0
         if optim.layer_decay is not None and layer_id is not None:
             layer = layer_id(name)
             top = int(model.num_layer_ids) - 1  # type: ignore[arg-type]
             scale = optim.layer_decay ** (top - layer)
+        if bias:
+            scale *= optim.bias_lr_scale
+        kind, decay = (2, optim.weight_decay) if decayed else (1, 0.0)
+        if norm and optim.norm_weight_decay is not None:
+            kind, decay = -1, optim.norm_weight_decay
+        if bias and optim.bias_weight_decay is not None:
+            kind, decay = 0, optim.bias_weight_decay
         group = groups.setdefault(
-            (layer, decayed),
-            {"params": [], "names": [], "weight_decay": optim.weight_decay if decayed else 0.0, "lr_scale": scale},
+            (layer, kind, scale), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale}
         )
         group["params"].append(parameter)
         group["names"].append(name)
@@ -221,10 +240,13 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
 def make_optimizer(groups: list[dict[str, Any]], optim: Optim, lr: float, fused: bool = False) -> Optimizer:
     """The declared optimiser over `groups`, each at `lr` times its `lr_scale`."""
     groups = [{**group, "lr": lr * group["lr_scale"]} for group in groups]
-    if optim.name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, fused=fused or None)
+    if optim.name in ("adamw", "adam"):
+        kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
+        return kind(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=fused or None)
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov)
+        return torch.optim.SGD(
+            groups, lr=lr, momentum=optim.momentum, dampening=optim.dampening, nesterov=optim.nesterov
+        )
     return LARS(groups, lr=lr, momentum=optim.momentum, trust_coefficient=optim.trust_coefficient)
 
 

@@ -170,8 +170,8 @@ class SlowFast(VideoNetwork):
     """The two pathways, their lateral connections and a head.
 
     Args:
-        depth, width, block, strides, dilations, similarity, nonlocal_pools, nonlocal_groups, in_chans: as of
-            :class:`zoo.nn.resnet3d.Pathway3d`.
+        depth, width, block, strides, dilations, similarity, nonlocal_pools, nonlocal_groups, in_chans, groups,
+            stride_in_1x1: as of :class:`zoo.nn.resnet3d.Pathway3d`.
         alpha: Fast's frames for one of Slow's.
         beta_inv: Slow's channels for one of Fast's.
         fusion, fusion_ratio, fusion_kernel: of the lateral connections, see :class:`Lateral`.
@@ -210,6 +210,8 @@ class SlowFast(VideoNetwork):
         detection: bool = False,
         aligned: bool = True,
         in_chans: int = 3,
+        groups: int = 1,
+        stride_in_1x1: bool = False,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -224,6 +226,8 @@ class SlowFast(VideoNetwork):
             "strides": strides,
             "dilations": dilations,
             "in_chans": in_chans,
+            "groups": groups,
+            "stride_in_1x1": stride_in_1x1,
         }
         narrow = width // beta_inv
         laterals = [

@@ -21,16 +21,11 @@ from zoo.ops.diffusion import Diffusion
 from zoo.ops.flow import GVPPath, LinearPath, Path, VPPath
 from zoo.ops.guidance import guide, guided
 from zoo.ops.samplers import OdeMethod, dopri5_path, ode_path, sde_path, times_between
-from zoo.parity import Case, filled_inputs, load_filled
+from zoo.parity import Case, by_entry, filled_inputs, load_filled
 
 PATHS = {"Linear": LinearPath, "GVP": GVPPath, "VP": VPPath}
 ODE_METHODS: dict[str, OdeMethod] = {"euler": "euler", "midpoint": "midpoint", "heun2": "heun", "rk4": "rk4"}
 FORMS = {"SBDM": "sbdm", "inccreasing-decreasing": "bump"}
-
-
-def run(case: Case) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return KINDS[case["official"]["entry"]](case)
 
 
 def _network(case: Case, variance: bool) -> Any:
@@ -225,11 +220,18 @@ def tf1_bilinear(case: Case) -> dict[str, Tensor]:
     return {"resized": tf1_resize(filled_inputs(case)["image"], side, corners)}
 
 
-KINDS = {
-    "models.DiT + diffusion.create_diffusion": dit,
-    "models.SiT": sit,
-    "transport.Transport.training_losses": transport_loss,
-    "transport.Sampler": transport_sampler,
-    "metric_fid / metric_isc / metric_kid / metric_prc": scores,
-    "interpolate_compat_tensorflow.interpolate_bilinear_2d_like_tensorflow1x": tf1_bilinear,
-}
+KINDS = by_entry(
+    {
+        "models.DiT + diffusion.create_diffusion": dit,
+        "models.SiT": sit,
+        "transport.Transport.training_losses": transport_loss,
+        "transport.Sampler": transport_sampler,
+        "metric_fid / metric_isc / metric_kid / metric_prc": scores,
+        "interpolate_compat_tensorflow.interpolate_bilinear_2d_like_tensorflow1x": tf1_bilinear,
+    }
+)
+
+
+def run(case: Case) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return KINDS(case)

@@ -4,13 +4,12 @@ read from the case. Arrays of the JAX code have the channels last."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 
+from zoo.errors import ZooError
 from zoo.generation.meanflow import (
     AVERAGES,
     ClassConditionalMeanFlow,
@@ -21,69 +20,52 @@ from zoo.generation.meanflow import (
     steps,
 )
 from zoo.nn.autoencoder import SD_SCALE
-from zoo.parity import Case, dtype_of, filled_inputs, filled_state, fit, load_filled
+from zoo.parity import Case, by_entry, filled_inputs, filled_state, gradients, load_filled, named, train
 from zoo.training import EMA, Optim
 
 
-def run(case: Case) -> dict[str, Tensor]:
-    return KINDS[case["official"]["entry"]](case)
-
-
 def _channels_first(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x
+    return x.permute(0, 3, 1, 2).contiguous()
 
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(len(x))
-
-
 # ----------------------------------------------------------------------------------------------------- transformer, JAX
+
+NET = {"input_size": "img_size", "in_channels": "in_chans", "hidden_size": "embed_dim"}
+NET |= {name: name for name in ("patch_size", "depth", "num_heads", "mlp_ratio", "num_classes")}
+# What meanflow.py takes where the case says nothing.
+METHOD = {"noise_dist": "logit_normal", "P_mean": -0.4, "P_std": 1.0, "data_proportion": 0.75, "guidance_eq": "cfg"}
+METHOD |= {"omega": 1.0, "kappa": 0.5, "t_start": 0.0, "t_end": 1.0, "class_dropout_prob": 0.1}
+METHOD |= {"norm_p": 1.0, "norm_eps": 0.01}
+NO_NUMBER = {"jvp_fn", "num_steps", "num_classes", "dtype"}  # what changes none of the outputs, or stands elsewhere too
 
 
 def _transformer_task(case: Case, **options: Any) -> ClassConditionalMeanFlow:
-    net, method = case["config"]["net"], case["config"].get("method", {})
-    guided = method.get("guidance_eq", "cfg") == "cfg"
-    guidance = {"omega": 1.0, "kappa": 0.5, "t_start": 0.0, "t_end": 1.0}
+    given = case["config"].get("method", {})
+    if odd := given.keys() - METHOD.keys() - NO_NUMBER:
+        raise ZooError(f"the method has settings that ours has not: {', '.join(sorted(odd))}")
+    method = {**METHOD, **given}
+    guidance = Guidance(**{key: method[key] for key in ("omega", "kappa", "t_start", "t_end")})
     task = ClassConditionalMeanFlow(
         model=None,
-        img_size=net["input_size"],
-        patch_size=net["patch_size"],
-        in_chans=net["in_channels"],
-        embed_dim=net["hidden_size"],
-        depth=net["depth"],
-        num_heads=net["num_heads"],
-        mlp_ratio=net["mlp_ratio"],
-        num_classes=net["num_classes"],
-        guidance=Guidance(**{key: method.get(key, value) for key, value in guidance.items()}) if guided else None,
-        label_dropout=method.get("class_dropout_prob", 0.1),
+        **{ours: case["config"]["net"][theirs] for theirs, ours in NET.items()},
+        guidance=guidance if method["guidance_eq"] == "cfg" else None,
+        label_dropout=method["class_dropout_prob"],
         pairs=TimePairs(
-            distribution=method.get("noise_dist", "logit_normal"),
-            mean=method.get("P_mean", -0.4),
-            std=method.get("P_std", 1.0),
-            equal=method.get("data_proportion", 0.75),
+            distribution=method["noise_dist"],
+            mean=method["P_mean"],
+            std=method["P_std"],
+            equal=method["data_proportion"],
         ),
-        loss_power=method.get("norm_p", 1.0),
-        loss_eps=method.get("norm_eps", 0.01),
+        loss_power=method["norm_p"],
+        loss_eps=method["norm_eps"],
         **options,
     )
     load_filled(task.network, case, convert_official)
     return task
-
-
-def _by_flax_name(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters or gradients of ours under the names, and in the layout, of the case's state."""
-    found = {}
-    for theirs, entry in case["state"].items():
-        (ours,) = convert_official({theirs: torch.empty(entry["shape"])})
-        value = tensors[ours]
-        if theirs.endswith("kernel"):
-            value = value.permute(2, 3, 1, 0) if value.ndim == 4 else value.T
-        found[theirs] = value
-    return found
 
 
 def dit_forward(case: Case) -> dict[str, Tensor]:
@@ -100,49 +82,70 @@ def sample_steps(case: Case) -> dict[str, Tensor]:
         return {f"z_{k}": _channels_last(z) for k, z in enumerate(states, start=1)}
 
 
-def _pinned(inputs: dict[str, Tensor], suffix: str = "") -> dict[str, Tensor]:
-    """The draws of a step, as a batch of ours names them."""
-    return {
-        "noise": _channels_first(inputs[f"noise_e{suffix}"]),
-        "noise_t": _flat(inputs[f"noise_t{suffix}"]),
-        "noise_r": _flat(inputs[f"noise_r{suffix}"]),
-    }
+def _drawn(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Labels and draws of a step, as a batch of ours names them."""
+    times = {name: inputs[name].reshape(-1) for name in ("noise_t", "noise_r")}
+    noise = _channels_first(inputs["noise_e"])
+    return {"label": inputs["labels"], "noise": noise, "drop": inputs["drop_uniform"], **times}
 
 
 def train_loss(case: Case) -> dict[str, Tensor]:
     inputs, task = filled_inputs(case), _transformer_task(case)
-    batch = {"image": _channels_first(inputs["imgs"]), "label": inputs["labels"], "drop": inputs["drop_uniform"]}
-    out = task.loss({**batch, **_pinned(inputs)})
+    out = task.loss({"image": _channels_first(inputs["imgs"]), **_drawn(inputs)})
     out.loss.backward()
-    ours = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in task.network.named_parameters()}
-    gradients = _by_flax_name(case, ours)
+    found = gradients(task.network, zeros=True)
     return {
         "loss": out.loss,
         "v_loss": out.velocity_error,
-        "grad_l2_all": torch.stack([g.norm() for g in gradients.values()]).norm(),
-        **{f"grad:{name}": gradient for name, gradient in gradients.items()},
+        "grad_l2_all": torch.stack([g.norm() for g in found.values()]).norm(),
+        **named(case, convert_official, grad=found),
     }
+
+
+def train_run(case: Case) -> dict[str, Tensor]:
+    settings, inputs = case["config"]["train"], filled_inputs(case)
+    optim = Optim(
+        lr=settings["learning_rate"],
+        betas=(settings.get("adam_b1", 0.9), settings["adam_b2"]),  # optax.adamw's own, as is no decay of train.py
+        weight_decay=settings.get("weight_decay", 0.0),
+        no_decay="none",
+        schedule="constant",
+    )
+    task, ema = _transformer_task(case, optim=optim), EMA(settings["ema_val"])
+
+    def batch(step: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+        mean, std = step["cached"].chunk(2, dim=-1)
+        return {"image": _channels_first((mean + std * step["vae_noise"]) * SD_SCALE), **_drawn(step)}
+
+    def after() -> dict[str, Tensor]:
+        with ema.applied(task):
+            sample = task.network.sample(_channels_first(inputs["z_eval"]), inputs["labels_eval"])
+        return {"ema_sample_1step": _channels_last(sample)}
+
+    values = {"v_loss": "velocity_error"}
+    return train(case, task, convert_official, batch, epochs=1, averages={"ema": ema}, values=values, after=after)
 
 
 # ------------------------------------------------------------------------------------------------------ U-Net, PyTorch
 
+# What the official U-Net could be, and MeanFlow's is.
+FIXED = {"resample_filter": [1, 3, 3, 1], "channel_mult_noise": 2}
+FIXED |= {"encoder_type": "standard", "decoder_type": "standard", "embedding_type": "positional"}
+SAME = ("model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions", "dropout")
 
-def _unet_options(case: Case) -> dict[str, Any]:
-    config = case["config"]
-    net, args = config["net"], config["args"]
-    official = {"resample_filter": [1, 3, 3, 1], "channel_mult_noise": 2}
-    official |= {"encoder_type": "standard", "decoder_type": "standard", "embedding_type": "positional"}
-    if odd := [key for key, value in official.items() if net.get(key, value) != value]:
-        raise ValueError(f"a network that MeanFlow does not have: {odd}")
-    same = ("model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions", "dropout")
-    return {
-        **{key: net[key] for key in same if key in net},
-        "model": None,
-        "img_size": net["img_resolution"],
-        "in_chans": net["in_channels"],
-        "augment_dim": net.get("augment_dim", 0),
-        "augment": 0.0,
-        "pairs": TimePairs(
+
+def _unet_task(case: Case, **options: Any) -> UnconditionalMeanFlow:
+    net, args = case["config"]["net"], case["config"]["args"]
+    if odd := [key for key, value in FIXED.items() if net.get(key, value) != value]:
+        raise ZooError(f"a network that MeanFlow does not have: {odd}")
+    return UnconditionalMeanFlow(
+        model=None,
+        **{key: net[key] for key in SAME},
+        img_size=net["img_resolution"],
+        in_chans=net["in_channels"],
+        augment_dim=net.get("augment_dim", 0),
+        augment=0.0,
+        pairs=TimePairs(
             mean=args["P_mean_t"],
             std=args["P_std_t"],
             mean_r=args["P_mean_r"],
@@ -151,58 +154,29 @@ def _unet_options(case: Case) -> dict[str, Any]:
             equal_by="chance",
             order="sort" if args["tr_sampler"] == "v0" else "clamp",
         ),
-        "loss_power": args["norm_p"],
-        "loss_eps": args["norm_eps"],
-    }
+        loss_power=args["norm_p"],
+        loss_eps=args["norm_eps"],
+        **options,
+    )
 
 
-def _only(case: Case, name: str) -> Case:
-    """The case with one of the sets of weights of its state, and not the count of updates."""
-    return {**case, "state": {key: entry for key, entry in case["state"].items() if key.startswith(f"{name}.")}}
-
-
-def _unet_task(case: Case, **options: Any) -> UnconditionalMeanFlow:
-    task = UnconditionalMeanFlow(**_unet_options(case), **options)
-    load_filled(task.network, _kept_in_our_names(_only(case, "net")), convert_official)
-    return task
-
-
-def _kept_in_our_names(case: Case) -> Case:
-    """load_filled looks for the kept entries under our names."""
-    kept = {key: entry for key, entry in case["state"].items() if entry["rule"] == "keep"}
-    renamed = {next(iter(convert_official({key: torch.empty(0)}))): entry for key, entry in kept.items()}
-    return {**case, "state": {**case["state"], **renamed}}
+DRAWS = {"noise_e": "noise", "noise_t": "noise_t", "noise_r": "noise_r", "ratio_uniform": "chance"}
+DRAWS |= {"aug_cond": "augment"}
 
 
 def unet_forward(case: Case) -> dict[str, Tensor]:
-    inputs, network = filled_inputs(case), _unet_task(case).network.eval()
+    inputs, network = filled_inputs(case), load_filled(_unet_task(case).network, case, convert_official).eval()
     with torch.no_grad():
         return {"u": network(inputs["x"], (inputs["t"], inputs["h"]), inputs.get("aug_cond"))}
 
 
-def _chance(batch: dict[str, Tensor], inputs: dict[str, Tensor], suffix: str = "") -> dict[str, Tensor]:
-    augment = {"augment": inputs[f"aug_cond{suffix}"]} if f"aug_cond{suffix}" in inputs else {}
-    return {**batch, **_pinned_flat(inputs, suffix), **augment, "chance": inputs[f"ratio_uniform{suffix}"]}
-
-
-def _pinned_flat(inputs: dict[str, Tensor], suffix: str) -> dict[str, Tensor]:
-    return {
-        "noise": inputs[f"noise_e{suffix}"],
-        "noise_t": inputs[f"noise_t{suffix}"],
-        "noise_r": inputs[f"noise_r{suffix}"],
-    }
-
-
-def _official(name: str, prefix: str = "net") -> str:
-    return f"{prefix}.{name}"
-
-
 def unet_loss(case: Case) -> dict[str, Tensor]:
     inputs, task = filled_inputs(case), _unet_task(case).train()
-    out = task.loss(_chance({"image": inputs["x"]}, inputs))
+    load_filled(task.network, case, convert_official)
+    drawn = {ours: inputs[theirs] for theirs, ours in DRAWS.items() if theirs in inputs}
+    out = task.loss({"image": inputs["x"], **drawn})
     out.loss.backward()
-    gradients = {_official(name): p.grad for name, p in task.network.named_parameters() if p.grad is not None}
-    return {"loss": out.loss, **{f"grad:{name}": gradient for name, gradient in gradients.items()}}
+    return {"loss": out.loss, **named(case, convert_official, grad=gradients(task.network))}
 
 
 def _averages(case: Case) -> dict[str, EMA]:
@@ -213,6 +187,7 @@ def _averages(case: Case) -> dict[str, EMA]:
 
 def unet_ema(case: Case) -> dict[str, Tensor]:
     inputs, task = filled_inputs(case), _unet_task(case)
+    load_filled(task.network, case, convert_official)
     averages, outputs = _averages(case), {}
     for ema in averages.values():
         ema.start(task)
@@ -228,128 +203,48 @@ def unet_ema(case: Case) -> dict[str, Tensor]:
     return outputs
 
 
-# ------------------------------------------------------------------------------------------- whole runs, by the trainer
-
-
-class Batches(L.LightningDataModule):
-    """The batches of a case in order, so many to an epoch."""
-
-    def __init__(self, batches: list[dict[str, Tensor]], length: int) -> None:
-        super().__init__()
-        self.batches, self.length, self.batch_size = batches, length, len(batches[0]["image"])
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        first = self.trainer.current_epoch * self.length  # type: ignore[union-attr]
-        yield from self.batches[first : first + self.length]
-
-    def train_dataloader(self) -> Batches:
-        return self
-
-
-class Record(L.Callback):
-    """What every step gives and its learning rate; ends the run after so many."""
-
-    def __init__(self, iterations: int) -> None:
-        self.iterations = iterations
-        self.outputs: list[dict[str, Tensor]] = []
-        self.rates: list[float] = []
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
-        self.rates.append(optimizer.param_groups[0]["lr"])
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        self.outputs.append({key: value.detach() for key, value in outputs.items()})
-        trainer.should_stop = len(self.outputs) >= self.iterations
-
-    def stacked(self, key: str) -> Tensor:
-        return torch.stack([output[key] for output in self.outputs])
-
-
-def _network_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("network."): value for name, value in weights.items() if name.startswith("network.")}
-
-
-def train_run(case: Case) -> dict[str, Tensor]:
-    train, inputs = case["config"]["train"], filled_inputs(case)
+def train_run_unet(case: Case) -> dict[str, Tensor]:
+    settings, inputs = case["config"]["train"], filled_inputs(case)
     optim = Optim(
-        lr=train["learning_rate"],
-        betas=(train.get("adam_b1", 0.9), train["adam_b2"]),
-        weight_decay=train.get("weight_decay", 0.0),
+        name="adam",
+        lr=settings["lr"],
+        betas=tuple(settings["betas"]),
+        weight_decay=settings.get("weight_decay", 0.0),
         no_decay="none",
         schedule="constant",
+        warmup_epochs=settings["warmup_epochs"],
+        warmup_start_lr=1e-8,  # LinearLR's start_factor of train.py, to the peak
     )
-    task = _transformer_task(case, optim=optim)
-    batches = []
-    for k in range(train["iterations"]):
-        mean, std = _channels_first(inputs[f"cached_{k}"]).chunk(2, dim=1)
-        latent = (mean + std * _channels_first(inputs[f"vae_noise_{k}"])) * SD_SCALE
-        drawn = {**_pinned(inputs, f"_{k}"), "drop": inputs[f"drop_uniform_{k}"]}
-        batches.append({"image": latent, "label": inputs[f"labels_{k}"], **drawn})
-    ema, record = EMA(train["ema_val"]), Record(train["iterations"])
-    fit(case, task, Batches(batches, len(batches)), record, 1, also=[ema])
-    raw = _by_flax_name(case, dict(task.network.state_dict()))
-    averaged = _network_part(ema.weights)
-    outputs = {
-        "loss": record.stacked("loss"),
-        "v_loss": record.stacked("velocity_error"),
-        "lr": torch.tensor(record.rates, dtype=torch.float64),
-        **{f"param:{name}": value.detach().clone() for name, value in raw.items()},
-        **{f"ema:{name}": value for name, value in _by_flax_name(case, averaged).items()},
+    task, averages = _unet_task(case, optim=optim), _averages(case)
+    updates = int(filled_state(case)["num_updates"])
+    for ema in averages.values():
+        ema.steps = updates
+    shown = averages[AVERAGES[0]]
+
+    def batch(step: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+        drawn = {ours: step[theirs] for theirs, ours in DRAWS.items() if theirs in step}
+        return {"image": 2 * step["images"] - 1, **drawn}
+
+    def after() -> dict[str, Tensor]:
+        with shown.applied(task):
+            times = (inputs["t_eval"], inputs["h_eval"])
+            return {
+                "ema_u": task.network(inputs["x_eval"], times, inputs.get("aug_cond_eval")),
+                "num_updates": torch.tensor(shown.steps),
+            }
+
+    return train(case, task, convert_official, batch, averages=averages, after=after)
+
+
+run = by_entry(
+    {
+        "models.models_dit.DiT.__call__": dit_forward,
+        "meanflow.MeanFlow.sample_one_step": sample_steps,
+        "meanflow.MeanFlow.forward": train_loss,
+        "train.train_step_with_vae (state as create_train_state builds it)": train_run,
+        "models.unet.SongUNet.forward": unet_forward,
+        "models.meanflow.MeanFlow.forward_with_loss": unet_loss,
+        "models.ema.update_ema_net": unet_ema,
+        "training.train_loop.train_one_epoch (as train.main sets it up)": train_run_unet,
     }
-    network = task.network.to(case["device"], dtype_of(case))
-    network.load_state_dict(averaged)
-    one_step = network.sample(_channels_first(inputs["z_eval"]), inputs["labels_eval"])
-    return {**outputs, "ema_sample_1step": _channels_last(one_step)}
-
-
-def train_run_unet(case: Case) -> dict[str, Tensor]:
-    train, inputs, state = case["config"]["train"], filled_inputs(case), filled_state(case)
-    optim = Optim(
-        lr=train["lr"],
-        betas=tuple(train["betas"]),
-        weight_decay=0.0,
-        schedule="constant",
-        warmup_epochs=train["warmup_epochs"],
-    )
-    task = _unet_task(case, optim=optim)
-    averages = _averages(case)
-    for name, ema in averages.items():
-        ema.start(task)
-        converted = convert_official({key: value for key, value in state.items() if key.startswith(f"{name}.")})
-        ema.weights |= {f"network.{key}": value.clone() for key, value in converted.items()}
-        ema.steps = int(state["num_updates"])
-    batches = [_chance({"image": 2 * inputs[f"images_{k}"] - 1}, inputs, f"_{k}") for k in range(train["iterations"])]
-    record = Record(train["iterations"])
-    fit(case, task, Batches(batches, train["iters_per_epoch"]), record, train["epochs"], also=averages.values())
-    raw = {_official(name): p.detach().clone() for name, p in task.network.named_parameters()}
-    outputs = {
-        "loss": record.stacked("loss"),
-        "lr": torch.tensor(record.rates, dtype=torch.float64),
-        "num_updates": torch.tensor(averages[AVERAGES[0]].steps),
-        **{f"param:{name}": value for name, value in raw.items()},
-        **{
-            f"ema:{_official(name, average)}": value
-            for average, ema in averages.items()
-            for name, value in _network_part(ema.weights).items()
-        },
-    }
-    network = task.network.to(case["device"], dtype_of(case)).eval()
-    network.load_state_dict(_network_part(averages[AVERAGES[0]].weights))
-    with torch.no_grad():
-        times = (inputs["t_eval"], inputs["h_eval"])
-        return {**outputs, "ema_u": network(inputs["x_eval"], times, inputs.get("aug_cond_eval"))}
-
-
-KINDS = {
-    "models.models_dit.DiT.__call__": dit_forward,
-    "meanflow.MeanFlow.sample_one_step": sample_steps,
-    "meanflow.MeanFlow.forward": train_loss,
-    "train.train_step_with_vae (state as create_train_state builds it)": train_run,
-    "models.unet.SongUNet.forward": unet_forward,
-    "models.meanflow.MeanFlow.forward_with_loss": unet_loss,
-    "models.ema.update_ema_net": unet_ema,
-    "training.train_loop.train_one_epoch (as train.main sets it up)": train_run_unet,
-}
+)

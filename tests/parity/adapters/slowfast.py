@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 
@@ -18,9 +16,8 @@ from zoo.data.video_transforms import (
     uniform_crop_offset,
 )
 from zoo.metrics.video import FrameMAP, MultiLabelMAP
-from zoo.nn.resnet3d import RoIHead3d, VideoNetwork
-from zoo.nn.video_names import layout_of, our_name
-from zoo.parity import Case, dtype_of, filled_inputs, fit, load_filled
+from zoo.nn.resnet3d import RoIHead3d
+from zoo.parity import Case, dtype_of, filled_inputs, gradients, load_filled, named, shared, train
 from zoo.training import Optim, lr_at
 from zoo.video.slowfast import (
     SlowFast,
@@ -29,231 +26,103 @@ from zoo.video.slowfast import (
     SlowFastMultiLabel,
     convert_official,
     slow_indices,
-    slow_only,
 )
+
+official = shared("pyslowfast")
+TASKS = {"cross_entropy": SlowFastClassification, "bce_logit": SlowFastMultiLabel, "bce": SlowFastDetection}
 
 
 def run(case: Case) -> dict[str, Tensor]:
-    config, entry = case["config"], case["official"]["entry"]
-    if "train" in config:
-        return train_run(case)
-    if case["state"]:
-        return network(case)
-    if "windows" in config:
-        return sampling(case)
-    if "groundtruth" in config:
-        return frame_map(case)
-    return multi_label(case) if "meters" in entry else schedule(case)
-
-
-# ----------------------------------------------------------------------------------------------------------- networks
-
-
-def _settings(case: Case) -> dict[str, Any]:
-    """The configuration flat, by dotted names: the values that count, then what was given."""
-    flat: dict[str, Any] = {}
-    for section, values in case["config"]["effective"].items():
-        if isinstance(values, dict):
-            flat |= {f"{section}.{key}": value for key, value in values.items()}
-        else:
-            flat[section] = values
-    return {**flat, **case["config"]["cfg"]}
-
-
-def _of_pathway(rows: list[list[Any]], pathway: int) -> tuple[Any, ...]:
-    """What stands for one pathway in a setting of a row a stage."""
-    return tuple(tuple(row[pathway]) if isinstance(row[pathway], list) else row[pathway] for row in rows)
-
-
-def _create(case: Case) -> VideoNetwork:
-    """The network that the official configuration describes."""
-    given = _settings(case)
-    two = given["MODEL.ARCH"] == "slowfast"
-    blocks = given["RESNET.NUM_BLOCK_TEMP_KERNEL"]
-    options: dict[str, Any] = {
-        "depth": given["RESNET.DEPTH"],
-        "width": given["RESNET.WIDTH_PER_GROUP"],
-        "block": given.get("RESNET.TRANS_FUNC", "bottleneck_transform").removesuffix("_transform"),
-        "num_frames": given["DATA.NUM_FRAMES"],
-        "crop_size": given["DATA.TRAIN_CROP_SIZE"],
-        "in_chans": given["DATA.INPUT_CHANNEL_NUM"][0],
-        "num_classes": given["MODEL.NUM_CLASSES"],
-        "dropout": given["MODEL.DROPOUT_RATE"],
-        "detection": given.get("DETECTION.ENABLE", False),
-        "aligned": given.get("DETECTION.ALIGNED", True),
-        "activation": given.get("MODEL.HEAD_ACT", "softmax"),
-        "similarity": given.get("NONLOCAL.INSTANTIATION", "dot_product"),
-    }
-    for key, name in (
-        ("RESNET.SPATIAL_STRIDES", "strides"),
-        ("RESNET.SPATIAL_DILATIONS", "dilations"),
-        ("NONLOCAL.LOCATION", "nonlocal_after"),
-        ("NONLOCAL.GROUP", "nonlocal_groups"),
-        ("NONLOCAL.POOL", "nonlocal_pools"),
+    config = case["config"]
+    for kind, mark in (
+        (train_run, "train"),
+        (sampling, "windows"),
+        (frame_map, "groundtruth"),
+        (multi_label, "threshold"),
     ):
-        if key in given:
-            options[name] = _of_pathway(given[key], 0)
-    if not two:
-        return slow_only(temporal_blocks=_of_pathway(blocks, 0), **options)
-    return SlowFast(
-        alpha=given["SLOWFAST.ALPHA"],
-        beta_inv=given["SLOWFAST.BETA_INV"],
-        fusion_ratio=given["SLOWFAST.FUSION_CONV_CHANNEL_RATIO"],
-        fusion_kernel=given["SLOWFAST.FUSION_KERNEL_SZ"],
-        slow_temporal_blocks=_of_pathway(blocks, 0),
-        fast_temporal_blocks=_of_pathway(blocks, 1),
-        **options,
-    )
+        if mark in config:
+            return kind(case)
+    return network(case) if case["state"] else schedule(case)
 
 
-def _video(inputs: dict[str, Tensor], suffix: str = "") -> Any:
+# ----------------------------------------------------------------------------------------------------- networks, runs
+
+
+def _video(inputs: dict[str, Tensor], names: list[str]) -> Any:
     """What the network takes: both pathways' frames, or those of the only one."""
-    found = [inputs[f"{name}{suffix}"] for name in ("slow", "fast") if f"{name}{suffix}" in inputs]
-    if not found:
-        found = [inputs[name] for name in inputs if name.endswith(suffix) and inputs[name].ndim == 5][:1]
+    found = [inputs[name] for name in names]
     return found if len(found) > 1 else found[0]
 
 
-def _probabilities(net: VideoNetwork, logits: Tensor) -> Tensor:
-    sigmoid = isinstance(net.head, RoIHead3d) or net.head.activation == "sigmoid"
-    return logits.sigmoid() if sigmoid else logits.softmax(-1)
+def _by_video(which: Tensor, count: int) -> list[Tensor]:
+    """The rows that belong to each of `count` videos."""
+    return [(which == i).nonzero()[:, 0] for i in range(count)]
+
+
+def _of_boxes(net: Any, video: Any, boxes: Tensor) -> Tensor:
+    """Logits of rows (video, x1, y1, x2, y2), in their order."""
+    rows = _by_video(boxes[:, 0], len(video[0] if isinstance(video, list) else video))
+    return net(video, [boxes[r, 1:] for r in rows])[torch.cat(rows).argsort()]
 
 
 def network(case: Case) -> dict[str, Tensor]:
     inputs = filled_inputs(case)
-    net: Any = load_filled(_create(case), case, convert_official)
+    net: Any = load_filled(official.create(case), case, convert_official)
+    clips = [name for name, value in inputs.items() if value.ndim == 5]
+    names = ["slow", "fast"] if isinstance(net, SlowFast) else [min(clips, key=len)]
     outputs: dict[str, Tensor] = {}
     if isinstance(net.head, RoIHead3d):
-        rois = inputs["boxes"].to(dtype_of(case))
-        video = _video(inputs)
-        count = len(video[0] if isinstance(video, list) else video)
-        order = torch.cat([(rois[:, 0] == i).nonzero()[:, 0] for i in range(count)]).argsort()
-        boxes = [rois[rois[:, 0] == i, 1:] for i in range(count)]
         for mode in ("eval", "train"):
-            logits = net.train(mode == "train")(video, boxes)[order]
-            outputs |= {f"{mode}_logits": logits, f"{mode}_scores": logits.sigmoid()}
+            logits = _of_boxes(net.train(mode == "train"), _video(inputs, names), inputs["boxes"].to(dtype_of(case)))
+            outputs |= {f"{mode}_logits": logits, f"{mode}_scores": official.probabilities(case, logits)}
         return outputs
     with torch.no_grad():
         net.eval()
         for name, suffix in (("", ""), ("_fullconv", "_large")):
-            if suffix and not any(key.endswith(suffix) for key in inputs):
+            if f"{names[0]}{suffix}" not in inputs:
                 continue
-            features = net.forward_features(_video(inputs, suffix))
+            features = net.forward_features(_video(inputs, [f"{name}{suffix}" for name in names]))
             outputs[f"eval_logits{name}"] = net.head.position_logits(features)
-            outputs[f"eval_probs{name}"] = _probabilities(net, net.forward_head(features))
-        outputs["train_logits"] = net.train()(_video(inputs))
-    if isinstance(net, SlowFast):
+            outputs[f"eval_probs{name}"] = official.probabilities(case, net.forward_head(features))
+        outputs["train_logits"] = net.train()(_video(inputs, names))
+    if isinstance(net, SlowFast) and net.lateral[0].bn is not None:
         outputs["fuse_bn_mean_after"] = net.lateral[0].bn.running_mean
-    return outputs
-
-
-# ------------------------------------------------------------------------------------------- whole runs, by the trainer
-
-
-def _optim(given: dict[str, Any]) -> Optim:
-    """The official SOLVER section in our declaration."""
-    steps = given["SOLVER.LR_POLICY"] != "cosine"
-    factors = given.get("SOLVER.LRS") or [1.0]
-    milestones = tuple(given.get("SOLVER.STEPS") or ())[1:] if steps else ()
-    own = given.get("BN.WEIGHT_DECAY", 0.0) == given["SOLVER.WEIGHT_DECAY"]
-    return Optim(
-        name="sgd",
-        lr=given["SOLVER.BASE_LR"] * (factors[0] if steps else 1.0),
-        momentum=given.get("SOLVER.MOMENTUM", 0.9),
-        nesterov=given.get("SOLVER.NESTEROV", True),
-        weight_decay=given["SOLVER.WEIGHT_DECAY"],
-        no_decay="none" if own else "1d" if given.get("SOLVER.ZERO_WD_1D_PARAM") else "norm",
-        schedule="step" if steps else "cosine",
-        schedule_from="warmup" if given.get("SOLVER.COSINE_AFTER_WARMUP") else "start",
-        warmup_epochs=given["SOLVER.WARMUP_EPOCHS"],
-        warmup_start_lr=given["SOLVER.WARMUP_START_LR"],
-        min_lr=given.get("SOLVER.COSINE_END_LR", 0.0),
-        milestones=milestones,
-        factors=tuple(factor / factors[0] for factor in factors[1 : 1 + len(milestones)]),
-    )
-
-
-def schedule(case: Case) -> dict[str, Tensor]:
-    given = _settings(case)
-    optim = _optim(given)
-    total, peak = given["SOLVER.MAX_EPOCH"], optim.peak_lr(1)
-    return {"lr": torch.tensor([lr_at(optim, epoch, total, peak) for epoch in case["config"]["epochs"]]).double()}
-
-
-class Batches(L.LightningDataModule):
-    """The batches of a case in order, under the names of ours."""
-
-    def __init__(self, inputs: dict[str, Tensor], train: dict[str, Any]) -> None:
-        super().__init__()
-        self.inputs, self.length = inputs, train["iters_per_epoch"]
-        self.batch_size = train["batch_size"]
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        first = self.trainer.current_epoch * self.length
-        for k in range(first, first + self.length):
-            yield {"video": _video(self.inputs, f"_{k}"), "label": self.inputs[f"labels_{k}"]}
-
-    def train_dataloader(self) -> Batches:
-        return self
-
-
-class Record(L.Callback):
-    """Loss, learning rate and gradient norm of each step; ends the run after so many of them."""
-
-    def __init__(self, iterations: int) -> None:
-        self.iterations = iterations
-        self.losses: list[Tensor] = []
-        self.rates: list[float] = []
-        self.norms: list[Tensor] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        self.losses.append(outputs["loss"].detach())
-        trainer.should_stop = len(self.losses) >= self.iterations
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
-        self.rates.append(optimizer.param_groups[0]["lr"])
-        self.norms.append(torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm())
+    return outputs | named(case, convert_official, buffer=net.state_dict(), grad=gradients(net))
 
 
 def train_run(case: Case) -> dict[str, Tensor]:
-    config, given, inputs = case["config"], _settings(case), filled_inputs(case)
-    net = load_filled(_create(case), case, convert_official)
-    task = {"cross_entropy": SlowFastClassification, "bce_logit": SlowFastMultiLabel, "bce": SlowFastDetection}
-    classes, loss = given["MODEL.NUM_CLASSES"], given.get("MODEL.LOSS_FUNC", "cross_entropy")
+    config, given, inputs = case["config"], official.settings(case), filled_inputs(case)
+    net, names = official.create(case), config["train"]["pathways"]
+    kind = TASKS[given["MODEL.LOSS_FUNC"]]
     with torch.device("meta"):  # its network gives way to the case's
-        module: Any = task[loss](model=None, width=8, num_classes=classes, channels_last=False, optim=_optim(given))
-    module.network = net
-    for metrics in (module.val_metrics, module.test_metrics):
-        metrics.to_empty(device=case["device"])
-    record = Record(config["train"]["iterations"])
-    clipping: dict[str, Any] = {}
-    if given.get("SOLVER.CLIP_GRAD_VAL"):
-        clipping = {"gradient_clip_val": given["SOLVER.CLIP_GRAD_VAL"], "gradient_clip_algorithm": "value"}
-    elif given.get("SOLVER.CLIP_GRAD_L2NORM"):
-        clipping = {"gradient_clip_val": given["SOLVER.CLIP_GRAD_L2NORM"]}
-    trainer = fit(case, module, Batches(inputs, config["train"]), record, given["SOLVER.MAX_EPOCH"], **clipping)
-    (optimizer,) = trainer.optimizers
-    net.to(case["device"], dtype_of(case)).eval()
-    state = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-    pathways = ("slow", "fast") if isinstance(net, SlowFast) else ("pathway",)
-    layout = layout_of({key: torch.empty(0) for key in case["state"]}) or ""
-    with torch.no_grad():
-        probabilities = _probabilities(net, net(_video(inputs, "_eval")))
-    return {
-        "loss": torch.stack(record.losses),
-        "lr": torch.tensor(record.rates, dtype=torch.float64),
-        "grad_norm_before_clipping": torch.stack(record.norms),
-        "weight_decay_per_group": torch.tensor([group["weight_decay"] for group in optimizer.param_groups]).double(),
-        **{
-            f"{kind}:{name}": state[our_name(name, layout, pathways)].detach()
-            for kind, names in (("param", config["track"]), ("buffer", config["track_buffers"]))
-            for name in names
-        },
-        "eval_probs": probabilities,
-    }
+        task: Any = kind(
+            model=None, width=8, num_classes=net.num_classes, channels_last=False, optim=official.optim(given)
+        )
+    task.network = net
+    for metrics in (task.val_metrics, task.test_metrics):
+        metrics.to_empty(device=case.get("device", "cpu"))
+
+    def batch(step: dict[str, Tensor], k: int) -> dict[str, Any]:
+        made = {"video": _video(step, names), "label": step["labels"]}
+        if "boxes" in step:
+            rows = _by_video(step["boxes"][:, 0], len(step[names[0]]))
+            made["target"] = [{"boxes": step["boxes"][r, 1:], "labels": step["labels"][r]} for r in rows]
+        return made
+
+    def after() -> dict[str, Tensor]:
+        video = _video(inputs, [f"{name}_eval" for name in names])
+        logits = _of_boxes(net, video, inputs["boxes_eval"]) if "boxes_eval" in inputs else net(video)
+        return {"eval_probs": official.probabilities(case, logits)}
+
+    epochs, clipping = given["SOLVER.MAX_EPOCH"], official.clipping(given)
+    return train(case, task, convert_official, batch, epochs=epochs, after=after, **clipping)
+
+
+def schedule(case: Case) -> dict[str, Tensor]:
+    given = official.settings(case)
+    optim = Optim(**official.schedule(given))
+    total, peak = given["SOLVER.MAX_EPOCH"], optim.peak_lr(1)
+    return {"lr": torch.tensor([lr_at(optim, epoch, total, peak) for epoch in case["config"]["epochs"]]).double()}
 
 
 # --------------------------------------------------------------------------------------------- data and scores

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from zoo.beyond.varc import VARCTraining, VARCUNet, VARCViT, convert_official, pixel_loss
 from zoo.data.arc import BORDER, Pair, View, draw_view, evaluation_view, place, read_grid
+from zoo.errors import unknown
 from zoo.metrics.arc import vote
 from zoo.ops.pos_embed import apply_rope
-from zoo.parity import Case, filled_inputs, load_filled
+from zoo.parity import Case, filled_inputs, gradients, load_filled, named
 from zoo.training import lr_at
 
 UNET_SIZES = {"small": (160, 1, False), "medium": (240, 1, False), "big": (320, 2, True)}  # width, blocks, mid block
@@ -89,7 +90,7 @@ def vit(case: Case) -> dict[str, Tensor]:
     if "targets" in inputs:
         loss = net.loss(canvas, task, mask, inputs["targets"])  # of the patches that decide it, not from the logits
         loss.backward()
-        outputs |= {"loss": loss, **_gradients(net)}
+        outputs |= {"loss": loss, **_gradients(net, case)}
     if "q" in inputs:
         outputs["rope_of_q"] = apply_rope(inputs["q"], net.rope_cos, net.rope_sin)
     return outputs
@@ -97,7 +98,10 @@ def vit(case: Case) -> dict[str, Tensor]:
 
 def unet(case: Case) -> dict[str, Tensor]:
     options, inputs = dict(case["config"]["model"]), filled_inputs(case)
-    width, depth, mid_block = UNET_SIZES[options.pop("size")]
+    size = options.pop("size")
+    if size not in UNET_SIZES:
+        raise unknown("size of the U-Net", size, UNET_SIZES)
+    width, depth, mid_block = UNET_SIZES[size]
     options["img_size"] = options.pop("image_size")
     net = VARCUNet(embed_dim=width, depth=depth, num_heads=width // 40, mid_block=mid_block, **options)
     load_filled(net, case, convert_official).eval()
@@ -106,13 +110,14 @@ def unet(case: Case) -> dict[str, Tensor]:
     if "targets" in inputs:
         loss = pixel_loss(logits, inputs["targets"])
         loss.backward()
-        outputs |= {"loss": loss, **_gradients(net)}
+        outputs |= {"loss": loss, **_gradients(net, case)}
     return outputs
 
 
-def _gradients(net: torch.nn.Module) -> dict[str, Tensor]:
-    """Gradients by the short names that cases give them."""
-    found = {name: value.grad for name, value in net.named_parameters() if value.grad is not None}
+def _gradients(net: torch.nn.Module, case: Case) -> dict[str, Tensor]:
+    """Gradients by the short names that cases give them, and by official keys."""
+    found = gradients(net)
     short = {"task_tokens": "task_embed.weight", "color_embed": "color_embed.weight", "head": "head.weight"}
     short |= {"positional_embed": "pos_embed", "patch_embed": "patch_embed.proj.weight"}
-    return {f"grad_{name}": found[ours] for name, ours in short.items() if ours in found}
+    official = named(case, convert_official, grad=found)
+    return {**official, **{f"grad_{name}": found[ours] for name, ours in short.items() if ours in found}}

@@ -1,0 +1,301 @@
+"""What the adapters of papers in detectron2 share: its settings as our options, its batches, its solver."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.errors import ZooError, unknown
+from zoo.parity import Case, Config, dtype_of
+from zoo.training import Optim
+
+NORMS = {"": None, "FrozenBN": "frozen_bn", "BN": "bn", "SyncBN": "bn", "nnSyncBN": "bn", "GN": "gn"}
+POOLINGS = {"ROIAlignV2": "align", "ROIAlign": "align_unshifted", "ROIPool": "pool"}
+MEAN, STD = "PIXEL_MEAN", "PIXEL_STD"
+
+
+def _levels(names: Iterable[str]) -> list[str]:
+    """res2 is c2 here."""
+    return [name.replace("res", "c") for name in names]
+
+
+def _bound(value: float) -> float | None:
+    return value if value >= 0 else None
+
+
+# Our options by detectron2's settings: part, field, and what becomes of the value. Two settings of one field, for
+# training and for evaluation, are its two entries.
+_SAME: Callable[[Any], Any] = lambda value: value  # noqa: E731
+FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "ROI_HEADS.NUM_CLASSES": ("num_classes", _SAME),
+    "RESNETS.DEPTH": ("resnet.depth", _SAME),
+    "RESNETS.NORM": ("resnet.norm", NORMS.__getitem__),
+    "RESNETS.STEM_OUT_CHANNELS": ("resnet.stem_channels", _SAME),
+    "RESNETS.RES2_OUT_CHANNELS": ("resnet.channels", _SAME),
+    "RESNETS.NUM_GROUPS": ("resnet.groups", _SAME),
+    "RESNETS.WIDTH_PER_GROUP": ("resnet.width_per_group", _SAME),
+    "RESNETS.STRIDE_IN_1X1": ("resnet.stride_in_1x1", _SAME),
+    "RESNETS.RES5_DILATION": ("resnet.dilation", _SAME),
+    "BACKBONE.FREEZE_AT": ("resnet.freeze", _SAME),
+    "FPN.IN_FEATURES": ("fpn.inputs", _levels),
+    "FPN.OUT_CHANNELS": ("fpn.channels", _SAME),
+    "FPN.NORM": ("fpn.norm", NORMS.__getitem__),
+    "FPN.FUSE_TYPE": ("fpn.fuse", _SAME),
+    "RPN.IN_FEATURES": ("rpn.levels", _levels),
+    "ANCHOR_GENERATOR.SIZES": ("rpn.sizes", _SAME),
+    "ANCHOR_GENERATOR.ASPECT_RATIOS": ("rpn.ratios", _SAME),
+    "ANCHOR_GENERATOR.OFFSET": ("rpn.offset", _SAME),
+    "RPN.CONV_DIMS": ("rpn.conv_channels", _SAME),
+    "RPN.BBOX_REG_WEIGHTS": ("rpn.box_weights", _SAME),
+    "RPN.IOU_THRESHOLDS": ("rpn.thresholds", _SAME),
+    "RPN.IOU_LABELS": ("rpn.labels", _SAME),
+    "RPN.BATCH_SIZE_PER_IMAGE": ("rpn.samples", _SAME),
+    "RPN.POSITIVE_FRACTION": ("rpn.positive_fraction", _SAME),
+    "RPN.BOUNDARY_THRESH": ("rpn.boundary", _bound),
+    "RPN.PRE_NMS_TOPK_TRAIN": ("rpn.pre_nms.0", _SAME),
+    "RPN.PRE_NMS_TOPK_TEST": ("rpn.pre_nms.1", _SAME),
+    "RPN.POST_NMS_TOPK_TRAIN": ("rpn.post_nms.0", _SAME),
+    "RPN.POST_NMS_TOPK_TEST": ("rpn.post_nms.1", _SAME),
+    "RPN.NMS_THRESH": ("rpn.nms_threshold", _SAME),
+    "PROPOSAL_GENERATOR.MIN_SIZE": ("rpn.min_size", _SAME),
+    "RPN.BBOX_REG_LOSS_TYPE": ("rpn.box_loss", _SAME),
+    "RPN.SMOOTH_L1_BETA": ("rpn.beta", _SAME),
+    "RPN.LOSS_WEIGHT": ("rpn.loss_weight", _SAME),
+    "RPN.BBOX_REG_LOSS_WEIGHT": ("rpn.box_loss_weight", _SAME),
+    "ROI_HEADS.IN_FEATURES": ("roi.levels", _levels),
+    "ROI_HEADS.IOU_THRESHOLDS": ("roi.thresholds", _SAME),
+    "ROI_HEADS.IOU_LABELS": ("roi.labels", _SAME),
+    "ROI_HEADS.BATCH_SIZE_PER_IMAGE": ("roi.samples", _SAME),
+    "ROI_HEADS.POSITIVE_FRACTION": ("roi.positive_fraction", _SAME),
+    "ROI_HEADS.PROPOSAL_APPEND_GT": ("roi.append_truth", _SAME),
+    "ROI_HEADS.SCORE_THRESH_TEST": ("roi.score_threshold", _SAME),
+    "ROI_HEADS.NMS_THRESH_TEST": ("roi.nms_threshold", _SAME),
+    "TEST.DETECTIONS_PER_IMAGE": ("roi.detections", _SAME),
+    "ROI_BOX_HEAD.NUM_CONV": ("box.convs", _SAME),
+    "ROI_BOX_HEAD.CONV_DIM": ("box.conv_channels", _SAME),
+    "ROI_BOX_HEAD.NORM": ("box.norm", NORMS.__getitem__),
+    "ROI_BOX_HEAD.NUM_FC": ("box.fcs", _SAME),
+    "ROI_BOX_HEAD.FC_DIM": ("box.fc_channels", _SAME),
+    "ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": ("box.class_agnostic", _SAME),
+    "ROI_BOX_HEAD.BBOX_REG_WEIGHTS": ("box.weights", _SAME),
+    "ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("box.loss", _SAME),
+    "ROI_BOX_HEAD.SMOOTH_L1_BETA": ("box.beta", _SAME),
+    "ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": ("box.loss_weight", _SAME),
+    "ROI_BOX_HEAD.USE_SIGMOID_CE": ("box.sigmoid", _SAME),
+    "ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": ("box.train_on_predictions", _SAME),
+    "ROI_BOX_CASCADE_HEAD.IOUS": ("box.cascade_ious", _SAME),
+    "ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": ("box.cascade_weights", _SAME),
+    "ROI_MASK_HEAD.NUM_CONV": ("mask.convs", _SAME),
+    "ROI_MASK_HEAD.CONV_DIM": ("mask.channels", _SAME),
+    "ROI_MASK_HEAD.NORM": ("mask.norm", NORMS.__getitem__),
+    "ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": ("mask.class_agnostic", _SAME),
+    "ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": ("keypoint.keypoints", _SAME),
+    "ROI_KEYPOINT_HEAD.CONV_DIMS": ("keypoint.channels", _SAME),
+    "ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": ("keypoint.by_visible", _SAME),
+    "ROI_KEYPOINT_HEAD.LOSS_WEIGHT": ("keypoint.loss_weight", _SAME),
+}
+for _theirs, _part in {"ROI_BOX_HEAD": "box", "ROI_MASK_HEAD": "mask", "ROI_KEYPOINT_HEAD": "keypoint"}.items():
+    FIELDS |= {
+        f"{_theirs}.POOLER_RESOLUTION": (f"{_part}.pool.size", _SAME),
+        f"{_theirs}.POOLER_SAMPLING_RATIO": (f"{_part}.pool.sampling", _SAME),
+        f"{_theirs}.POOLER_TYPE": (f"{_part}.pool.pooling", POOLINGS.__getitem__),
+    }
+# What else a setting may say, and the values that we have.
+ELSEWHERE: dict[str, Sequence[Any]] = {
+    "META_ARCHITECTURE": ("GeneralizedRCNN",),
+    "ROI_HEADS.NAME": ("StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads"),
+    "PROPOSAL_GENERATOR.NAME": ("RPN",),
+    "ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
+    "RPN.HEAD_NAME": ("StandardRPNHead",),
+    "ROI_BOX_HEAD.USE_FED_LOSS": (False,),
+    "RESNETS.DEFORM_ON_PER_STAGE": ([False] * 4,),
+}
+# How base configs are called, and how they differ from the published network that they are.
+_BASE = re.compile(r"((?:cascade_)?(?:mask|faster|keypoint)_rcnn)_([RX])_(\d+)_(?:(32x8d)_)?(FPN|C4|DC5)")
+PROPOSALS = {"FPN": ((2000, 1000), (1000, 1000))} | dict.fromkeys(("C4", "DC5"), ((12000, 6000), (2000, 1000)))
+_WIDER = {"ROI_BOX_HEAD.NUM_FC": 1, "ROI_BOX_HEAD.NUM_CONV": 4}
+DIFFERENCES: dict[str, dict[str, Any]] = {
+    "cls_agnostic": {"ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True, "ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True},
+    "giou": {
+        "RPN.BBOX_REG_LOSS_TYPE": "giou",
+        "RPN.BBOX_REG_LOSS_WEIGHT": 2.0,
+        "ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": "giou",
+        "ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": 10.0,
+    },
+    "Cityscapes/": {"ROI_HEADS.NUM_CLASSES": 8},
+    "_gn": {f"{part}.NORM": "GN" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")} | _WIDER,
+    "_syncbn": {f"{part}.NORM": "SyncBN" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")} | _WIDER,
+    "3x_gn": {"RESNETS.STRIDE_IN_1X1": False},
+    "scratch": {"RESNETS.STRIDE_IN_1X1": False, "BACKBONE.FREEZE_AT": 0},
+    "9x": {STD: [57.375, 57.12, 58.395]},
+    "X_101_32x8d": {STD: [57.375, 57.12, 58.395]},
+}
+
+
+def settings(model: Mapping[str, Any], further: Mapping[str, Any] | None = None) -> tuple[str | None, Config]:
+    """(The published network that the case builds on, or None; the settings it gives, flat, without ``MODEL.``).
+
+    A case gives all of them ("resolved"), or a base config and what it overrides.
+
+    Raises:
+        ZooError: a base config of no network of ours.
+    """
+    if "resolved" in model:
+        return None, Config(_flat(model["resolved"]))
+    base = model["base_config"]
+    match = _BASE.search(base.rpartition("/")[2])
+    if match is None:
+        raise ZooError(f"no network of ours for the base config {base!r}")
+    kind, letter, depth, groups, design = match.groups()
+    name = "_".join(filter(None, (kind, letter.lower() + depth, groups, design.lower())))
+    person, before, after = kind.startswith("keypoint"), *PROPOSALS[design]
+    given: dict[str, Any] = {
+        MEAN: [103.53, 116.28, 123.675],
+        STD: [1.0, 1.0, 1.0],
+        "MASK_ON": "mask" in kind,
+        "KEYPOINT_ON": person,
+        "ROI_HEADS.NUM_CLASSES": 1 if person else 80,
+        "RPN.PRE_NMS_TOPK_TRAIN": before[0],
+        "RPN.PRE_NMS_TOPK_TEST": before[1],
+        "RPN.POST_NMS_TOPK_TRAIN": 1500 if person else 2000 if kind.startswith("cascade") else after[0],
+        "RPN.POST_NMS_TOPK_TEST": after[1],
+    }
+    for word, changes in DIFFERENCES.items():
+        given |= changes if word in base else {}
+    return name, Config({**given, **_flat(further or {}), **_flat(model["overrides"])})
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}.{key}" if prefix else key
+        flat |= _flat(value, name) if isinstance(value, Mapping) else {name.removeprefix("MODEL."): value}
+    return flat
+
+
+def options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Our network's options; a part that is off is False.
+
+    Raises:
+        ZooError: what we have not.
+    """
+    for name, known in ELSEWHERE.items():
+        if given.get(name, known[0]) not in known:
+            raise unknown(name, str(given[name]), map(str, known))
+    heads = given.get("ROI_HEADS.NAME")
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in FIELDS or (heads != "CascadeROIHeads" and heads and name.startswith("ROI_BOX_CASCADE_HEAD")):
+            continue
+        ours, make = FIELDS[name]
+        *parts, leaf = ours.split(".")
+        place = found
+        for part in parts:
+            place = place.setdefault(part, {})
+        place[leaf] = make(value)
+    for name in {"pre_nms", "post_nms"} & found.get("rpn", {}).keys():
+        found["rpn"][name] = (found["rpn"][name]["0"], found["rpn"][name]["1"])
+    for part in ("mask", "keypoint"):
+        if not given.get(f"{part.upper()}_ON", True):
+            found[part] = False
+    if heads is not None:
+        found["design"] = "fpn" if given["FPN.IN_FEATURES"] else "c4" if heads == "Res5ROIHeads" else "dc5"
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def batch(images: Sequence[Tensor], given: Mapping[str, Any], divisibility: int, case: Case) -> dict[str, Any]:
+    """Raw images (3, H, W) normalised, then padded to a common size."""
+    dtype, device = dtype_of(case), case.get("device", "cpu")
+    mean, std = (torch.tensor(given[key], dtype=dtype, device=device)[:, None, None] for key in (MEAN, STD))
+    sizes = [tuple(image.shape[1:]) for image in images]
+    height, width = (-(-max(sides) // divisibility) * divisibility for sides in zip(*sizes, strict=True))
+    padded = torch.zeros(len(images), 3, height, width, dtype=dtype, device=device)
+    for place, image in zip(padded, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = (image.to(dtype) - mean) / std
+    return {"image": padded, "size": torch.tensor(sizes)}
+
+
+def targets(config: Mapping[str, Any], case: Case, at: int | None = None) -> list[dict[str, Tensor]]:
+    """The objects of each image; `at` picks an iteration of a run."""
+
+    def given(key: str) -> Any:
+        return config[key] if at is None else config[key][at]
+
+    made = []
+    for image, (height, width) in enumerate(config["image_sizes"]):
+        boxes = torch.tensor(given("gt_boxes")[image], dtype=dtype_of(case), device=case.get("device", "cpu")).reshape(
+            -1, 4
+        )
+        labels = torch.tensor(given("gt_classes")[image], dtype=torch.int64, device=case.get("device", "cpu"))
+        target = {"boxes": boxes, "labels": labels}
+        if "gt_masks" in config:
+            if config["gt_masks"] != "ellipse":
+                raise ZooError(f"gt_masks {config['gt_masks']!r}: only ellipses are known")
+            target["masks"] = ellipses(boxes, height, width)
+        if "gt_keypoints" in config:
+            points = torch.tensor(given("gt_keypoints")[image], dtype=dtype_of(case), device=case.get("device", "cpu"))
+            target["keypoints"] = points
+        made.append(target)
+    return made
+
+
+def ellipses(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Masks (N, H, W) of the ellipses that touch the boxes' sides."""
+    y = torch.arange(height, dtype=boxes.dtype, device=boxes.device)[None, :, None] + 0.5
+    x = torch.arange(width, dtype=boxes.dtype, device=boxes.device)[None, None] + 0.5
+    x1, y1, x2, y2 = (boxes[:, k, None, None] for k in range(4))
+    across, down = (x - (x1 + x2) / 2) / ((x2 - x1) / 2), (y - (y1 + y2) / 2) / ((y2 - y1) / 2)
+    return across**2 + down**2 <= 1
+
+
+# -------------------------------------------------------------------------------------------------------------- solver
+
+
+def optim(solver: Config) -> Optim:
+    """The SOLVER section: groups of decay, warm-up and schedule by iteration."""
+    policy, warm_up = solver["LR_SCHEDULER_NAME"], solver["WARMUP_METHOD"]
+    policies = {"WarmupMultiStepLR": "step", "WarmupCosineLR": "cosine"}
+    if policy not in policies:
+        raise unknown("LR_SCHEDULER_NAME", policy, policies)
+    if warm_up not in ("linear", "constant"):
+        raise unknown("WARMUP_METHOD", warm_up, ("linear", "constant"))
+    start = solver["BASE_LR"] * solver["WARMUP_FACTOR"]
+    own = {"milestone_steps": tuple(solver["STEPS"]), "gamma": solver["GAMMA"]}
+    if policy == "WarmupCosineLR":
+        own = {"schedule_from": "start", "min_lr": solver.get("BASE_LR_END", 0.0)}
+    return Optim(
+        name="sgd",
+        lr=solver["BASE_LR"],
+        momentum=solver["MOMENTUM"],
+        nesterov=solver["NESTEROV"],
+        weight_decay=solver["WEIGHT_DECAY"],
+        norm_weight_decay=solver["WEIGHT_DECAY_NORM"],
+        bias_weight_decay=solver["WEIGHT_DECAY_BIAS"],
+        bias_lr_scale=1.0 if solver["BIAS_LR_FACTOR"] is None else solver["BIAS_LR_FACTOR"],
+        no_decay="none",
+        schedule=policies[policy],  # type: ignore[arg-type]
+        warmup_steps=min(solver["WARMUP_ITERS"], solver["MAX_ITER"]),
+        **{"warmup_start_lr": start} if warm_up == "linear" else {"warmup_lr": start},
+        **own,
+    )
+
+
+def clipping(solver: Config) -> tuple[float | None, dict[str, Any]]:
+    """(The bound of each parameter's own norm or None, options of the trainer)."""
+    clip = solver["CLIP_GRADIENTS"]
+    if not clip["ENABLED"]:
+        return None, {}
+    if clip["CLIP_TYPE"] == "value":
+        return None, {"gradient_clip_val": clip["CLIP_VALUE"], "gradient_clip_algorithm": "value"}
+    if clip["CLIP_TYPE"] != "norm" or clip["NORM_TYPE"] != 2.0:
+        raise ZooError(
+            f"CLIP_TYPE {clip['CLIP_TYPE']!r} of norm {clip['NORM_TYPE']}: only value, and norm 2, are built"
+        )
+    return clip["CLIP_VALUE"], {}

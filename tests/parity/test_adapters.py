@@ -1,0 +1,138 @@
+"""What the adapters read from a case, tried on cases that differ from the published ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from zoo import parity
+from zoo.errors import ZooError
+from zoo.parity.cases import Config
+from zoo.training import param_groups
+
+CASES = Path(__file__).parent / "cases"
+
+
+def _case(paper: str, name: str) -> parity.Case:
+    case = parity.load(CASES / paper / f"{name}.json")
+    return {**case, "config": Config.of(case["config"])}
+
+
+@pytest.mark.parametrize("name", ["c4_inference", "cascade_train", "dc5_inference", "keypoint_train"])
+def test_mask_rcnn_knows_the_base_configs(name: str) -> None:
+    """All settings follow from the base config and what the case overrides."""
+    case = _case("mask_rcnn", name)
+    del case["config"]["resolved"]
+    assert {verdict.note for verdict in parity.run_case(case)} == {""}
+
+
+@pytest.mark.parametrize(
+    ("sides", "maps", "strides", "notes", "lowest"),
+    [
+        ([96, 128], [(24, 32), (12, 16)], [8], "", 2),
+        ([90, 130], [(23, 33), (12, 17)], [8], "", 2),  # rounded up
+        ([90, 130], [(11, 16), (5, 8)], [8], "", 3),  # rounded down
+        ([50, 70], [(24, 32), (12, 16)], [16, 32], "", 4),  # maps of their own: one stride a map
+        ([50, 70], [(24, 32), (12, 16)], [8], "assign_boxes_to_levels(2..3)", 2),
+        ([50, 70], [(24, 32), (12, 16)], [8], "", None),
+    ],
+)
+def test_mask_rcnn_reads_the_lowest_level(
+    sides: list[int], maps: list[tuple[int, int]], strides: list[int], notes: str, lowest: int | None
+) -> None:
+    module: Any = parity.adapter("mask_rcnn").__globals__  # type: ignore[attr-defined]
+    case = {"config": Config.of({"image_size": sides, "strides": strides}), "notes": notes}
+    features = [torch.zeros(1, 4, *shape) for shape in maps]
+    if lowest is None:
+        with pytest.raises(ZooError, match="which level"):
+            module["_lowest_level"](case, features)
+    else:
+        assert module["_lowest_level"](case, features) == lowest
+
+
+class _Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2), nn.Linear(2, 1)
+
+
+def _decays(optim: Any) -> dict[str, tuple[float, float]]:
+    groups = param_groups(_Small(), optim)
+    return {name: (group["weight_decay"], group["lr_scale"]) for group in groups for name in group["names"]}
+
+
+SOLVER = {"WEIGHT_DECAY_NORM": 0.0, "WEIGHT_DECAY_BIAS": None, "BIAS_LR_FACTOR": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "norm", "norm_bias", "bias"),
+    [
+        ({}, (0.0, 1), (0.0, 1), (0.01, 1)),
+        ({"WEIGHT_DECAY_NORM": None}, (0.01, 1), (0.01, 1), (0.01, 1)),
+        ({"WEIGHT_DECAY_NORM": 0.003}, (0.003, 1), (0.003, 1), (0.01, 1)),
+        ({"WEIGHT_DECAY_BIAS": 0.02, "BIAS_LR_FACTOR": 2.0}, (0.0, 1), (0.02, 2), (0.02, 2)),
+    ],
+)
+def test_detectron2_groups(settings: dict[str, Any], norm: Any, norm_bias: Any, bias: Any) -> None:
+    solver = Config({**_case("mask_rcnn", "train_run")["config"]["effective"]["SOLVER"], **SOLVER, **settings})
+    found = _decays(parity.shared("detectron2").optim(solver))
+    expected = {"conv.weight": (0.01, 1), "fc.weight": (0.01, 1), "fc.bias": bias}
+    assert found == {**expected, "norm.weight": norm, "norm.bias": norm_bias}
+
+
+@pytest.mark.parametrize(
+    ("settings", "groups"),
+    [
+        (
+            {"BN.WEIGHT_DECAY": 0.01},
+            [(0.01, {"norm.weight", "norm.bias"}), (0.05, {"conv.weight", "fc.weight", "fc.bias"})],
+        ),
+        (
+            {"BN.WEIGHT_DECAY": 0.05},
+            [(0.05, {"norm.weight", "norm.bias"}), (0.05, {"conv.weight", "fc.weight", "fc.bias"})],
+        ),
+        (
+            {"BN.WEIGHT_DECAY": 0.01, "SOLVER.ZERO_WD_1D_PARAM": True},
+            [(0.01, {"norm.weight", "norm.bias"}), (0.0, {"fc.bias"}), (0.05, {"conv.weight", "fc.weight"})],
+        ),
+    ],
+)
+def test_pyslowfast_groups(settings: dict[str, Any], groups: list[tuple[float, set[str]]]) -> None:
+    official = parity.shared("pyslowfast")
+    given = official.settings(_case("slowfast", "train_run")) | {"SOLVER.WEIGHT_DECAY": 0.05} | settings
+    found = param_groups(_Small(), official.optim(Config(given)))
+    assert [(group["weight_decay"], set(group["names"])) for group in found] == groups
+
+
+@pytest.mark.parametrize(
+    ("paper", "name", "path", "value", "message"),
+    [
+        ("slowfast", "slow_r50_narrow", ("cfg", "MODEL.ARCH"), "slower", "did you mean 'slow'"),
+        ("slowfast", "lr_cosine_warmup", ("cfg", "SOLVER.LR_POLICY"), "exp", "LR_POLICY"),
+        ("slowfast", "train_run", ("effective", "SOLVER"), {}, "does not say"),
+        ("mask_rcnn", "fpn_train", ("resolved", "MODEL", "ROI_BOX_HEAD", "USE_FED_LOSS"), True, "USE_FED_LOSS"),
+        ("mask_rcnn", "train_run", ("effective", "SOLVER", "LR_SCHEDULER_NAME"), "Other", "LR_SCHEDULER_NAME"),
+        ("mask_rcnn", "train_run", ("model", "base_config"), "configs/retina.yaml", "no network of ours"),
+        ("flip", "forward_loss_mask50", ("model_img", "sincos"), False, "learnt positions"),
+        ("meanflow", "train_loss_none", ("method", "warp"), 2.0, "warp"),
+        ("mae", "train_run", ("train", "blr"), None, "does not say 'blr'"),
+    ],
+)
+def test_what_an_adapter_cannot_read_is_named(
+    paper: str, name: str, path: tuple[str, ...], value: Any, message: str
+) -> None:
+    case = _case(paper, name)
+    place = case["config"]
+    for part in path[:-1]:
+        place = place[part]
+    if value is None:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    notes = {verdict.note for verdict in parity.run_case(case)}
+    assert len(notes) == 1
+    assert message in notes.pop()
