@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -30,7 +30,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import zoo
 from zoo import catalog
 from zoo.command.parse_errors import explain_parse_error, innermost
-from zoo.command.progress import Interrupt, PlainProgress, numbers, scalars
+from zoo.command.progress import BarProgress, Interrupt, PlainProgress, numbers, scalars, telling
 from zoo.command.reading import LINKS, CommandLine, command_line, installed_only, recipe_name, run_name
 from zoo.command.runs import SaveConfig, new_run_folder, newest_checkpoint, result_record, short_path
 from zoo.command.verdict import verdict, verdict_line
@@ -81,7 +81,12 @@ class RecipeCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        added = parser.add_method_arguments(Trainer, self.what, skip=_NOT_OPTIONS)
+        added = parser.add_method_arguments(Trainer, self.what, skip={*_NOT_OPTIONS, "ckpt_path"})
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            help="last or best (of the newest run of this recipe), or the path of a checkpoint",
+        )
         if "verbose" in added:
             parser.set_defaults({"verbose": False})  # the score line says it
         if self.line.module is not None:
@@ -121,7 +126,7 @@ class RecipeCLI(LightningCLI):
         if self.what == "fit":
             callbacks += self._fit_callbacks(config, callbacks)
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(RichProgressBar(leave=False) if self.rich else PlainProgress())
+            callbacks.append(BarProgress(leave=False) if self.rich else PlainProgress())
         logger = config["logger"]
         if logger is None or logger is True:
             logger = self._loggers() if self.what == "fit" and not config["fast_dev_run"] else False
@@ -135,10 +140,11 @@ class RecipeCLI(LightningCLI):
         )
 
     def _precision(self, config: Mapping[str, Any]) -> Any:
-        """A recipe's bf16-mixed is float32 on a CPU that would have to emulate it, unless the user asks for it."""
+        """A recipe's mixed precision is float32 on a CPU that would have to emulate it, unless the user asks for it."""
         asked = any(word.partition("=")[0] == "--trainer.precision" for word in self.line.asked)
         on_cpu = config["accelerator"] == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-        if config["precision"] == "bf16-mixed" and on_cpu and not asked and not cpu_has_bfloat16():
+        # Lightning takes bf16 for a 16-mixed on a CPU too.
+        if config["precision"] in ("bf16-mixed", "16-mixed") and on_cpu and not asked and not cpu_has_bfloat16():
             return "32-true"
         return config["precision"]
 
@@ -212,20 +218,24 @@ def bounded_networks(layers: int = 100_000) -> Iterator[None]:
             hook.remove()
 
 
-def _build(subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool) -> RecipeCLI:
+def _build(subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool, dry: bool = False) -> RecipeCLI:
     printed = [word for word in argv if word.partition("=")[0] == "--print_config"]
+    if printed:  # only what can be built; the parser then prints it and exits
+        build_dry(subcommand, recipe, [word for word in argv if word not in printed])
     with installed_only():
         line = command_line(recipe, argv)
         try:
-            if printed:  # only what can be built; the parser then prints it and exits
-                first = command_line(recipe, [word for word in argv if word not in printed])
-                with torch.device("meta"):
-                    RecipeCLI(first, subcommand, rich, dry=True)
-            return RecipeCLI(line, subcommand, rich)
+            return RecipeCLI(line, subcommand, rich, dry)
         except ZooError:
             raise
         except Exception as error:  # a value of the user's that some class cannot live with
             raise ZooError(f"{line.name}: {innermost(error)}") from error
+
+
+def build_dry(subcommand: str, recipe: str | Path, argv: Sequence[str] = ()) -> RecipeCLI:
+    """The command line of a recipe, with its network on the meta device, its data module and callbacks; no trainer."""
+    with torch.device("meta"):
+        return _build(subcommand, recipe, argv, rich=False, dry=True)
 
 
 def load_recipe(
@@ -385,7 +395,8 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
         torch.save(outputs, cli.folder / "predictions.pt")
         print(f"predictions: {cli.folder / 'predictions.pt'}")
     else:
-        print("score: " + (" · ".join(numbers(metrics)) or "no metric was logged"))
+        said = telling(metrics, getattr(cli.datamodule, "num_classes", None))
+        print("score: " + (" · ".join(numbers(said)) or "no metric was logged"))
     record = result_record(cli, metrics, command, seconds)
     if cli.what == "test" and catalog.is_row(cli.recipe):
         record["verdict"] = verdict(cli.recipe, metrics, cli.line.asked)
@@ -423,8 +434,11 @@ def _quiet(debug: bool = False) -> Iterator[None]:
                 ".*in eval mode at the start of training.*",
                 ".*is not supported by the `ModelSummary`.*",
                 ".*`LightningCLI`.*args.*",
+                ".*LightningCLI's args parameter.*",
+                ".*AMP with fp16 is not supported on CPU.*",
             ):
                 warnings.filterwarnings("ignore", message=text)
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
