@@ -1,7 +1,7 @@
 """Seeded mutations of recipes through the real path, up to the built objects.
 
-Each must end within a time limit in acceptance or in one clear line (a ZooError); nothing else is raised, nothing is run
-or imported from the working folder. ``python -m tests.command.fuzz_recipes --count 300 [--seed 0]`` prints what
+Each must end within a time limit in acceptance or in one line (a ZooError); nothing else is raised, nothing is run or
+imported from the working folder. ``python -m tests.command.fuzz_recipes --count 300 [--seed 0]`` prints what
 does not; test_fuzz_recipes.py runs a few.
 """
 

@@ -46,10 +46,10 @@ _SYNONYMS = {
 }
 
 
-def explain_parse_error(message: str, parser: Any, options: Mapping[str, Any] | None = None) -> str:
+def explain_parse_error(message: str, parser: Any, options: Mapping[str, bool] | None = None) -> str:
     """One line for a parse error of jsonargparse, naming the key and the valid one that is meant.
 
-    `options` are all that the recipe has, with their values.
+    `options` are all that there are, and whether the recipe states them.
 
     Its messages are trees of lines: ``Parser key "model"`` > ``Problem with given class_path 'X'`` > the cause. The
     chain of keys and the innermost class are kept, the branches of other members of a union are dropped.
@@ -91,14 +91,22 @@ def explain_parse_error(message: str, parser: Any, options: Mapping[str, Any] | 
         elif match := re.match(r"Given value: (.*)", text):
             given = given or match[1]
             if wanted and (not owner or path.count(".") > 0):
-                return f"{path}: expected {wanted}, got {given!r}{_class_like(given)}"
+                return f"{path}: expected {wanted}, got {_shown(given)}{_class_like(given)}"
         elif match := re.match(r"Expected (?:an? )?(.+?)\. Got value: (.*)", text):
-            return f"{path}: expected {_types(match[1])}, got {match[2]!r}"
+            return f"{path}: expected {_types(match[1])}, got {_shown(match[2])}"
+        elif match := re.match(r"Expected a dot import path string: (.*)", text):
+            return f"{path}: expected a class path, got {_shown(match[1])}{_class_like(match[1])}"
+        elif re.match(r"'\w+' object has no attribute 'keys'", text):
+            return f"{path}.init_args: expected a mapping of arguments"
+        elif match := re.match(r"Unable to load config '?\"?(.*?)\"?'?$", text):
+            return f"{path}: expected a mapping or a file, got {_shown(match[1])}"
         elif match := re.search(r"File does not exist: '(.*)'", text):
             return f"{path or '--config'}: no file {os.path.relpath(match[1])!r}"
         elif text.startswith(("argument ", "Key ", "Problems parsing config")):
             break
-    return " ".join(message.split())
+        elif owner and not re.match(r"Expected a|Unexpected import path|Does not validate|Errors:", text):
+            return f"{path}: {text[:300]}"
+    return " ".join(message.split())[:500]
 
 
 def innermost(error: BaseException) -> str:
@@ -110,6 +118,13 @@ def innermost(error: BaseException) -> str:
         found = found.__cause__ or found.__context__
     match = re.search(r"^\s*Errors:\n\s*- (.*?)\n\s*- Expected", str(error), re.DOTALL | re.MULTILINE)
     return " ".join((match[1] if match else str(error)).split()) or type(error).__name__
+
+
+def _shown(value: str) -> str:
+    """A value as an error names it: a class by its path, a long one by its beginning."""
+    if match := re.match(r"\{'class_path': '([^']*)'", value):
+        return f"the class {match[1]!r}"
+    return repr(value if len(value) <= 80 else value[:80] + "...")
 
 
 def _class_like(name: str) -> str:
@@ -139,7 +154,7 @@ def _types(text: str) -> str:
 
 
 def _unknown_key(
-    prefix: str, key: str, owner: str | None, parser: Any, options: Mapping[str, Any] | None = None
+    prefix: str, key: str, owner: str | None, parser: Any, options: Mapping[str, bool] | None = None
 ) -> str:
     """The line for the key `prefix.key`, which `owner` (a class path; None: the parser itself) does not take."""
     key, options = key.replace("init_args.", ""), options or {}
@@ -151,8 +166,12 @@ def _unknown_key(
         if not near and "." not in shown:
             near = _meant(shown, [*known, *options], options)
         if not near:
-            known = sorted({name.partition(".")[0] for name in known})
-            near = difflib.get_close_matches(shown.partition(".")[0], known, n=1, cutoff=0.7)
+            groups = sorted({name.partition(".")[0] for name in known})
+            first = shown.partition(".")[0]
+            if first in groups:
+                return f"unknown key {shown!r}; --help lists what {first} has"
+            known = groups
+            near = difflib.get_close_matches(first, known, n=1, cutoff=0.7)
     else:
         # The innermost class is known by name; of its dataclass arguments only the keys are, at the end of the prefix.
         base, words = prefix.split(".") if prefix else [], key.split(".")
@@ -164,25 +183,24 @@ def _unknown_key(
                     base.append(words.pop(0))
         owner, known = kind.__name__ if kind else owner, _parameters(kind)
         below = ".".join([*base, ""])
-        known += sorted(  # what the class hands on by **kwargs
-            {name.removeprefix(below).partition(".")[0] for name in options if name.startswith(below)}
-            - {*known, "class_path"}
-        )
-        close = difflib.get_close_matches(words[0], known, n=1, cutoff=0.55)
+        handed_on = {name.removeprefix(below).partition(".")[0] for name in options if name.startswith(below)}
+        known += sorted(handed_on - {*known, "class_path"})  # by **kwargs
+        close = difflib.get_close_matches(words[0].lower(), known, n=1, cutoff=0.55)
         near = [".".join([*base, *close])] if close else _meant(shown, [*options], options)
     where = f" of {owner}" if owner else ""
     if near:
         return f"unknown key {shown!r}{where}; did you mean {near[0]!r}?"
-    return f"unknown key {shown!r}{where}; known: {', '.join(known)}"
+    more = [f"... ({len(known)} in all)"] if len(known) > 12 else []
+    return f"unknown key {shown!r}{where}; known: {', '.join([*known[:12], *more])}"
 
 
-def _meant(shown: str, known: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+def _meant(shown: str, known: Sequence[str], options: Mapping[str, bool]) -> list[str]:
     """The option among `known` that another program calls `shown`, or that ends in the same word, if there is one."""
     leaf = shown.rpartition(".")[2].replace("-", "_").lower()
     for words, meant in _SYNONYMS.items():
         if leaf in words.split("|"):
             there = [name for name in meant if name in known and name != shown]
-            return sorted(there, key=lambda name: options.get(name) is None)[:1]
+            return sorted(there, key=lambda name: not options.get(name))[:1]
     same = sorted((name for name in known if name.rpartition(".")[2] == leaf), key=lambda name: name.count("."))
     if same:
         return same[:1]

@@ -56,6 +56,17 @@ class CommandLine:
     module: Path | None = None
     notes: list[str] = field(default_factory=list)
 
+    def stated(self) -> set[str]:
+        """The dotted keys that the recipe states."""
+
+        def keys(tree: Any, prefix: str) -> Iterator[str]:
+            for key, value in _mapping(tree).items():
+                inner = prefix if key == "init_args" else f"{prefix}.{key}"
+                yield inner.removeprefix(".")
+                yield from keys(value, inner)
+
+        return set(keys(self.contents[0], ""))
+
     def class_of(self, part: str) -> str | None:
         """The class path of ``model`` or ``data`` as the recipe, then the command line states it."""
         found = None
@@ -113,7 +124,7 @@ def command_line(recipe: str | Path, argv: Sequence[str] = ()) -> CommandLine:
     for key, value in _options(argv):
         if key in ("config", "c"):
             contents.append(_read_config(value or ""))
-        elif value and any(mark in value for mark in "[{&*"):
+        elif value and (any(mark in value for mark in "[{&*") or len(value) > 100):
             with contextlib.suppress(yaml.YAMLError):
                 catalog.check_yaml(value, f"--{key}")
     given = ["--config", str(path), *_nested_nulls(row)]
@@ -127,15 +138,16 @@ def command_line(recipe: str | Path, argv: Sequence[str] = ()) -> CommandLine:
 
 
 def _with_help(found: CommandLine, argv: Sequence[str]) -> list[str]:
-    """`argv` in which ``--model.help`` without a class asks for the recipe's own."""
-    words = []
+    """`argv` in which ``--model.help`` without a class asks for the recipe's own, at the end: the parser stops there."""
+    words, last = [], []
     for position, word in enumerate(argv):
         follows = argv[position + 1] if position + 1 < len(argv) else "--"
         part = word.removeprefix("--").removesuffix(".help")
         if word in ("--model.help", "--data.help") and follows.startswith("-") and (own := found.class_of(part)):
-            word += f"={own}"
-        words.append(word)
-    return words
+            last.append(f"{word}={own}")
+        else:
+            words.append(word)
+    return [*words, *last]
 
 
 def _read_config(value: str) -> Mapping[str, Any]:
@@ -264,6 +276,8 @@ def _prepare_imports(found: CommandLine, recipe: Path) -> None:
 
 def _class_paths(value: Any, key: str = "") -> Iterator[str]:
     """The strings in `value` that stand where a class is named."""
+    if key == "class_path" and not isinstance(value, str):
+        raise ZooError(f"class_path: expected a class path, got {str(value)[:80]!r}")
     if isinstance(value, str) and key in ("class_path", "model", "data"):
         yield value
     elif isinstance(value, Mapping):

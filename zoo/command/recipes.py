@@ -103,11 +103,12 @@ class RecipeCLI(LightningCLI):
         if self.line.module is not None:
             self.config["module"] = str(self.line.module)  # a saved config lies elsewhere
 
-    def _known(self, parser: LightningArgumentParser) -> dict[str, Any]:
-        """The options that the recipe has before the user's words, with their values; none where it is at fault."""
-        with contextlib.suppress(argparse.ArgumentError, ZooError):
-            config = parser.parse_args(self.line.given)
-            return {key.replace("init_args.", ""): config[key] for key in config.keys()}  # noqa: SIM118
+    def _known(self, parser: LightningArgumentParser) -> dict[str, bool]:
+        """The options that there are, and whether the recipe states them; none where the recipe is at fault itself."""
+        stated = self.line.stated()
+        with contextlib.suppress(argparse.ArgumentError):
+            keys = [key.replace("init_args.", "") for key in parser.parse_args(self.line.given).keys()]  # noqa: SIM118
+            return {key: key in stated for key in keys}
         return {}
 
     def instantiate_classes(self) -> None:
@@ -185,31 +186,29 @@ class RecipeCLI(LightningCLI):
 
 
 @contextlib.contextmanager
-def bounded_networks(layers: int = 100_000) -> Iterator[None]:
-    """A network of absurd size ends in a ZooError while it is built: of more layers than any real one, or of more bytes
-    than the machine has."""
+def bounded_networks(most: int = 30_000) -> Iterator[None]:
+    """A network of absurd size ends in a ZooError while it is built: of more parts than any real one (a ResNet-1001 has
+    9,000 layers, parameters and buffers), or of more bytes than the machine has."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     count, size = 0, 0
 
-    def more_layers(module: torch.nn.Module, name: str, child: Any) -> None:
-        nonlocal count
+    def one_more(module: torch.nn.Module, name: str, part: Any) -> None:
+        nonlocal count, size
         count += 1
-        if count > layers:
-            raise ZooError(f"the network has more than {layers:,} layers: see its depth and the like")
-
-    def more_bytes(module: torch.nn.Module, name: str, value: Any) -> None:
-        nonlocal size
-        if isinstance(value, torch.Tensor) and not value.is_meta:
-            size += value.numel() * value.element_size()
+        if isinstance(part, torch.Tensor) and not part.is_meta:
+            size += part.numel() * part.element_size()
+        if count > most:
+            raise ZooError(f"the network has more than {most:,} layers and parameters: see its depth and the like")
         if size > memory:
             raise ZooError(
-                f"the network has more than {memory / 2**30:.0f} GB of parameters, more than this machine holds"
+                f"the network has more than {memory / 2**30:.0f} GB of parameters, more than this machine has"
             )
 
+    made = torch.nn.modules.module
     hooks = [
-        torch.nn.modules.module.register_module_module_registration_hook(more_layers),
-        torch.nn.modules.module.register_module_parameter_registration_hook(more_bytes),
-        torch.nn.modules.module.register_module_buffer_registration_hook(more_bytes),
+        made.register_module_module_registration_hook(one_more),
+        made.register_module_parameter_registration_hook(one_more),
+        made.register_module_buffer_registration_hook(one_more),
     ]
     try:
         yield

@@ -459,14 +459,15 @@ def _hub_or_cache() -> Iterator[bool]:
     import datasets
     import huggingface_hub
 
-    constants = huggingface_hub.constants
+    constants: Any = huggingface_hub.constants
+    config: Any = datasets.config
     if constants.HF_HUB_OFFLINE:
         yield False
         return
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
     except Exception:  # whatever the library's transport raises
-        settings = ((constants, constants.HF_HUB_OFFLINE), (datasets.config, datasets.config.HF_HUB_OFFLINE))
+        settings = ((constants, constants.HF_HUB_OFFLINE), (config, config.HF_HUB_OFFLINE))
         for owner, _ in settings:
             owner.HF_HUB_OFFLINE = True
         try:
