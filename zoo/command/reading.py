@@ -1,6 +1,6 @@
 """What a recipe and its command line say, read with care before anything is built.
 
-A recipe is a file that may come from anywhere: it is bounded in size and depth (:func:`zoo.catalog.read_yaml`), and the
+A recipe is a file that may come from anywhere: it is bounded in size and depth (:func:`zoo.catalog.read_facts`), and the
 class paths in it are imported from installed packages, `zoo`, papers of ``ZOO_PAPERS`` or the file that it declares as
 its `module`; never from the folder that the command happens to run in, nor from Python's own library.
 """
@@ -101,7 +101,7 @@ def run_name(recipe: str) -> str:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The content of the recipe at `path`; a ZooError where it is none."""
-    content = catalog.read_yaml(path, "recipe")
+    content = catalog.read_facts(path, "recipe")
     if "model" not in content:
         raise ZooError(f"{path}: not a recipe; it has no `model`")
     if strange := next((key for key in content if not isinstance(key, str)), None):
@@ -138,7 +138,7 @@ def command_line(recipe: str | Path, argv: Sequence[str] = ()) -> CommandLine:
 
 
 def _with_help(found: CommandLine, argv: Sequence[str]) -> list[str]:
-    """`argv` in which ``--model.help`` without a class asks for the recipe's own, at the end: the parser stops there."""
+    """`argv` in which ``--model.help`` without a class asks for the recipe's own; last, as the parser stops there."""
     words, last = [], []
     for position, word in enumerate(argv):
         follows = argv[position + 1] if position + 1 < len(argv) else "--"
@@ -154,7 +154,7 @@ def _read_config(value: str) -> Mapping[str, Any]:
     """A further config: a file, or YAML itself."""
     with contextlib.suppress(OSError, ValueError):
         if Path(value).exists():
-            return catalog.read_yaml(Path(value), "config")
+            return catalog.read_facts(Path(value), "config")
     content = catalog.parse_yaml(value, "--config") if ":" in value else None
     if not isinstance(content, dict):
         raise ZooError(f"--config: no file {value!r}")
