@@ -1,7 +1,7 @@
 """What a recipe and its command line say, read with care before anything is built.
 
-A recipe is a file that may come from anywhere: it is bounded in size and depth (:func:`zoo.catalog.read_facts`), and the
-class paths in it are imported from installed packages, `zoo`, papers of ``ZOO_PAPERS`` or the file that it declares as
+A recipe may come from anywhere: it is bounded in size and depth (:func:`zoo.catalog.read_facts`), and the class paths
+in it are imported from installed packages, `zoo`, papers of ``ZOO_PAPERS`` or the file that it declares as
 its `module`; never from the folder that the command happens to run in, nor from Python's own library.
 """
 
@@ -25,6 +25,7 @@ from jsonargparse import set_parsing_settings
 
 from zoo import catalog
 from zoo.command.parse_errors import class_files
+from zoo.command.runs import folder_name, safe_name
 from zoo.command.verdict import row_words
 from zoo.errors import ZooError
 from zoo.paths import share
@@ -60,7 +61,7 @@ class CommandLine:
         """The dotted keys that the recipe states."""
 
         def keys(tree: Any, prefix: str) -> Iterator[str]:
-            for key, value in _mapping(tree).items():
+            for key, value in mapping(tree).items():
                 inner = prefix if key == "init_args" else f"{prefix}.{key}"
                 yield inner.removeprefix(".")
                 yield from keys(value, inner)
@@ -72,7 +73,7 @@ class CommandLine:
         found = None
         for content in self.contents:
             stated = content.get(part)
-            found = stated if isinstance(stated, str) else (_mapping(stated).get("class_path") or found)
+            found = stated if isinstance(stated, str) else (mapping(stated).get("class_path") or found)
         for key, value in _options(self.asked):
             if key in (part, f"{part}.class_path") and value and not value.startswith("{"):
                 found = value
@@ -89,14 +90,14 @@ def recipe_name(path: Path) -> str:
     with contextlib.suppress(OSError, UnicodeDecodeError):
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         if match := re.match(r"# recipe: (\S+)", first):
-            return match[1]
-    return path.stem
+            return safe_name(match[1], safe_name(path.stem, "recipe"))
+    return safe_name(path.stem, "recipe")
 
 
 def run_name(recipe: str) -> str:
     """Where the runs of a recipe, or of a row, lie under ``runs/``."""
     name = recipe if catalog.is_row(recipe) else recipe_name(catalog.recipe_path(recipe))
-    return name.replace(":", "/")
+    return folder_name(name)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -109,8 +110,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return content
 
 
-def command_line(recipe: str | Path, argv: Sequence[str] = ()) -> CommandLine:
-    """What the recipe or row `recipe` says together with the options `argv`.
+def command_line(recipe: str | Path, argv: Sequence[str] = (), own: Mapping[str, Any] | None = None) -> CommandLine:
+    """What the recipe or row `recipe` says together with the options `argv`; `own` are a run's settings in its place.
 
     Raises:
         ZooError: an unknown name, a file that is no recipe, a class path that may not be imported.
@@ -128,6 +129,8 @@ def command_line(recipe: str | Path, argv: Sequence[str] = ()) -> CommandLine:
             with contextlib.suppress(yaml.YAMLError):
                 catalog.check_yaml(value, f"--{key}")
     given = ["--config", str(path), *_nested_nulls(row)]
+    if own:
+        contents[0], given = {**contents[0], **own}, [*given, "--config", json.dumps(own)]
     found = CommandLine(name, given, [], list(argv), contents)
     _prepare_imports(found, path)
     found.words = [*given, *_without_its_data(found, row), *_with_help(found, _nested_nulls(argv))]
@@ -170,12 +173,13 @@ def _options(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             yield key, value if equals else follows
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def mapping(value: Any) -> Mapping[str, Any]:
+    """`value` where it is a mapping, as a recipe's part should be; else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
 def _init_args(content: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    return _mapping(_mapping(content.get(part)).get("init_args"))
+    return mapping(mapping(content.get(part)).get("init_args"))
 
 
 # --------------------------------------------------------------------------------------------------- another dataset
@@ -215,7 +219,7 @@ def _image_size(own: Mapping[str, Any]) -> Any:
     dataset = own.get("dataset", "shapes")
     if own.get("image_size") is not None:
         return None
-    if size := _mapping(own.get("options")).get("size"):
+    if size := mapping(own.get("options")).get("size"):
         return size
     return catalog.data_card(dataset).image_size if dataset in catalog.list_datasets() else None
 
