@@ -12,11 +12,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import difflib
-import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -25,9 +24,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from zoo.errors import ZooError, unknown
-from zoo.paths import cache_dir, share
+from zoo.paths import FIELDS, cache_dir, card_files, share, stamp
+from zoo.paths import matching as _matching
 
-FIELDS = ("recognition", "selfsup", "detection", "video", "multimodal", "generation", "beyond")
 _PACKAGE = Path(__file__).resolve().parent
 
 # A name that a run logs, or a linear expression of one.
@@ -391,7 +390,7 @@ def data_card(name: str) -> DataCard:
     path = share("data") / f"{name}.yaml"
     if name not in list_datasets():
         raise unknown("dataset", name, list_datasets())
-    return _data_card(path, _stamp(path))
+    return _data_card(path, stamp(path))
 
 
 def recipe_path(recipe: str | os.PathLike[str]) -> Path:
@@ -428,35 +427,12 @@ def recipe_header(recipe: str | os.PathLike[str]) -> str:
     return "\n".join(lines).strip()
 
 
-def _matching(names: Iterable[str], pattern: str) -> list[str]:
-    """The `names` that match a shell `pattern`, or contain it where it has no wildcard; sorted, each once."""
-    if not any(mark in pattern for mark in "*?["):
-        pattern = f"*{pattern}*"
-    return sorted({name for name in names if fnmatch.fnmatchcase(name, pattern)})
-
-
 # ---- reading cards --------------------------------------------------------------------------------------------------
-
-
-def _card_files() -> Iterator[tuple[Path, bool]]:
-    """The cards' files, and whether each is one of the user's own."""
-    for field in FIELDS:
-        yield from ((path, False) for path in sorted((_PACKAGE / field).glob("*.yaml")))
-    for folder in filter(None, os.environ.get("ZOO_PAPERS", "").split(os.pathsep)):
-        if not Path(folder).is_dir():
-            raise ZooError(f"ZOO_PAPERS: no folder {folder!r}")
-        yield from ((path.resolve(), True) for path in sorted(Path(folder).glob("*.yaml")))
 
 
 def _papers() -> dict[str, PaperCard]:
     """All cards by slug; read once, and again when a file changes."""
-    return _index(tuple((path, own, _stamp(path)) for path, own in _card_files()))
-
-
-def _stamp(path: Path) -> str:
-    """Changes when the file does."""
-    facts = path.stat()
-    return f"{facts.st_mtime_ns} {facts.st_size}"
+    return _index(tuple((path, own, stamp(path)) for path, own in card_files()))
 
 
 @lru_cache(maxsize=4)

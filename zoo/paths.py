@@ -1,9 +1,15 @@
-"""Where the declarations lie and where downloads go."""
+"""Where the declarations lie and where downloads go. Nothing here reads a file, so that `zoo list` can look at once."""
 
 from __future__ import annotations
 
+import fnmatch
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from zoo.errors import ZooError
+
+FIELDS = ("recognition", "selfsup", "detection", "video", "multimodal", "generation", "beyond")
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -26,3 +32,26 @@ def cache_dir() -> Path:
     from platformdirs import user_cache_path
 
     return user_cache_path("zoo")
+
+
+def card_files() -> Iterator[tuple[Path, bool]]:
+    """The files of the papers' cards, and whether each is one of the user's own."""
+    for field in FIELDS:
+        yield from ((path, False) for path in sorted((_PACKAGE / field).glob("*.yaml")))
+    for folder in filter(None, os.environ.get("ZOO_PAPERS", "").split(os.pathsep)):
+        if not Path(folder).is_dir():
+            raise ZooError(f"ZOO_PAPERS: no folder {folder!r}")
+        yield from ((path.resolve(), True) for path in sorted(Path(folder).glob("*.yaml")))
+
+
+def stamp(path: Path) -> str:
+    """Changes when the file does."""
+    facts = path.stat()
+    return f"{facts.st_mtime_ns} {facts.st_size}"
+
+
+def matching(names: Iterable[str], pattern: str) -> list[str]:
+    """The `names` that match a shell `pattern`, or contain it where it has no wildcard; sorted, each once."""
+    if not any(mark in pattern for mark in "*?["):
+        pattern = f"*{pattern}*"
+    return sorted({name for name in names if fnmatch.fnmatchcase(name, pattern)})

@@ -357,15 +357,17 @@ def _list(arguments: argparse.Namespace, extra: list[str]) -> int:
         raise ZooError("--licence filters weights: zoo list weights --licence MIT")
     if arguments.markdown and (arguments.kind, arguments.pattern) != ("papers", "*"):
         raise ZooError("--markdown is of all papers: zoo list papers --markdown")
-    from zoo.command import show
-
     if arguments.markdown:
+        from zoo.command import show
+
         print(show.papers_markdown(), end="")
         return 0
-    rows = show.listing(arguments.kind, arguments.pattern, arguments.licence)
+    from zoo.command import listing
+
+    rows = listing.rows_of(arguments.kind, arguments.pattern, arguments.licence)
     if arguments.json:
         return _print_json(rows)
-    show.print_listing(arguments.kind, rows, arguments.pattern)
+    listing.print_listing(arguments.kind, rows, arguments.pattern)
     return 0
 
 
