@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from zoo.errors import ZooError
@@ -50,8 +50,11 @@ def stamp(path: Path) -> str:
     return f"{facts.st_mtime_ns} {facts.st_size}"
 
 
-def matching(names: Iterable[str], pattern: str) -> list[str]:
-    """The `names` that match a shell `pattern`, or contain it where it has no wildcard; sorted, each once."""
-    if not any(mark in pattern for mark in "*?["):
-        pattern = f"*{pattern}*"
-    return sorted({name for name in names if fnmatch.fnmatchcase(name, pattern)})
+def matching(names: Iterable[str], pattern: str | Sequence[str]) -> list[str]:
+    """The `names` that match a shell `pattern` (or one of several), or contain it where it has no wildcard; sorted,
+    each once."""
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    if not all(isinstance(one, str) for one in patterns):
+        raise ZooError(f"a pattern is text such as 'mae*', or a list of such, not {pattern!r}")
+    whole = [one if any(mark in one for mark in "*?[") else f"*{one}*" for one in patterns]
+    return sorted({name for name in names if any(fnmatch.fnmatchcase(name, one) for one in whole)})
