@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import datetime
+import errno
 import json
 import os
 import pickle
@@ -29,6 +30,7 @@ from zoo.command.recipes import recipe_name
 from zoo.command.runs import new_run_folder, newest_checkpoint, remember
 from zoo.data.loader import EpochSampler, TrainLoader
 from zoo.errors import ZooError
+from zoo.paths import cache_dir
 from zoo.training import LastCheckpoint
 
 
@@ -79,10 +81,12 @@ class Data(pl.LightningDataModule):
         self.length, self.fault = length, fault
 
     def train_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(Set(self.length, self.fault), 4, num_workers=int(bool(self.fault)))
+        return torch.utils.data.DataLoader(
+            Set(self.length, self.fault), batch_size=4, num_workers=int(bool(self.fault))
+        )
 
     def val_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(Set(4, ""), 4)
+        return torch.utils.data.DataLoader(Set(4, ""), batch_size=4)
 
     test_dataloader = predict_dataloader = val_dataloader
 
@@ -281,7 +285,7 @@ def test_another_recipes_checkpoint_is_one_line(here: Path, capsys: Any) -> None
         assert "last.ckpt" in err.splitlines()[-1]
 
 
-# ------------------------------------------------------------------------------------------ exact, wherever it was saved
+# ----------------------------------------------------------------------------------------- exact, wherever it was saved
 
 
 class Ordered(Blobs):
@@ -418,3 +422,33 @@ def test_an_error_in_a_loader_process_is_one_line(fault: str, line: str, here: P
     assert line in err
     assert err.count("\n") == 1
     assert not (here / "executed").exists()
+
+
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+def test_a_full_disk_is_one_line(command: str, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.files.os.replace", full)
+    assert main([command, "toy.yaml"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("zoo: No space left on device: ")
+
+
+@pytest.mark.parametrize("root", ["n" * 300, "/proc/none", "toy.yaml"])
+def test_a_folder_that_cannot_be_made_is_one_line(root: str, here: Path, capsys: Any) -> None:
+    assert main(["fit", "toy.yaml", "--trainer.default_root_dir", root]) == 2
+    err = capsys.readouterr().err
+    assert root in err
+    assert err.count("\n") == 1
+
+
+def test_without_a_home_one_line_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: Any) -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("ZOO_HOME")
+    monkeypatch.setattr("platformdirs.user_cache_path", unknown)
+    with pytest.raises(ZooError, match="ZOO_HOME"):
+        cache_dir()
