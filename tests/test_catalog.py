@@ -300,11 +300,11 @@ class TestPaper:
         for row in card.leaderboard:
             assert row.recipe is None or row.recipe in recipes, row.id
 
-    def test_the_claim_has_its_script_and_its_result(self, slug: str) -> None:
+    def test_the_claim_is_declared_and_has_its_result(self, slug: str) -> None:
         claim = catalog.paper(slug).claim
         if claim is None:
             pytest.skip("the card makes no claim")
-        assert (share("benchmarks") / "claims" / f"{slug}.py").is_file()
+        assert (share("benchmarks") / "claims" / f"{slug}.yaml").is_file()
         assert (share("benchmarks") / "claims" / "results" / Path(claim.result).name).is_file()
         assert len(claim.arms) >= 2
 
@@ -321,3 +321,11 @@ def test_every_recipe_belongs_to_a_paper() -> None:
     recipes = catalog.list_recipes()
     assert recipes
     assert {name.partition("/")[0] for name in recipes} <= set(catalog.list_papers())
+
+
+def test_several_patterns_match_what_each_of_them_does() -> None:
+    assert zoo.list_models(["mae*", "moco*"]) == sorted({*zoo.list_models("mae*"), *zoo.list_models("moco*")})
+    assert zoo.list_models(["mae*"], pretrained=True) == zoo.list_models("mae*", pretrained=True)
+    assert zoo.list_models([]) == []
+    with pytest.raises(ZooError, match="a pattern is text"):
+        zoo.list_models([3])  # type: ignore[list-item]

@@ -6,17 +6,18 @@ This file imports no torch: `zoo list` and `zoo show` read cards only, and the o
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from zoo.errors import ZooError, unknown
 
 RUN = ("fit", "validate", "test", "predict")
 KINDS = ("papers", "models", "weights", "recipes", "datasets")
-_VALUELESS = ("-h", "--help", "--print_config")
+_VALUELESS = ("-h", "--help", "--print_config", "--json", "--use-ema", "--use_ema", "--no-use-ema", "--no-use_ema")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    for stream in (sys.stdout, sys.stderr):  # a terminal of ASCII shows "?" where it lacks a letter
+        if isinstance(stream, io.TextIOWrapper) and not _is_unicode(stream):
+            stream.reconfigure(errors="replace")
     words = [word for word in words if word != "--debug"]
     try:
         return _dispatch(words, debug)
@@ -48,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"zoo: {_of_the_machine(error)} (--debug shows where)", file=sys.stderr)
     return 2
+
+
+def _is_unicode(stream: TextIO) -> bool:
+    return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
 
 
 def _of_the_machine(error: OSError | ImportError) -> str:
@@ -70,7 +78,7 @@ def _dispatch(words: list[str], debug: bool) -> int:
     if command is None:
         parser.print_help()
         return 0
-    if extra and command != "claim":
+    if extra:
         raise ZooError(f"zoo {command} has no option {extra[0]!r} (see zoo {command} --help)")
     return arguments.do(arguments, extra) or 0
 
@@ -123,8 +131,8 @@ def _parser() -> tuple[_Parser, list[str]]:
     form.add_argument("--json", action="store_true")
     one.set_defaults(do=_leaderboard)
 
-    one = commands.add_parser("claim", help="a paper's central claim in miniature; minutes on a CPU", add_help=False)
-    one.add_argument("paper")
+    one = commands.add_parser("claim", help="a paper's central claim in miniature: shown, or run in minutes on a CPU")
+    _claim_options(one)
     one.set_defaults(do=_claim)
 
     one = commands.add_parser("parity", help="replay cases of the official code on this machine")
@@ -141,6 +149,7 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("name", help="published weights; convert --to: also a checkpoint of yours")
     one.add_argument("-o", "--out", metavar="FILE", help="convert: the file, .safetensors, .pth or .pkl")
     one.add_argument("--to", metavar="FORMAT", help="convert: into another library's layout (detectron2, ...)")
+    _use_ema(one, "convert, of a checkpoint of yours")
     one.set_defaults(do=_weights)
 
     one = commands.add_parser("data", help="look a dataset over before a run; make its latents or statistics")
@@ -163,6 +172,30 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("shell", choices=["bash", "zsh", "fish"])
     one.set_defaults(do=_completion)
     return parser, list(commands.choices)
+
+
+def _use_ema(parser: argparse.ArgumentParser, where: str) -> None:
+    text = f"{where}: the averaged weights, or the raw ones; default: the average where the file holds one"
+    parser.add_argument("--use-ema", "--use_ema", action=argparse.BooleanOptionalAction, help=text)
+
+
+def _claim_options(one: argparse.ArgumentParser) -> None:
+    one.add_argument("paper")
+    one.add_argument(
+        "-o", "--out", metavar="FILE", help="draw the result, .png or .svg; with --run also .json: write it"
+    )
+    one.add_argument("--json", action="store_true", help="declaration and result")
+    one.add_argument("--run", action="store_true", help="run it; finished parts are kept, a killed run goes on")
+    run = one.add_argument_group("with --run")
+    run.add_argument("--seeds", type=int, nargs="+", metavar="N", help="a count, or the seeds themselves")
+    run.add_argument("--data", metavar="DATASET", help="instead of the declared one")
+    run.add_argument("--data_dir", metavar="FOLDER", help="where it lies (default: shared/data beside the checkout)")
+    run.add_argument("--arms", nargs="+", metavar="ARM", help="only these")
+    run.add_argument("--quick", action="store_true", help="a few steps of everything: tries the program, says nothing")
+    run.add_argument("--pilot", action="store_true", help="on the pilot seeds, to explore settings; never a result")
+    run.add_argument("--threads", type=int, default=1, help="of the process (default 1)")
+    kept = "where finished parts are kept; processes with other --arms share it"
+    run.add_argument("--work", metavar="FOLDER", default="runs/claims", help=kept)
 
 
 def _data_parsers(data: argparse.ArgumentParser) -> None:
@@ -278,6 +311,7 @@ def _picture(words: list[str]) -> int:
     parser.add_argument("images", nargs="*", metavar="IMAGE", type=Path, help="none: a sheet of samples is drawn")
     parser.add_argument("-o", "--out", metavar="OUT", type=Path, help="a .png (one image), a folder, or a .json")
     parser.add_argument("--weights", help="a file to load instead of the published weights")
+    _use_ema(parser, "of that file")
     parser.add_argument("--seed", type=int, default=0, help="of a random mask, or of the samples")
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="of a detector: objects of a lower score are left out"
@@ -286,7 +320,7 @@ def _picture(words: list[str]) -> int:
     parser.add_argument("--count", type=int, help="of samples (16)")
     parser.add_argument("--classes", type=int, nargs="+", metavar="K", help="of samples, a row each")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_intermixed_args(words)  # options may stand before the pictures
     from zoo.command import picture
 
     labels = None
@@ -300,13 +334,20 @@ def _picture(words: list[str]) -> int:
             arguments.images,
             arguments.out,
             weights=arguments.weights,
+            use_ema=arguments.use_ema,
             seed=arguments.seed,
             threshold=arguments.threshold,
             labels=labels,
         )
     else:
         results = picture.sample(
-            arguments.model, arguments.out, arguments.weights, arguments.count or 16, arguments.classes, arguments.seed
+            arguments.model,
+            arguments.out,
+            arguments.weights,
+            arguments.count or 16,
+            arguments.classes,
+            arguments.seed,
+            use_ema=arguments.use_ema,
         )
     if arguments.json:
         return _print_json(results)
@@ -325,7 +366,7 @@ def _picture(words: list[str]) -> int:
 
 
 def _print_json(value: Any) -> int:
-    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+    print(json.dumps(value, indent=1, ensure_ascii=not _is_unicode(sys.stdout), default=str))
     return 0
 
 
@@ -401,23 +442,52 @@ def _new(arguments: argparse.Namespace, extra: list[str]) -> int:
 
 
 def _claim(arguments: argparse.Namespace, extra: list[str]) -> int:
-    import runpy
+    from zoo.claims import declaration
+    from zoo.command import show
 
-    from zoo import catalog
-    from zoo.paths import share
+    claim, given = declaration.read(arguments.paper), vars(arguments)
+    forms = (".png", ".svg", *([".json"] if arguments.run else []))
+    if arguments.out and not arguments.out.endswith(forms):  # not after minutes of training
+        raise ZooError(f"-o writes {', '.join(forms)}, not {arguments.out!r}")
+    if not arguments.run:
+        for name in ("seeds", "data", "data_dir", "arms", "quick", "pilot"):
+            if given[name]:
+                raise ZooError(f"--{name} goes with --run")
+        result = declaration.result(arguments.paper)
+        if arguments.out and result is None:
+            raise ZooError(f"the claim of {arguments.paper} has no result to draw; zoo claim {arguments.paper} --run")
+        if arguments.json:
+            return _print_json({"declaration": claim.model_dump(mode="json", exclude_defaults=True), "result": result})
+        if not arguments.out:
+            show.print_claim(arguments.paper, claim, result)
+    else:
+        from zoo.claims.run import run
 
-    path = share("benchmarks") / "claims" / f"{arguments.paper}.py"
-    if not path.is_file():
-        catalog.paper(arguments.paper)
-        raise ZooError(f"the paper {arguments.paper!r} has no claim to run")
-    before = sys.argv
-    sys.argv = [str(path), *extra]
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    finally:
-        sys.argv = before
+        seeds = arguments.seeds
+        if seeds and len(seeds) == 1:
+            if seeds[0] < 1:
+                raise ZooError(f"--seeds {seeds[0]}: one number is a count, 1 or more")
+            first = claim.pilot_seeds[0] if arguments.pilot else 0
+            seeds = list(range(first, first + seeds[0]))
+        written = arguments.out if (arguments.out or "").endswith(".json") else None
+        names = ("data_dir", "arms", "quick", "pilot", "threads", "work")
+        options = {name: given[name] for name in names}
+        say = (lambda line: print(line, file=sys.stderr)) if arguments.json else print
+        result, path = run(arguments.paper, seeds, arguments.data, out=written, say=say, **options)
+        if arguments.json:
+            return _print_json(result)
+        print("\n".join([f"{result['claim']}: {result['statement']}", *show.claim_lines(result)]))
+        for name in ("quick", "pilot"):
+            if given[name]:
+                print(f"a {name} run is no result: its numbers say nothing beyond it")
+        print(f"written: {path}")
+        if written:
+            return 0
+    if arguments.out:
+        from zoo.claims import picture
+
+        assert result is not None
+        print(f"picture: {picture.save(result, arguments.out)}")
     return 0
 
 
@@ -454,8 +524,8 @@ def _parity_make(arguments: argparse.Namespace) -> int:
 
 
 def _weights(arguments: argparse.Namespace, extra: list[str]) -> int:
-    if (arguments.out or arguments.to) and arguments.what != "convert":
-        raise ZooError("-o and --to go with zoo weights convert")
+    if (arguments.out or arguments.to or arguments.use_ema is not None) and arguments.what != "convert":
+        raise ZooError("-o, --to and --use-ema go with zoo weights convert")
     from zoo.weights import pretrained
 
     if arguments.what == "get":
@@ -466,7 +536,7 @@ def _weights(arguments: argparse.Namespace, extra: list[str]) -> int:
         if arguments.to and not arguments.out:
             raise ZooError("--to wants the file to write: -o FILE.pkl, .pth or .safetensors")
         out = Path(arguments.out or f"{arguments.name}.safetensors")
-        print(pretrained.convert_weights(arguments.name, out, arguments.to) or out)
+        print(pretrained.convert_weights(arguments.name, out, arguments.to, arguments.use_ema) or out)
     return 0
 
 

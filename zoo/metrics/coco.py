@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torchmetrics
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
+from zoo.metrics.gathered import Gathered
+from zoo.ops.masks import run_lengths
 
 IOU_TYPES = ("bbox", "segm", "keypoints")
 BACKENDS = ("faster_coco_eval", "pycocotools")
@@ -66,7 +67,15 @@ def encode_masks(masks: Any) -> list[dict[str, Any]]:
     ]
 
 
-class CocoAP(torchmetrics.Metric):
+def _require_masks(masks: Sequence[dict[str, Any]], image_id: int) -> None:
+    """Raises a :class:`ZooError` at run lengths of the truth that are none: the tools would read beyond their end."""
+    for number, rle in enumerate(masks):
+        runs = run_lengths(rle["counts"])
+        if runs is None or runs.sum() != rle["size"][0] * rle["size"][1]:
+            raise ZooError(f"picture {image_id}: the mask of object {number} is no run lengths of {rle['size']} pixels")
+
+
+class CocoAP(Gathered):
     """COCO's numbers, in percent, of all pictures seen.
 
     `update` takes lists of dicts, one a picture, in the pixels of its file:
@@ -90,8 +99,7 @@ class CocoAP(torchmetrics.Metric):
         ZooError: an unknown IoU type or backend, or sigmas that do not fit the keypoints.
     """
 
-    full_state_update = False
-    higher_is_better = True
+    sample = "picture"
     predictions: list[Tensor]
     truth: list[Tensor]
 
@@ -104,7 +112,8 @@ class CocoAP(torchmetrics.Metric):
         backend: Literal["faster_coco_eval", "pycocotools"] = "faster_coco_eval",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        nothing = torch.zeros(0, dtype=torch.uint8)
+        super().__init__({"predictions": nothing, "truth": nothing}, **kwargs)
         for name in iou_types:
             if name not in IOU_TYPES:
                 raise unknown("IoU type", name, IOU_TYPES)
@@ -134,6 +143,7 @@ class CocoAP(torchmetrics.Metric):
         """Adds pictures; `preds` and `target` in the same order."""
         if len(preds) != len(target):
             raise ZooError(f"{len(preds)} predictions for {len(target)} pictures")
+        self._count()
         for found, true in zip(preds, target, strict=True):
             image_id = int(true["image_id"])
             self.predictions.append(self._line(self._record(found, image_id, ("scores",))))
@@ -145,6 +155,8 @@ class CocoAP(torchmetrics.Metric):
         record["boxes"] = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
         if "segm" in self.iou_types:
             record["masks"] = encode_masks(of["masks"])
+            if "area" in more:
+                _require_masks(record["masks"], image_id)
         if "keypoints" in self.iou_types:
             # COCO counts whole pixels, so that a point in the middle of one is half a pixel less.
             points = of["keypoints"][..., :3]
@@ -158,9 +170,8 @@ class CocoAP(torchmetrics.Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The numbers; see the class."""
+        self._require()
         predictions, truth = _records(self.predictions), _records(self.truth)
-        if not truth:
-            raise ZooError("COCO's AP needs pictures (update) first")
         results: dict[str, float] = {}
         for kind in self.iou_types:
             results |= self._of_type(kind, predictions, truth)

@@ -8,6 +8,7 @@ from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from zoo.training.classification import Classification, LinearClassification
 from zoo.training.ema import EMA, evaluation_weights
 from zoo.training.lars import LARS
+from zoo.training.measures import FactorAccuracy, GivenBoxMasks, GradientSpread, UnitDeletion
 from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_optimizer, param_groups
 from zoo.training.probe import KNNProbe, LinearProbe, extract_features, fit_probe, gather_samples, probe_head
 from zoo.training.sampling import SampleGrid, SamplingEvaluation
@@ -20,6 +21,9 @@ __all__ = [
     "BaseModule",
     "BestCheckpoint",
     "Classification",
+    "FactorAccuracy",
+    "GivenBoxMasks",
+    "GradientSpread",
     "KNNProbe",
     "LastCheckpoint",
     "LinearClassification",
@@ -32,6 +36,7 @@ __all__ = [
     "SampleGrid",
     "SamplingEvaluation",
     "Timing",
+    "UnitDeletion",
     "VideoClassification",
     "build",
     "default_callbacks",
