@@ -333,7 +333,6 @@ class PreActResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1) if imagenet else None
 
         basic = block == "basic"
-        strided = 0 if basic or stride_in == "1x1" else 1
         channels, reduction = stem_width, 4 if imagenet else 1
         self.feature_info = [{"num_chs": stem_width, "reduction": 2 if imagenet else 1, "module": "conv1"}]
         stages: list[nn.Module] = []
@@ -343,7 +342,8 @@ class PreActResNet(nn.Module):
             units = []
             for u in range(depth):
                 stride = 2 if s and not u else 1
-                strides = [stride if i == strided else 1 for i in range(len(outs))]
+                places = (0, 1) if basic or stride_in == "1x1" else (1, 0)
+                strides = [stride if i == places[0] else 1 for i in range(len(outs))]
                 # The first unit of a stage activates before it splits (appendix): preresnet.lua does so in any stage,
                 # resnet-pre-act.lua where the width changes, which is in any stage of its networks.
                 preact: Literal["own", "shared", "none"] = "own" if u else "none" if imagenet and not s else "shared"
