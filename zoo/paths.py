@@ -27,11 +27,14 @@ def share(kind: str) -> Path:
 
 def cache_dir() -> Path:
     """The folder for downloaded weights and data: ``$ZOO_HOME``, else the platform's cache folder."""
-    if home := os.environ.get("ZOO_HOME"):
-        return Path(home).expanduser()
     from platformdirs import user_cache_path
 
-    return user_cache_path("zoo")
+    try:
+        if home := os.environ.get("ZOO_HOME"):
+            return Path(home).expanduser()
+        return user_cache_path("zoo")
+    except RuntimeError as error:  # no HOME, and no entry of this user
+        raise ZooError("no home folder is known: set HOME, or ZOO_HOME to a folder for what is downloaded") from error
 
 
 def card_files() -> Iterator[tuple[Path, bool]]:

@@ -42,16 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"zoo: {error}", file=sys.stderr)
-    except (ModuleNotFoundError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        if debug:
-            raise
-        print(f"zoo: {_of_the_machine(error)} (--debug shows where)", file=sys.stderr)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except (ModuleNotFoundError, OSError) as error:
+        if debug:
+            raise
+        print(f"zoo: {_of_the_machine(error)} (--debug shows where)", file=sys.stderr)
     return 2
 
 
@@ -62,7 +62,8 @@ def _is_unicode(stream: TextIO) -> bool:
 def _of_the_machine(error: OSError | ImportError) -> str:
     if isinstance(error, ImportError):
         return f"the package {error.name!r} is not installed; pip install {(error.name or '').partition('.')[0]}"
-    return f"{error.strerror or type(error).__name__}: {error.filename}"
+    what = " ".join((error.strerror or str(error) or type(error).__name__).split())
+    return what if error.filename is None else f"{what}: {error.filename}"
 
 
 def _dispatch(words: list[str], debug: bool) -> int:

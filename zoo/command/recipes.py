@@ -168,8 +168,11 @@ class RecipeCLI(LightningCLI):
         if self.what == "fit":
             if missing := [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in found]:
                 raise ZooError(f"{path}: weights only, which cannot be resumed: it holds no {missing[0]!r}")
-            self.standing = standing(found)
-            self._refuse_finished(found["global_step"], path)
+            try:
+                self.standing = standing(found)
+                self._refuse_finished(int(found["global_step"]), path)
+            except (AttributeError, TypeError, ValueError, KeyError) as error:
+                raise ZooError(f"{path}: not a checkpoint of a run: its loops are odd ({innermost(error)})") from error
 
     def _refuse_finished(self, step: int, path: Any) -> None:
         assert self.standing is not None
