@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from benchmarks.speed import run
-from tests.papers.test_ddp import _run
 from zoo.detection import mask_rcnn
 from zoo.detection.mask_rcnn import MaskRCNN, MaskRCNNDetection, convert_official, convert_trunk, load_weights
 from zoo.errors import ZooError
@@ -606,15 +605,6 @@ def test_overrides_of_a_published_size_change_only_what_they_name() -> None:
         assert mask_rcnn.mask_rcnn_r50_c4().size_divisibility == 1
         task = MaskRCNNDetection(model=None, mask=False, keypoint={"keypoints": 5}, oks_sigmas=[0.1] * 5)
     assert task.network.iou_types == ("bbox", "keypoints")
-
-
-def test_two_processes_average_their_own_losses(tmp_path: Path) -> None:
-    """Every process divides by its own regions, as the official code does; gradients are the mean over processes."""
-    two, one = (_run(what, 2, tmp_path / what, "tests.papers.ddp_mask_rcnn") for what in ("fit", "replay"))
-    first, second = (torch.load(f"{two}.{rank}", weights_only=True) for rank in range(2))
-    expected = torch.load(one, weights_only=True)
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-    torch.testing.assert_close(first, expected, rtol=1e-7, atol=1e-9)
 
 
 def test_speed_compares_whole_steps(tmp_path: Path) -> None:

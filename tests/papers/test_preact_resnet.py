@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import zoo
-from tests.conftest import ROOT
 from tests.formats.test_torch7 import module, write
-from tests.papers import ddp_preact_resnet
 from zoo import catalog
 from zoo.errors import ZooError
 from zoo.formats.torch7 import Torch7Object
@@ -479,20 +474,6 @@ def test_channels_last_is_only_an_order_in_memory() -> None:
     torch.testing.assert_close(tasks[0](_images()), tasks[1](_images()), rtol=1e-4, atol=1e-5)
     assert tasks[0].network.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert tasks[1].network.conv1.weight.is_contiguous()
-
-
-def test_two_processes_update_as_one_that_accumulates(tmp_path: Path) -> None:
-    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
-    threads = torch.get_num_threads()
-    ddp_preact_resnet.run(1, str(one))
-    torch.set_num_threads(threads)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.papers.ddp_preact_resnet", "2", str(two)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
-    expected, got = torch.load(one, weights_only=True), torch.load(two, weights_only=True)
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_schedules_of_paper_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
