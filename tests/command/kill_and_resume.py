@@ -364,25 +364,31 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return sorted(name for name in a.keys() | b.keys() if name not in a or name not in b or not same(a[name], b[name]))
 
 
-def trials(count: int, seed: int, folder: Path, recipes: list[str], report: Callable[[str], None]) -> dict[str, int]:
-    """Runs `count` trials over the recipes in turn; how many of each ended bit-identical, and of all how many began."""
+def trials(
+    count: int, seed: int, folder: Path, recipes: list[str], report: Callable[[str], None], first: int = 0
+) -> dict[str, int]:
+    """Runs `count` trials over the recipes in turn, from number `first` on.
+
+    Returns:
+        how many of each recipe ended bit-identical, and under "ends" how often runs were ended.
+    """
     draw = random.Random(seed)
     shared = Path("/dev/shm")
     other = tempfile.mkdtemp(dir=shared if shared.is_dir() else None)
     references: dict[Setting, tuple[dict[str, Any], int]] = {}
     good: dict[str, int] = {}
     try:
-        for trial in range(count):
+        for trial in range(first, first + count):
             recipe = recipes[trial % len(recipes)]
             turn = trial // len(recipes)
             setting = Setting(recipe, turn % len(WAYS), 2 if turn % 5 == 4 else 1)
             place = folder / f"trial{trial}"
-            first = "kill" if setting.ranks > 1 else KINDS[turn % len(KINDS)]
+            kind = "kill" if setting.ranks > 1 else KINDS[turn % len(KINDS)]
             try:
                 if setting not in references:
                     references[setting] = uninterrupted(folder / f"alone{trial}", setting, other)
                 reference, rows = references[setting]
-                found, ends = killed(place, setting, other, draw, rows, first)
+                found, ends = killed(place, setting, other, draw, rows, kind)
                 differing = compare(reference, found)
             except Failed as error:
                 ends, differing = [], [str(error)]
@@ -403,13 +409,21 @@ def trials(count: int, seed: int, folder: Path, recipes: list[str], report: Call
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first trial, which says its settings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--keep", help="a folder for the runs; kept")
     arguments = parser.parse_args()
     warm()
     folder = Path(arguments.keep or tempfile.mkdtemp())
-    good = trials(arguments.trials, arguments.seed, folder, arguments.recipes, lambda text: print(text, flush=True))
+    good = trials(
+        arguments.trials,
+        arguments.seed,
+        folder,
+        arguments.recipes,
+        lambda text: print(text, flush=True),
+        arguments.first,
+    )
     ends = good.pop("ends", 0)
     for recipe, count in good.items():
         print(f"{recipe}: {count}")
