@@ -538,7 +538,8 @@ def test_odd_annotations_do_no_harm_and_are_counted(tmp_path: Path) -> None:
     ]
     write_set(tmp_path, what, "mine.json", "images")
     samples = module(tmp_path).samples("predict", training=True)
-    assert samples[len(samples) - 1]["target"][0]["boxes"].tolist() == [[0, 0, 20, 20]]
+    # The box stands for what is no outline.
+    assert samples[len(samples) - 1]["target"][0]["boxes"].tolist() == [[0, 0, 20, 20], [1, 1, 30, 30]]
     source = find_coco(tmp_path).open("predict")[0]
     assert isinstance(source, CocoSource)
     assert dict(source.problems) == {

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from zoo.data import files
 from zoo.data.arc_world import Grid, make_task
 from zoo.data.base import SALT, Batch, SeededDataModule, at_least_one, key_parts, sample_seeds
 from zoo.data.loader import Key
@@ -86,7 +87,7 @@ def read_pairs(folder: str | Path) -> dict[str, list[Pair]]:
     """Further pairs by task, from ``<folder>/tasks/*.json`` (RE-ARC) or the files in the folder itself."""
     root = Path(folder).expanduser()
     root = root / "tasks" if (root / "tasks").is_dir() else root
-    paths = sorted(root.glob("*.json"))
+    paths = sorted(root.glob("[!.]*.json"))
     if not paths:
         raise ZooError(f"{folder}: no tasks/*.json with further pairs (RE-ARC's layout)")
     return {path.stem: [_pair(entry, str(path)) for entry in _json(path, list)] for path in paths}
@@ -127,7 +128,7 @@ def _folder(dataset: str, data_dir: str | Path | None) -> Path:
 def _contents(folder: Path, split: str) -> dict[str, Any]:
     """{task: {"train", "test"}} of a split, whatever the layout."""
     for place in (folder / "data" / split, folder / split):
-        paths = sorted(place.glob("*.json")) if place.is_dir() else []
+        paths = sorted(place.glob("[!.]*.json")) if place.is_dir() else []
         if paths:
             return {path.stem: _json(path, dict) for path in paths}
     if (folder / f"{split}.json").is_file():
@@ -137,29 +138,45 @@ def _contents(folder: Path, split: str) -> dict[str, Any]:
         found = _json(challenges, dict)
         solutions = folder / f"arc-agi_{split}_solutions.json"
         for name, answers in (_json(solutions, dict) if solutions.is_file() else {}).items():
-            for test, answer in zip(found.get(name, {}).get("test", ()), answers, strict=False):
-                test["output"] = answer
+            tests = found[name].get("test") if isinstance(found.get(name), dict) else None
+            if not isinstance(tests, list) or not isinstance(answers, list):
+                raise ZooError(f"{solutions}: {name} is no list of answers to the tests in {challenges.name}")
+            for test, answer in zip(tests, answers, strict=False):
+                if isinstance(test, dict):
+                    test["output"] = answer
         return found
     raise ZooError(
         f"{folder}: no split {split!r}; need {split}/*.json, {split}.json or arc-agi_{split}_challenges.json"
     )
 
 
+def splits_in(folder: Path) -> list[str]:
+    """The splits of ARC tasks in a folder, told by the names there and, where others use them too, a first task."""
+    found = {path.name[len("arc-agi_") : -len("_challenges.json")] for path in folder.glob("arc-agi_*_challenges.json")}
+    for split in ("training", "evaluation", "test"):
+        places = [p for place in (folder / "data" / split, folder / split) for p in place.glob("[!.]*.json")]
+        whole = folder / f"{split}.json"
+        if places or whole.is_file():
+            content = files.read_json(sorted(places)[0] if places else whole)
+            first = content if places else next(iter(content.values()), None) if isinstance(content, dict) else None
+            if isinstance(first, dict) and "train" in first:
+                found.add(split)
+    return sorted(found, reverse=True)
+
+
 def _json(path: Path, kind: type) -> Any:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ZooError(f"{path}: not readable as JSON ({error})") from error
+    content = files.read_json(path)
     if not isinstance(content, kind) or not content:
         raise ZooError(f"{path}: holds no ARC tasks")
     return content
 
 
 def _task(name: str, index: int, content: Any, where: str) -> ARCTask:
-    if not isinstance(content, dict) or not isinstance(content.get("train"), list):
+    parts = [content.get(part) for part in ("train", "test")] if isinstance(content, dict) else [None]
+    # null: the tests are not known
+    if not isinstance(parts[0], list) or not isinstance(parts[1], list | None):
         raise ZooError(f"{where}: a task has 'train' and 'test', lists of pairs")
-    pairs = [tuple(_pair(entry, where) for entry in content.get(part, [])) for part in ("train", "test")]
-    return ARCTask(name, index, *pairs)
+    return ARCTask(name, index, *(tuple(_pair(entry, where) for entry in part or ()) for part in parts))
 
 
 def _pair(entry: Any, where: str) -> Pair:
@@ -171,10 +188,11 @@ def _pair(entry: Any, where: str) -> Pair:
 
 def _grid(rows: Any, where: str) -> Grid:
     try:
-        grid = np.array(rows, dtype=np.int64)
-    except (ValueError, TypeError) as error:
+        grid = np.array(rows)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ZooError(f"{where}: a grid is a list of equally long rows of colours") from error
-    if grid.ndim != 2 or not grid.size or grid.min() < 0 or grid.max() > 9:
+    whole = grid.dtype.kind in "iu" or (grid.dtype.kind == "f" and bool((grid % 1 == 0).all()))
+    if grid.ndim != 2 or not grid.size or not whole or grid.min() < 0 or grid.max() > 9:
         raise ZooError(f"{where}: a grid is a list of equally long rows of colours 0..9")
     return grid.astype(np.uint8)  # RE-ARC has 800 000 of them
 

@@ -53,6 +53,25 @@ def same(batch: Batch) -> Batch:
     return batch
 
 
+def as_batch(batch: Any, *wanted: str) -> Batch:
+    """A batch as the tasks of the zoo read it: a dict with the keys `wanted`. A pair (image, label), which data sets of
+    torchvision give, becomes one.
+
+    Raises:
+        ZooError: it is neither, or keys are missing; it names those that are there.
+    """
+    if isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        image, label = batch
+        if image.ndim == 4 and label.ndim in (1, 2) and len(label) == len(image):
+            batch = {"image": image, "label": label}
+    if not isinstance(batch, dict):
+        kind = type(batch).__name__
+        raise ZooError(f"a batch is a dict with the keys {', '.join(wanted)}, or a pair (image, label); got a {kind}")
+    if missing := [key for key in wanted if key not in batch]:
+        raise ZooError(f"a batch has no {', '.join(missing)}; its keys are: {', '.join(map(str, batch)) or 'none'}")
+    return batch
+
+
 def at_least_one(**counts: int | None) -> None:
     """Raises a :class:`ZooError` that names the first of the settings of ``data`` below 1."""
     for name, value in counts.items():

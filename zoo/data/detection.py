@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from zoo.data.base import SALT, Batch, SeededDataModule, at_least_one, key_parts, own_randomness, sample_seeds
-from zoo.data.coco import CocoLayout, CocoSource, Record, Segment, find_coco, mirror_order, repeat_factors, to_rle
+from zoo.data.coco import (
+    CocoLayout,
+    CocoSource,
+    Record,
+    Segment,
+    box_outline,
+    find_coco,
+    mirror_order,
+    repeat_factors,
+    to_rle,
+)
 from zoo.data.loader import EpochSampler, GroupedSampler, Key
 from zoo.data.shapes import KEYPOINTS, SHAPES, make_knobs, render
 from zoo.errors import ZooError, unknown
@@ -439,13 +449,7 @@ class DetectionSet(Dataset):
         kept = ~record.crowd
         segments: list[Segment] | None = None
         if self.masks != "none":
-            segments, height, width = [], int(record.image.shape[-2]), int(record.image.shape[-1])
-            for n in np.flatnonzero(kept):
-                segment = _outline(record.segments[n], height, width)
-                if segment is None:
-                    kept[n] = False
-                else:
-                    segments.append(segment)
+            segments = [_outline(record, n) for n in np.flatnonzero(kept).tolist()]
         points = record.keypoints[kept] if self.keypoints and record.keypoints is not None else None
         return Scene(record.image, record.boxes[kept], record.labels[kept], segments, points, self.source.flip_order)
 
@@ -478,22 +482,28 @@ class DetectionSet(Dataset):
         }
         if self.masks != "none":
             height, width = int(record.image.shape[-2]), int(record.image.shape[-1])
-            boxes = [[[x, y, u, y, u, v, x, v]] for x, y, u, v in record.boxes.tolist()]
-            target["masks"] = [to_rle(s or b, height, width) if not isinstance(s, np.ndarray) else to_rle(s, 0, 0)
-                               for s, b in zip(record.segments, boxes, strict=True)]  # fmt: skip
+            target["masks"] = [to_rle(_stored(record, n), height, width) for n in range(len(record.segments))]
         if self.keypoints and record.keypoints is not None:
             target["keypoints"] = torch.from_numpy(record.keypoints)
         return target
 
 
-def _outline(segment: Any, height: int, width: int) -> Segment | None:
-    """What the transforms move of an object's stored segmentation; None where that is no outline."""
-    if segment is None or isinstance(segment, np.ndarray):
+def _stored(record: Record, n: int) -> Any:
+    """An object's segmentation in one of COCO's forms; its box where it has none."""
+    segment = record.segments[n]
+    if segment is not None:
+        return segment
+    return [ring.reshape(-1).tolist() for ring in box_outline(record.boxes[n], *record.image.shape[-2:])]
+
+
+def _outline(record: Record, n: int) -> Segment:
+    """What the transforms move of an object's stored segmentation."""
+    segment = _stored(record, n)
+    if isinstance(segment, np.ndarray):
         return segment
     if isinstance(segment, list):
-        rings = [np.array(p, dtype=np.float64).reshape(-1, 2) for p in segment if len(p) >= 6 and len(p) % 2 == 0]
-        return rings or None
-    return coco_mask.decode(to_rle(segment, height, width))
+        return [np.array(points, dtype=np.float64).reshape(-1, 2) for points in segment]
+    return coco_mask.decode(to_rle(segment, *record.image.shape[-2:]))
 
 
 class Normalise:
@@ -530,7 +540,7 @@ class Normalise:
 # ---------------------------------------------------------------------------------------------------------- data module
 
 _LENGTH = {"train": 50_000, "val": 1_000, "test": 1_000}
-_COCO_OPTIONS = ("annotations", "images")
+_COCO_OPTIONS = ("annotations", "images", "outside")
 _PHOTO_SIZES = [640, 672, 704, 736, 768, 800]
 
 
@@ -570,7 +580,8 @@ class DetectionDataModule(SeededDataModule):
         train_samples: train on this many pictures only, drawn once with the seed; for ``shapes`` the split's length.
         seed: of order and augmentation; None: the one of ``seed_everything``, else 0.
         options: further keywords of the source: for ``shapes`` size (side in pixels), min_visible and
-            :class:`~zoo.data.shapes.Knobs`; else annotations and images of :func:`~zoo.data.coco.find_coco`.
+            :class:`~zoo.data.shapes.Knobs`; else annotations, images and outside of
+            :func:`~zoo.data.coco.find_coco`.
 
     Attributes:
         num_classes, class_names, keypoint_names: known as soon as the module is made; without data_dir, a carded set's
@@ -645,7 +656,8 @@ class DetectionDataModule(SeededDataModule):
             return None
         place = self.data_dir or self.dataset
         named = self.dataset if self.data_dir else "instances"
-        return find_coco(place, self.options.get("annotations"), self.options.get("images"), named)
+        outside = bool(self.options.get("outside", False))
+        return find_coco(place, self.options.get("annotations"), self.options.get("images"), named, outside)
 
     def _names(self) -> tuple[list[str], list[str]]:
         """Of classes and keypoints: the set's own or, as long as nobody has said where it lies, the card's."""

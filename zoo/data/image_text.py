@@ -11,6 +11,8 @@ recognised:
 - ``datasets`` folders or parquet files with a column of pictures and one of captions (a text or a list of texts);
 - tables ``*.tsv`` or ``*.csv`` with columns ``filepath`` and ``title`` (open_clip's), or ``caption``.
 
+A picture without a caption is left out; sources count that in `problems`, and in `skipped` what no reader takes.
+
 Splits are served as in :mod:`zoo.data.sources`; of shards that are not sorted into splits the last is held out.
 """
 
@@ -21,13 +23,15 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,11 +39,15 @@ from torch import Tensor, nn
 
 from zoo.data.base import SALT, Batch, at_least_one, key_parts
 from zoo.data.datamodule import ImageDataModule, SampleSet
+from zoo.data.files import read_json, read_text, reason, require_regular, tell, whole_number
 from zoo.data.loader import EpochSampler
 from zoo.data.shapes import ShapesDataset, hash64, render
 from zoo.data.sources import (
     ALIASES,
     EXTENSIONS,
+    LABEL_NAMES,
+    TABLES,
+    ArrowPictures,
     Description,
     ManyReader,
     Source,
@@ -47,11 +55,14 @@ from zoo.data.sources import (
     choose_part,
     decode_image,
     describe,
+    holds_pictures,
     hub_splits,
+    image_column,
     missing_path,
     open_source,
     read_image,
     select,
+    subfolders,
 )
 from zoo.data.text import WordPiece, prompts, vocabulary_path
 from zoo.errors import ZooError, unknown
@@ -76,11 +87,15 @@ class ShapesPairs(ShapesDataset):
 
 
 class FilePairs:
-    """Picture files with their captions."""
+    """Picture files with their captions; those without one are left out."""
 
-    def __init__(self, paths: Sequence[str], captions: Sequence[Sequence[str]]) -> None:
+    def __init__(self, pairs: Sequence[tuple[str, list[str]]], problems: Counter[str] | None = None) -> None:
         self.class_names: list[str] = []
-        self.paths, self.captions = np.array(paths, dtype=np.str_), [list(texts) for texts in captions]
+        self.problems, self.skipped = Counter(problems or {}), Counter[str]()
+        kept = [(path, texts) for path, texts in pairs if texts]
+        if len(kept) < len(pairs):
+            self.problems["pictures without a caption"] += len(pairs) - len(kept)
+        self.paths, self.captions = np.array([path for path, _ in kept], dtype=np.str_), [texts for _, texts in kept]
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -89,26 +104,37 @@ class FilePairs:
         return {"image": read_image(str(self.paths[index])), "captions": self.captions[index], "label": -1}
 
 
-class ArrowPairs:
-    """A split of a Hugging Face ``datasets`` set."""
+def _texts(cell: Any) -> list[str]:
+    """The captions in a value: a text or a list of texts, without empty ones."""
+    cells = cell if isinstance(cell, list) else [cell]
+    return [text for one in cells if isinstance(one, str) and (text := " ".join(one.split()))]
+
+
+class ArrowPairs(ArrowPictures):
+    """A split of a Hugging Face ``datasets`` set; rows without a picture or a caption are left out."""
 
     def __init__(self, split: Any, image: str, caption: str, name: str) -> None:
-        import datasets
-
-        self._split = split.cast_column(image, datasets.Image(decode=False)).select_columns([image, caption])
-        self.image, self.caption, self.name = image, caption, name
+        super().__init__(split.select_columns([image, caption]), image, name)
+        self.caption = caption
         self.class_names: list[str] = []
-
-    def __len__(self) -> int:
-        return len(self._split)
+        batches = split.select_columns([caption]).with_format("arrow").iter(10_000)
+        told = [_has_text(batch[caption]) for batch in batches]
+        self.keep(np.concatenate(told) if told else np.zeros(0, bool), "rows without a caption")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._split[int(index)]
-        cell, texts = row[self.image], row[self.caption]
-        name = f"sample {index} of {self.name}"
-        image = decode_image(cell["bytes"], name) if cell["bytes"] is not None else read_image(cell["path"])
-        texts = [texts] if isinstance(texts, str) else [str(text) for text in texts or ()]
-        return {"image": image, "captions": texts or [""], "label": -1}
+        image, row = self.row(index)
+        return {"image": image, "captions": _texts(row[self.caption]), "label": -1}
+
+
+def _has_text(column: Any) -> np.ndarray:
+    """(n,) bool: does a cell hold a caption?"""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        filled = pc.not_equal(pc.utf8_trim_whitespace(column), "").fill_null(False)
+        return filled.combine_chunks().to_numpy(zero_copy_only=False)
+    return np.array([bool(_texts(cell)) for cell in column.to_pylist()], dtype=bool)
 
 
 class ShardPairs:
@@ -120,28 +146,40 @@ class ShardPairs:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.class_names: list[str] = []
+        self.problems, self.skipped = Counter[str](), Counter[str]()
         self.paths = [str(path) for path in paths]
         self.sizes = [len(shard_index(path, mmap=True)) for path in self.paths]
         self._ends = np.cumsum(self.sizes)
+        for path in self.paths:
+            lost, others = _index(path)[1:]
+            self.problems += lost
+            self.skipped += others
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def _place(self, index: int) -> tuple[str, int]:
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        path, place = self.paths[shard], index - int(self._ends[shard]) + self.sizes[shard]
+        return self.paths[shard], index - int(self._ends[shard]) + self.sizes[shard]
+
+    def exact(self, index: int, step: int = 0) -> dict[str, Any]:
+        """A sample, or the one `step` behind it in its shard, without any that would stand in for it."""
+        path, place = self._place(index)
         rows = _open_index(path)
+        at, length, text_at, text_length = rows[(place + step) % len(rows)].tolist()
+        image = decode_image(_piece(path, at, length), f"sample {place + step} of {path}")
+        text = _piece(path, text_at, text_length).decode("utf-8", errors="replace").strip()
+        return {"image": image, "captions": [text], "label": -1}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path, place = self._place(index)
         problem: ZooError | None = None
-        for step in range(min(16, len(rows))):
-            at, length, text_at, text_length = rows[(place + step) % len(rows)].tolist()
+        for step in range(min(16, len(_open_index(path)))):
             try:
-                image = decode_image(_piece(path, at, length), f"sample {place + step} of {path}")
+                return self.exact(index, step)
             except ZooError as error:
                 problem = error
                 warnings.warn(f"{error}; the next sample stands in for it", stacklevel=2)
-                continue
-            text = _piece(path, text_at, text_length).decode("utf-8", errors="replace").strip()
-            return {"image": image, "captions": [text], "label": -1}
         raise ZooError(f"{path}: no readable sample around number {place}") from problem
 
 
@@ -162,46 +200,111 @@ def _piece(path: str, at: int, length: int) -> bytes:
 def shard_index(path: str | os.PathLike[str], mmap: bool = False) -> np.ndarray:
     """(n, 4) int64 of a tar of n pairs: where the picture begins in the file, its bytes, and the same of the text.
 
-    Made at first use and kept in the cache folder, under the file's path, size and time. A key without a picture or a
-    text is left out.
+    Made at first use and kept in the cache folder, where that can be written, under the file's path, size and time. A
+    key without a picture or a text is left out. Of a tar that breaks off, what is whole is taken; of several written
+    one behind the other, all.
 
     Raises:
-        ZooError: the file is no whole tar, or holds no pair.
+        ZooError: the file is no tar, or holds no pair.
     """
+    kept = _index(path)[0]
+    return np.load(kept, mmap_mode="r" if mmap else None) if isinstance(kept, Path) else kept
+
+
+def _index(path: str | os.PathLike[str]) -> tuple[np.ndarray | Path, Counter[str], Counter[str]]:
+    """The index of a tar or where it is kept, what was lost in it, and what is no picture and no text."""
     try:
         facts = os.stat(path)
     except OSError as error:
         raise ZooError(f"cannot read {path}: {error.strerror}") from error
-    mark = hashlib.sha256(f"{os.path.abspath(path)} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:24]
+    mark = hashlib.sha256(f"2 {os.path.abspath(path)} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:24]
     kept = cache_dir() / "shards" / f"{mark}.npy"
-    if not kept.is_file():
-        rows = _scan(path)
+    if kept.is_file() and (told := kept.with_suffix(".json")).is_file():
+        content = read_json(told)
+        return kept, Counter(content["problems"]), Counter(content["skipped"])
+    rows, problems, skipped = _scan_once(str(path), mark)
+    try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with download.replacing(kept) as part, part.open("wb") as file:
             np.save(file, rows)
-    return np.load(kept, mmap_mode="r" if mmap else None)
+        with download.replacing(kept.with_suffix(".json")) as part:
+            part.write_text(json.dumps({"problems": problems, "skipped": skipped}))
+    except (OSError, ZooError):  # it is read again the next time
+        return rows, problems, skipped
+    return kept, problems, skipped
 
 
-def _scan(path: str | os.PathLike[str]) -> np.ndarray:
-    images: dict[str, tuple[int, int]] = {}
-    texts: dict[str, tuple[int, int]] = {}
+@lru_cache(maxsize=64)
+def _scan_once(path: str, mark: str) -> tuple[np.ndarray, Counter[str], Counter[str]]:
+    require_regular(path, 1 << 50)
+    rows: list[tuple[int, ...]] = []
+    problems, skipped = Counter[str](), Counter[str]()
+    size = os.path.getsize(path)
+    reached = 0
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                key, dot, kind = name.partition(".")
-                if not member.isfile() or not key:
-                    continue
-                if f"{dot}{kind}".lower() in EXTENSIONS:
-                    images[f"{folder}/{key}"] = member.offset_data, member.size
-                elif kind.lower() == "txt":
-                    texts[f"{folder}/{key}"] = member.offset_data, member.size
-    except (tarfile.TarError, OSError) as error:
-        raise ZooError(f"{path} is no whole tar: {' '.join(str(error).split())}") from error
-    rows = [(*images[key], *texts[key]) for key in images if key in texts]
+        with open(path, "rb") as file:
+            while (begin := _next_archive(file, reached)) is not None:
+                images: dict[str, tuple[int, int]] = {}
+                texts: dict[str, tuple[int, int]] = {}
+                file.seek(begin)
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    for member in tar:
+                        if member.offset < reached or member.size < 0:
+                            raise tarfile.ReadError("a member that lies before another")
+                        reached = member.offset + tarfile.BLOCKSIZE
+                        if member.isfile() and member.offset_data + member.size > size:
+                            raise tarfile.ReadError("unexpected end of data")
+                        _sort_in(member, images, texts, problems, skipped)
+                    if tar.offset == begin or tar.offset >= size:  # no header, or no end
+                        raise tarfile.ReadError("unexpected end of data")
+                    reached = tar.offset
+                rows += [(*images[key], *texts[key]) for key in images if key in texts]
+                _count(problems, "pictures without a .txt", len(images.keys() - texts.keys()))
+                _count(problems, "texts without a picture", len(texts.keys() - images.keys()))
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
+        rows += [(*images[key], *texts[key]) for key in images if key in texts] if reached else []
+        if not rows:
+            raise ZooError(f"{path} is no whole tar: {reason(error)}") from error
+        problems["shards that break off or are damaged"] += 1
     if not rows:
         raise ZooError(f"{path} holds no pair of a picture and a .txt of one name")
-    return np.array(rows, dtype=np.int64)
+    return np.array(rows, dtype=np.int64), problems, skipped
+
+
+def _count(counts: Counter[str], what: str, number: int) -> None:
+    if number:
+        counts[what] += number
+
+
+def _next_archive(file: io.BufferedReader, at: int) -> int | None:
+    """Where in a file of tars the next one begins, from the block at `at` on; None: only zeros follow."""
+    file.seek(at)
+    while block := file.read(tarfile.BLOCKSIZE):
+        if block.strip(b"\0"):
+            return at
+        at += tarfile.BLOCKSIZE
+    return None if at else 0  # an empty file is none
+
+
+def _sort_in(
+    member: tarfile.TarInfo,
+    images: dict[str, tuple[int, int]],
+    texts: dict[str, tuple[int, int]],
+    problems: Counter[str],
+    skipped: Counter[str],
+) -> None:
+    folder, _, name = member.name.rpartition("/")
+    key, dot, kind = name.partition(".")
+    if not member.isfile() or not key:
+        return
+    ending = f"{dot}{kind}".lower()
+    kinds = images if ending in EXTENSIONS else texts if ending == ".txt" else None
+    if kinds is None:
+        _count(skipped, f"members ending in {ending or 'nothing'}", ending != ".json")  # img2dataset writes those
+    elif f"{folder}/{key}" in kinds:
+        problems["members of a name that came before"] += 1
+    else:
+        kinds[f"{folder}/{key}"] = member.offset_data, member.size
 
 
 # ------------------------------------------------------------------------------------------------------ what lies where
@@ -227,14 +330,22 @@ def _shards(folder: Path) -> Layout | None:
     return list(parts), lambda part: ShardPairs(parts[part])
 
 
-def _read_json(path: Path, *wanted: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ZooError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in wanted):
-        raise ZooError(f"{path} has no lists {' and '.join(wanted)}")
+def _lists(path: Path, *wanted: str) -> dict[str, list[dict[str, Any]]]:
+    """The `wanted` lists of objects in a json."""
+    content = read_json(path)
+    for key in wanted:
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ZooError(f"{path} has no lists {' and '.join(wanted)}")
     return content
+
+
+def _name_of(entry: dict[str, Any], key: str, path: Path) -> str:
+    """The text under a key."""
+    name = entry.get(key)
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ZooError(f"{path}: an image has no {key}, but {str(name)[:80]!r}")
+    return name
 
 
 def _coco(folder: Path) -> Layout | None:
@@ -246,13 +357,24 @@ def _coco(folder: Path) -> Layout | None:
 
     def open_part(part: str) -> Source:
         name, path = parts[part]
-        content = _read_json(path, "images", "annotations")
-        texts: dict[int, list[str]] = {}
+        content = _lists(path, "images", "annotations")
+
+        def key(value: Any) -> int | str:
+            number = whole_number(value)
+            return str(value) if number is None else number
+
+        texts: dict[int | str, list[str]] = {key(entry.get("id")): [] for entry in content["images"]}
+        problems: Counter[str] = Counter()
         for entry in content["annotations"]:
-            texts.setdefault(entry["image_id"], []).append(" ".join(entry["caption"].split()))
-        images = [entry for entry in content["images"] if entry["id"] in texts]
+            told = texts.get(key(entry.get("image_id")))
+            found = _texts(entry.get("caption"))
+            _count(problems, "captions of images that the json does not have", told is None)
+            _count(problems, "captions that are empty or no text", not found)
+            if told is not None:
+                told += found
         find = _finder(folder, (name, part, "images", ""))
-        return FilePairs([find(entry["file_name"]) for entry in images], [texts[entry["id"]] for entry in images])
+        images = [(_name_of(entry, "file_name", path), texts[key(entry.get("id"))]) for entry in content["images"]]
+        return FilePairs([(find(file) if told else "", told) for file, told in images], problems)
 
     return list(parts), open_part
 
@@ -261,29 +383,39 @@ def _karpathy(folder: Path) -> Layout | None:
     files = [file for file in sorted(folder.glob("dataset_*.json")) if file.name not in _OF_DATASETS]
     if not files:
         return None
-    content = _read_json(files[0], "images")["images"]
+    content = _lists(files[0], "images")["images"]
     split_of = {"restval": "train"}
     parts: dict[str, list[dict[str, Any]]] = {}
     for entry in content:
-        parts.setdefault(split_of.get(entry["split"], entry["split"]), []).append(entry)
+        split = _name_of(entry, "split", files[0])
+        parts.setdefault(split_of.get(split, split), []).append(entry)
 
     def open_part(part: str) -> Source:
         find = _finder(folder, ("images", "flickr30k-images", "flickr30k_images", ""))
-        paths = [find(os.path.join(entry.get("filepath", ""), entry["filename"])) for entry in parts[part]]
-        texts = [[" ".join(s["raw"].split()) for s in entry["sentences"]] for entry in parts[part]]
-        return FilePairs(paths, texts)
+        pairs = []
+        for entry in parts[part]:
+            sentences = entry.get("sentences")
+            raw = [s.get("raw") for s in sentences if isinstance(s, dict)] if isinstance(sentences, list) else []
+            name = os.path.join(str(entry.get("filepath") or ""), _name_of(entry, "filename", files[0]))
+            pairs.append((find(name), _texts(raw)))
+        return FilePairs(pairs)
 
     return list(parts), open_part
 
 
 def _finder(folder: Path, places: Sequence[str]) -> Callable[[str], str]:
-    """Where pictures lie: under the first of `places` in `folder` that holds the first one asked for."""
+    """Where pictures lie: under the first of `places` in `folder` that holds the first one asked for. A name that leads
+    out of `folder` is refused."""
     place: list[Path] = []
+    inside = os.path.join(os.path.abspath(folder), "")
 
     def find(name: str) -> str:
+        candidates = [folder / under for under in places]
+        for candidate in place or candidates:
+            if not os.path.abspath(candidate / name).startswith(inside):
+                raise ZooError(f"{folder}: the picture {name!r} leads out of the folder")
         if not place:
-            candidates = [folder / under for under in places]
-            found = next((c for c in candidates if (c / name).is_file()), None)
+            found = next((c for c in candidates if os.path.isfile(c / name)), None)
             if found is None:
                 raise ZooError(f"{folder}: no picture {name} in {', '.join(str(c) for c in candidates)}")
             place.append(found)
@@ -293,37 +425,99 @@ def _finder(folder: Path, places: Sequence[str]) -> Callable[[str], str]:
 
 
 def _tables(path: Path) -> Layout | None:
-    files = [path] if path.is_file() else sorted([*path.glob("*.tsv"), *path.glob("*.csv")])
-    tables = {file.stem if _known_parts([file.stem]) else "train": file for file in files if file.suffix != ".parquet"}
+    files = [path] if not path.is_dir() else sorted([*path.glob("[!.]*.tsv"), *path.glob("[!.]*.csv")])
+    tables = {file.stem if _known_parts([file.stem]) else "train": file for file in files if file.suffix not in TABLES}
     if not tables:
         return None
+    return list(tables), lambda part: _read_table(tables[part])
 
-    def open_part(part: str) -> Source:
-        file = tables[part]
-        with file.open(encoding="utf-8", newline="") as lines:
-            rows = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
-            caption = next((c for c in ("title", *CAPTION_COLUMNS) if c in (rows.fieldnames or ())), None)
-            if caption is None or "filepath" not in (rows.fieldnames or ()):
-                raise ZooError(
-                    f"{file} needs the columns filepath and title; it has {', '.join(rows.fieldnames or ())}"
-                )
-            pairs = [(str(file.parent / row["filepath"]), [row[caption]]) for row in rows]
-        return FilePairs([p for p, _ in pairs], [t for _, t in pairs])
 
-    return list(tables), open_part
+def _read_table(file: Path) -> FilePairs:
+    """A table of ``filepath`` and ``title`` or ``caption``.
+
+    Raises:
+        ZooError: it lacks these columns, or quotes are open at its end.
+    """
+    problems: Counter[str] = Counter()
+    rows = _rows(file, problems)
+    head = rows[0] if rows else []
+    caption = next((c for c in ("title", *CAPTION_COLUMNS) if c in head), None)
+    if caption is None or "filepath" not in head:
+        raise ZooError(f"{file} needs the columns filepath and title; it has {', '.join(head)[:200]}")
+    at, told = head.index("filepath"), head.index(caption)
+    pairs = []
+    for row in rows[1:]:
+        if len(row) <= at or not row[at].strip() or "\0" in row[at]:
+            problems["rows without a path"] += 1
+        else:
+            pairs.append((str(file.parent / row[at]), _texts(row[told] if told < len(row) else None)))
+    return FilePairs(pairs, problems)
+
+
+def _rows(file: Path, problems: Counter[str]) -> list[list[str]]:
+    """The rows of a csv or tsv, its head first.
+
+    A quote that nothing closes would make one row of all that follow. So where rows reach over lines and every line is
+    a row by itself, with all columns and a picture's name, the lines are the rows and their quotes mean nothing.
+    """
+    text = read_text(file)
+    mark = "\t" if file.suffix == ".tsv" else ","
+    csv.field_size_limit(1 << 27)
+    try:
+        rows: list[list[str]] | None = [
+            row for row in csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True) if row
+        ]
+    except csv.Error:
+        rows = None
+    if rows is not None and not any("\n" in cell or "\r" in cell for row in rows for cell in row):
+        return rows
+    lines = [line for line in io.StringIO(text, newline=None).read().split("\n") if line]
+    head = next(csv.reader(lines[:1], delimiter=mark), [])
+    at = head.index("filepath") if "filepath" in head else 0
+    found, open_ = [head], 0
+    for line in lines[1:]:
+        try:
+            row = next(csv.reader([line], delimiter=mark, strict=True))
+        except csv.Error:
+            split = line.rsplit if at == len(head) - 1 else line.split  # marks left over are the caption's
+            row, open_ = split(mark, len(head) - 1), open_ + 1
+        found.append(row)
+    if all(len(row) == len(head) and row[at].strip().lower().endswith(EXTENSIONS) for row in found[1:]):
+        _count(problems, "rows with an unmatched quote, read as they stand", open_)
+        return found
+    if rows is None:
+        raise ZooError(
+            f"{file}: an unmatched quote, and lines that are no rows by themselves; double or remove the quote"
+        )
+    return rows
 
 
 def _arrow(splits: dict[str, Any], name: str, image: str | None, caption: str | None) -> Layout:
-    import datasets
-
     features = next(iter(splits.values())).features
-    image = image or next((k for k, f in features.items() if isinstance(f, datasets.Image)), None)
+    column = image_column(splits, image, name)
     caption = caption or next((k for k in CAPTION_COLUMNS if k in features), None)
-    for kind, column in (("image", image), ("caption", caption)):
-        if column not in features:
-            named = f" {column!r}" if column else ""
-            raise ZooError(f"{name} has no {kind} column{named}; columns: {', '.join(features)}")
-    return list(splits), lambda part: ArrowPairs(splits[part], str(image), str(caption), name)
+    for split in splits.values():
+        if caption not in split.features:
+            named = f" {caption!r}" if caption else ""
+            raise ZooError(
+                f"{name} has no caption column{named}; columns: {', '.join(split.features)};"
+                " data.options.caption_column names it"
+            )
+    return list(splits), lambda part: ArrowPairs(splits[part], column, str(caption), name)
+
+
+class PromptPairs:
+    """Labelled pictures whose captions are the prompts of their class."""
+
+    def __init__(self, pictures: Source, texts: Sequence[Sequence[str]]) -> None:
+        self.pictures, self.texts, self.class_names = pictures, texts, pictures.class_names
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.pictures[index]
+        return {"image": row["image"], "captions": self.texts[int(row["label"])], "label": row["label"]}
 
 
 def _card(dataset: str) -> Any | None:
@@ -379,9 +573,28 @@ def open_pairs(
         (parts, open_part), dataset = _at_path(path, options, "dataset" if card is None else "data_dir"), str(path)
     part, which = choose_part(split, parts, dataset)
     source = open_part(part)
+    tell(dataset, getattr(source, "problems", {}), getattr(source, "skipped", {}))
     if not len(source):
         raise ZooError(f"{dataset}: no pairs in split {part!r}")
     return select(source, which)
+
+
+def is_caption_set(path: Path) -> bool:
+    """Does a path hold captioned pictures, rather than labelled ones with a tar or a table beside them?"""
+    if path.is_dir():
+        if _coco(path) or _karpathy(path):
+            return True
+        if _shards(path):
+            return not any(holds_pictures(path / name) for name in subfolders(path))
+    tables = [path] if path.is_file() else [*path.glob("[!.]*.tsv"), *path.glob("[!.]*.csv")]
+    for table in tables:
+        if table.suffix in (".tsv", ".csv"):
+            head = set(re.split(r"[,\t]", read_text(table).partition("\n")[0].strip()))
+            if "filepath" in head and head & {"title", *CAPTION_COLUMNS}:
+                return True
+    splits = arrow_splits(path)
+    columns = next(iter(splits.values())).features if splits else {}
+    return any(name in columns for name in CAPTION_COLUMNS) and not any(name in columns for name in LABEL_NAMES)
 
 
 def _at_path(path: Path, options: dict[str, Any], what: str) -> Layout:
@@ -391,7 +604,7 @@ def _at_path(path: Path, options: dict[str, Any], what: str) -> Layout:
         for recognise in (_shards, _coco, _karpathy):
             if layout := recognise(path):
                 return layout
-    splits = arrow_splits(path) if path.is_dir() or path.suffix == ".parquet" else None
+    splits = arrow_splits(path) if path.is_dir() or path.suffix in TABLES else None
     if splits is not None:
         return _arrow(splits, str(path), options.get("image_column"), options.get("caption_column"))
     if layout := _tables(path):
@@ -516,6 +729,8 @@ class ImageTextDataModule(ImageDataModule):
         epoch_samples: length of an epoch, whatever the set's (FLIP counts "virtual" epochs of 1,281,167 samples).
         tokenizer: a vocabulary's name or file, see :mod:`zoo.data.text`.
         context_length: L, tokens of a text.
+        captions: the set's "own", or of a labelled set without any the "prompts" of each picture's class, in training;
+            evaluation has none to retrieve then.
         eval_captions: captions of a picture that are evaluated; None: all.
         eval_dataset: labelled pictures to classify in evaluation instead of the set's own splits.
         eval_data_dir: where they lie.
@@ -545,6 +760,7 @@ class ImageTextDataModule(ImageDataModule):
         epoch_samples: int | None = None,
         tokenizer: str = "bert",
         context_length: int = 32,
+        captions: Literal["own", "prompts"] = "own",
         eval_captions: int | None = 5,
         eval_dataset: str | None = None,
         eval_data_dir: str | None = None,
@@ -554,6 +770,9 @@ class ImageTextDataModule(ImageDataModule):
         mean: list[float] | None = None,
         std: list[float] | None = None,
     ) -> None:
+        if captions not in ("own", "prompts"):
+            raise unknown("captions", captions, ("own", "prompts"))
+        self.captions = captions
         self.eval_dataset, self.eval_data_dir, self.templates = eval_dataset, eval_data_dir, templates
         at_least_one(epoch_samples=epoch_samples, eval_captions=eval_captions)
         self.epoch_samples, self.eval_captions = epoch_samples, eval_captions
@@ -577,7 +796,10 @@ class ImageTextDataModule(ImageDataModule):
         self._prompts: Tensor | None = None
 
     def _describe(self, dataset: str, data_dir: str | None, options: dict[str, Any]) -> Description:
-        about = describe_pairs(dataset, **options)
+        if self.captions == "prompts":
+            about = describe(dataset, data_dir, **options)
+        else:
+            about = describe_pairs(dataset, **options)
         if self.eval_dataset is None:
             return about
         known = describe(self.eval_dataset, self.eval_data_dir)
@@ -587,6 +809,9 @@ class ImageTextDataModule(ImageDataModule):
         return Description(len(names), names, about.image_size, about.mean, about.std, about.in_memory)
 
     def _open(self, split: str, **options: Any) -> Source:
+        if self.captions == "prompts":
+            pictures = open_source(self.dataset, split, self.data_dir, **options)
+            return PromptPairs(pictures, prompts(self.dataset, pictures.class_names, self.templates)[1])
         return open_pairs(self.dataset, split, self.data_dir, **options)
 
     def prepare_data(self) -> None:
@@ -614,6 +839,8 @@ class ImageTextDataModule(ImageDataModule):
             if split not in self._eval_sources:
                 self._eval_sources[split] = open_source(self.eval_dataset, split, self.eval_data_dir)
             return SampleSet(self._eval_sources[split], transform, self.mean, self.std, self.seed, SALT[split])
+        if self.captions == "prompts" and split != "train":
+            return SampleSet(self.source(split), transform, self.mean, self.std, self.seed, SALT[split])
         return PairSet(
             self.source(split),
             transform,

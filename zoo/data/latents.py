@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 
 from zoo.data.base import SALT, Batch, SeededDataModule, at_least_one, key_parts, sample_seeds
 from zoo.data.datamodule import ImageDataModule
+from zoo.data.files import read_json
 from zoo.data.loader import Key
 from zoo.data.transforms import ADMCrop
 from zoo.errors import ZooError
@@ -179,15 +180,19 @@ def read_facts(folder: Path) -> dict[str, Any]:
     Raises:
         ZooError: there is none, or it is of another version.
     """
-    try:
-        facts = json.loads((folder / FACTS).read_text())
-    except OSError as error:
-        raise ZooError(f"{folder} is no folder of latents: no {FACTS} (zoo data latents makes one)") from error
-    except ValueError as error:
-        raise ZooError(f"{folder / FACTS} is no JSON") from error
+    if not (folder / FACTS).is_file():
+        raise ZooError(f"{folder} is no folder of latents: no {FACTS} (zoo data latents makes one)")
+    facts = read_json(folder / FACTS)
     wanted = {*_KIND, "num_classes", "class_names", "splits"}
-    if facts.get("version") != VERSION or not wanted <= set(facts):
+    if not isinstance(facts, dict) or facts.get("version") != VERSION or not wanted <= set(facts):
         raise ZooError(f"{folder / FACTS} is of another version: make the latents anew with zoo data latents")
+    counts = [facts["shard_size"], *facts["splits"].values()] if isinstance(facts["splits"], dict) else [None]
+    shape = facts["shape"] if isinstance(facts["shape"], list) and len(facts["shape"]) == 3 else [None]
+    if (
+        not all(isinstance(number, int) and 0 < number < 1 << 40 for number in (*counts, *shape))
+        or max(shape) > 1 << 14
+    ):
+        raise ZooError(f"{folder / FACTS} states no whole numbers of samples, and no shape of latents")
     return facts
 
 

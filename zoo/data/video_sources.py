@@ -4,7 +4,8 @@ A set is named by its card (``kinetics400``, with its folder as ``data_dir``) or
 recognised:
 
 - a list ``.csv``, or a folder with ``train.csv``, ``val.csv``, ``test.csv``: a video a line, ``path label`` or
-  ``path extra label`` or ``path`` (unlabelled, -1), separated by spaces, commas or tabs. Class names come from
+  ``path extra label`` or ``path`` (unlabelled, -1), separated by spaces, commas or tabs; a path with separators in it
+  is known by its ending, or by what lies there. Class names come from
   ``classids.json`` ({name: number}) beside it, where it is;
 - the same names with a frame list in them (first line ``original_vido_id video_id frame_id path labels``): Charades,
   several labels a frame, or Something-Something, with its ``something-something-v2-*.json`` beside;
@@ -12,15 +13,17 @@ recognised:
 - ``<class>/<video>``, also one level down in ``train``, ``val``, ``test``, or videos alone, unlabelled. A video may be
   a file or a folder of pictures.
 
-Splits are chosen as in :mod:`zoo.data.sources`. Whether a listed video is there and whole is found out when it is read.
+What a folder holds beside videos is counted in a source's `skipped` and `problems`. Splits are chosen as in
+:mod:`zoo.data.sources`. Whether a listed video is there and whole is found out when it is read.
 """
 
 from __future__ import annotations
 
 import csv
-import json
+import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +35,8 @@ from torch import Tensor
 
 from zoo.data.clips import LENGTHS, ClipsDataset
 from zoo.data.clips import make_knobs as clip_knobs
-from zoo.data.sources import ALIASES, HOLD_OUT, choose_part, missing_path
+from zoo.data.files import numbered_classes, read_json, read_text, tell
+from zoo.data.sources import ALIASES, HOLD_OUT, choose_part, lead_part, missing_path, split_folders, subfolders
 from zoo.data.video_reader import PicturesReader, VideoReader, is_video, open_video, pictures_in
 from zoo.errors import ZooError, unknown
 
@@ -104,7 +108,9 @@ class VideoList(_Checkable):
         class_names: list[str],
         backend: str | None = None,
         fps: float = 30.0,
+        skipped: Counter[str] | None = None,
     ) -> None:
+        self.skipped, self.problems = skipped or Counter(), Counter[str]()
         self.paths = np.array(paths, dtype=np.str_)  # one block of memory, which worker processes share
         self._labels = np.asarray(labels, dtype=np.int64)
         self.class_names, self.backend, self.fps = class_names, backend, fps
@@ -259,6 +265,7 @@ class VideoPart(_Checkable):
     def __init__(self, source: Any, indices: Sequence[int] | Tensor) -> None:
         self.source, self.indices = source, torch.as_tensor(indices, dtype=torch.long)
         self.class_names, self.kind = source.class_names, source.kind
+        self.problems, self.skipped = (getattr(source, name, Counter()) for name in ("problems", "skipped"))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -274,20 +281,9 @@ class VideoPart(_Checkable):
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with path.open(encoding="utf-8", newline=None) as file:
-            for number, line in enumerate(file, 1):
-                if text := line.strip():
-                    yield number, text
-    except (OSError, UnicodeDecodeError) as error:
-        raise ZooError(f"cannot read {path}: {error}") from error
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ZooError(f"cannot read {path}: {error}") from error
+    for number, line in enumerate(read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
+        if text := line.strip():
+            yield number, text
 
 
 def _separator(line: str) -> str:
@@ -297,6 +293,26 @@ def _separator(line: str) -> str:
         if len(columns) in (2, 3) and columns[-1].strip().isdigit():
             return mark
     return " "
+
+
+def _columns(line: str, separator: str, root: str) -> tuple[str | None, str | None]:
+    """The path and the label, None without, of a line; no path where it cannot be told. A separator may stand in the
+    path itself."""
+    if separator == "," and line.startswith('"'):
+        columns = next(csv.reader([line]))
+    else:
+        columns = line.split(separator)
+    columns = [column.strip() for column in columns]
+    first, before, label = columns[0], separator.join(columns[:-1]), columns[-1]
+    if (
+        len(columns) == 1
+        or is_video(line)
+        or (not label.lstrip("-").isdigit() and os.path.isdir(os.path.join(root, line)))
+    ):
+        return line if len(columns) > 1 else first or None, None
+    if len(columns) > 2 and not is_video(first) and (is_video(before) or os.path.isdir(os.path.join(root, before))):
+        return before, label
+    return first if first and len(columns) <= 3 else None, label
 
 
 def read_video_list(path: Path, prefix: str | None = None, separator: str | None = None) -> tuple[list[str], list[int]]:
@@ -314,21 +330,21 @@ def read_video_list(path: Path, prefix: str | None = None, separator: str | None
     paths, labels = [], []
     for number, line in _lines(path):
         separator = _separator(line) if separator is None else separator
-        columns = [column.strip() for column in line.split(separator)]
-        if len(columns) > 3 or not columns[0]:
-            raise ZooError(f"{path}:{number}: need `path label`, got {len(columns)} columns between {separator!r}")
-        label = columns[-1] if len(columns) > 1 else "-1"
+        hint = "; data.options.separator says what stands between columns"
+        name, label = _columns(line, separator, root)
+        if name is None:
+            count = len(line.split(separator))
+            raise ZooError(f"{path}:{number}: need `path label`, got {count} columns between {separator!r}")
         try:
-            labels.append(int(label))
+            labels.append(-1 if label is None else int(label))
         except ValueError as error:
-            hint = "; data.options.separator says what stands between columns" if number == 1 else ""
-            raise ZooError(f"{path}:{number}: the label {label!r} is no whole number{hint}") from error
+            told = hint if number == 1 else ""
+            raise ZooError(f"{path}:{number}: the label {str(label)[:40]!r} is no whole number{told}") from error
         if labels[-1] < -1:
             raise ZooError(f"{path}:{number}: the label {labels[-1]} is negative")
-        listed = os.path.join(root, columns[0])
-        if len(columns) == 1 and not is_video(listed) and not os.path.isdir(listed):
-            hint = "data.options.separator says what stands between columns"
-            raise ZooError(f"{path}:{number}: {line[:80]!r} is no video and has no label after {separator!r}; {hint}")
+        listed = os.path.join(root, name)
+        if "\0" in name or (label is None and not is_video(listed) and not os.path.isdir(listed)):
+            raise ZooError(f"{path}:{number}: {line[:80]!r} is no video and has no label after {separator!r}{hint}")
         paths.append(listed)
     if not paths:
         raise ZooError(f"{path} lists no video")
@@ -354,8 +370,10 @@ def read_frame_list(path: Path) -> FrameList:
         if labels not in codes:
             try:
                 classes = tuple(int(word) for word in labels.strip("\"'").split(",") if word)
+                if min(classes, default=0) < 0:
+                    raise ValueError
             except ValueError as error:
-                raise ZooError(f"{path}:{number}: the labels {labels} are no whole numbers") from error
+                raise ZooError(f"{path}:{number}: the labels {labels[:40]} are no whole numbers") from error
             codes[labels] = len(sets)
             sets.append(classes)
         paths, numbers = found.setdefault(columns[0], ([], []))
@@ -419,8 +437,9 @@ def read_ava_boxes(paths: Sequence[Path], threshold: float | None = None, classe
                 second = int(float(row[1]))
                 action = int(row[6]) if row[6] not in ("", "-1") else 0
                 coordinates = tuple(row[2:6])
-                [float(x) for x in coordinates]
-            except (ValueError, IndexError) as error:
+                if not all(math.isfinite(float(x)) for x in coordinates) or len(coordinates) < 4:
+                    raise ValueError
+            except (ValueError, IndexError, OverflowError, csv.Error) as error:
                 raise ZooError(f"{path}:{number}: need video,second,x1,y1,x2,y2,action,…; got {line[:80]!r}") from error
             if not 0 <= action <= classes:
                 raise ZooError(f"{path}:{number}: the action {action} is outside 1..{classes}")
@@ -460,15 +479,15 @@ def _first_line(path: Path) -> str:
     return next((line for _, line in _lines(path)), "")
 
 
-def _class_names(folder: Path, count: int) -> list[str]:
+def _class_names(folder: Path, count: int, listed: Path) -> list[str]:
     """Names from `classids.json`, else numbers."""
     path = folder / "classids.json"
     if not path.is_file():
-        return [str(k) for k in range(count)]
-    ids = _json(path)
+        return numbered_classes(count, str(listed))
+    ids = read_json(path)
     try:
         names = {int(number): str(name).strip('"') for name, number in ids.items()}
-    except (AttributeError, ValueError, TypeError) as error:
+    except (AttributeError, ValueError, TypeError, OverflowError) as error:
         raise ZooError(f"{path}: need {{name: number}}") from error
     if sorted(names) != list(range(len(names))):
         raise ZooError(f"{path}: the numbers are not 0..{len(names) - 1}")
@@ -479,7 +498,7 @@ def _video_lists(folder: Path, parts: dict[str, Path], classes: int | None, opti
     prefix, separator = options.get("prefix"), options.get("separator")
     read = {part: read_video_list(path, prefix, separator) for part, path in parts.items()}
     highest = max(max(labels) for _, labels in read.values())
-    names = _class_names(folder, classes if classes is not None else highest + 1)
+    names = _class_names(folder, classes if classes is not None else highest + 1, next(iter(parts.values())))
     for part, (paths, labels) in read.items():
         if max(labels) >= len(names):
             at = next(k for k, label in enumerate(labels) if label >= len(names))
@@ -495,7 +514,10 @@ def _frame_lists(folder: Path, parts: dict[str, Path], classes: int | None, opti
     prefix = options.get("prefix") or str(folder)
     ids = folder / "something-something-v2-labels.json"
     if ids.is_file():
-        numbers = {str(name): int(number) for name, number in _json(ids).items()}
+        try:
+            numbers = {str(name): int(number) for name, number in read_json(ids).items()}
+        except (AttributeError, ValueError, TypeError, OverflowError) as error:
+            raise ZooError(f"{ids}: need {{name: number}}") from error
         names = [name for name, _ in sorted(numbers.items(), key=lambda item: item[1])]
 
         def open_labelled(part: str, split: str) -> PicturesSource:
@@ -503,7 +525,12 @@ def _frame_lists(folder: Path, parts: dict[str, Path], classes: int | None, opti
             path = folder / f"something-something-v2-{stem}.json"
             frames, chosen, labels = read_frame_list(parts[part]), [], []
             place = {name: k for k, name in enumerate(frames.names)}
-            for entry in _json(path):
+            entries = read_json(path)
+            if not isinstance(entries, list) or not all(
+                isinstance(e, dict) and {"id", "template"} <= set(e) for e in entries
+            ):
+                raise ZooError(f"{path}: need a list of objects with id and template")
+            for entry in entries:
                 template = str(entry["template"]).replace("[", "").replace("]", "")
                 if template not in numbers:
                     raise unknown(f"template in {path}", template, numbers)
@@ -530,7 +557,7 @@ def _frame_lists(folder: Path, parts: dict[str, Path], classes: int | None, opti
     if classes is None:
         highest = max((max(labels, default=-1) for part in parts for labels in lists(part).sets), default=-1)
         classes = highest + 1
-    names = [str(k) for k in range(classes)]
+    names = numbered_classes(classes, str(next(iter(parts.values()))))
 
     def open_part(part: str, split: str) -> PicturesSource:
         frames = lists(part)
@@ -608,48 +635,57 @@ def _excluded(path: Path) -> set[tuple[str, int]]:
         video, _, second = line.partition(",")
         try:
             found.add((video, int(float(second))))
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ZooError(f"{path}:{number}: need video,second; got {line[:80]!r}") from error
     return found
 
 
-def _subfolders(folder: Path) -> list[str]:
+def _videos(folder: Path) -> tuple[list[str], Counter[str]]:
+    """The videos in a folder, files and folders of pictures; and what else is there."""
+    found: list[str] = []
+    skipped: Counter[str] = Counter()
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-
-
-def _videos(folder: Path) -> list[str]:
-    """The videos in a folder: files, and folders of pictures."""
-    with os.scandir(folder) as entries:
-        found = [
-            e.path
-            for e in entries
-            if (is_video(e.name) and e.is_file())
-            or (e.is_dir() and not e.name.startswith(".") and pictures_in(e.path) and not _subfolders(Path(e.path)))
-        ]
-    return sorted(found)
+        for e in entries:
+            if e.name.startswith("."):
+                continue
+            if e.is_dir():
+                if pictures_in(e.path) and not subfolders(Path(e.path)):
+                    found.append(e.path)
+            elif is_video(e.name) and (e.is_file() or not os.path.exists(e.path)):
+                found.append(e.path)
+            elif is_video(e.name):
+                raise ZooError(f"{e.path} is a pipe, a socket or a device, not a video")
+            else:
+                ending = os.path.splitext(e.name)[1].lower()
+                skipped[f"files ending in {ending}" if ending else "files without an ending"] += 1
+    return sorted(found), skipped
 
 
 def _class_folders(folder: Path, options: dict[str, Any]) -> Layout | None:
-    known = {alias for names in ALIASES.values() for alias in names}
-    parts = {name: folder / name for name in _subfolders(folder) if name.lower() in known} or {"train": folder}
-    lead = next((path for name, path in parts.items() if name.lower() in ALIASES["train"]), next(iter(parts.values())))
-    classes = [name for name in _subfolders(lead) if _videos(lead / name)]
-    if not classes and not _videos(lead):
+    parts = split_folders(folder, lambda place: bool(_videos(place)[0])) or {"train": folder}
+    lead = lead_part(parts)
+    classes = [name for name in subfolders(lead) if _videos(lead / name)[0]]
+    if not classes and not _videos(lead)[0]:
         return None
 
     def open_part(part: str, split: str) -> VideoList:
         root, paths, labels = parts[part], [], []
+        loose, skipped = _videos(root)
+        told = (options.get("backend"), options.get("fps") or 30.0)
         if not classes:
-            paths = _videos(root)
-            return VideoList(paths, [-1] * len(paths), [], options.get("backend"), options.get("fps") or 30.0)
-        for name in _subfolders(root):
-            videos = _videos(root / name)
+            return VideoList(loose, [-1] * len(loose), [], *told, skipped)
+        skipped = Counter()  # beside class folders stands what is about the set
+        for name in subfolders(root):
+            videos, others = _videos(root / name)
             if videos and name not in classes:
                 raise ZooError(f"{root / name}: no class of that name in {lead}")
+            skipped += others
             paths += videos
             labels += [classes.index(name)] * len(videos)
-        return VideoList(paths, labels, classes, options.get("backend"), options.get("fps") or 30.0)
+        source = VideoList(paths, labels, classes, *told, skipped)
+        if loose := [path for path in loose if os.path.basename(path) not in classes]:
+            source.problems["videos beside the class folders"] = len(loose)
+        return source
 
     return Layout(str(folder), list(parts), classes, open_part)
 
@@ -657,7 +693,7 @@ def _class_folders(folder: Path, options: dict[str, Any]) -> Layout | None:
 def _at_path(path: Path, classes: int | None, options: dict[str, Any], what: str = "dataset") -> Layout:
     if not path.exists():
         raise missing_path(path, what)
-    if path.is_file():
+    if not path.is_dir():
         if path.suffix not in (".csv", ".txt"):
             raise ZooError(f"{path} is a file; a set of videos is a folder or a list (.csv)")
         make = _frame_lists if _first_line(path).startswith(FRAME_LIST_HEADER) else _video_lists
@@ -689,7 +725,7 @@ def is_video_set(dataset: str) -> bool:
         return data_card(dataset).task.startswith("video")
     path = Path(dataset).expanduser()
     if not path.is_dir():
-        return path.is_file() and path.suffix == ".csv"
+        return path.suffix in (".csv", ".txt")
     if _list_parts(path) or (path / "frame_lists").is_dir():
         return True
     return any(is_video(name) for _, _, names in os.walk(path) for name in names)
@@ -776,6 +812,7 @@ def open_part(layout: Layout, split: str) -> Any:
     """
     part, which = choose_part(split, layout.parts, layout.name)
     source = layout.open(part, split)
+    tell(layout.name, getattr(source, "problems", {}), getattr(source, "skipped", {}))
     if not len(source):
         raise ZooError(f"{layout.name}: no videos in split {part!r}")
     if which == "all":

@@ -22,6 +22,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
+from zoo.ops.masks import run_lengths
 
 IOU_TYPES = ("bbox", "segm", "keypoints")
 BACKENDS = ("faster_coco_eval", "pycocotools")
@@ -64,6 +65,14 @@ def encode_masks(masks: Any) -> list[dict[str, Any]]:
         {"size": [int(x) for x in rle["size"]], "counts": c.decode() if isinstance(c := rle["counts"], bytes) else c}
         for rle in masks
     ]
+
+
+def _require_masks(masks: Sequence[dict[str, Any]], image_id: int) -> None:
+    """Raises a :class:`ZooError` at run lengths of the truth that are none: the tools would read beyond their end."""
+    for number, rle in enumerate(masks):
+        runs = run_lengths(rle["counts"])
+        if runs is None or runs.sum() != rle["size"][0] * rle["size"][1]:
+            raise ZooError(f"picture {image_id}: the mask of object {number} is no run lengths of {rle['size']} pixels")
 
 
 class CocoAP(torchmetrics.Metric):
@@ -145,6 +154,8 @@ class CocoAP(torchmetrics.Metric):
         record["boxes"] = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
         if "segm" in self.iou_types:
             record["masks"] = encode_masks(of["masks"])
+            if "area" in more:
+                _require_masks(record["masks"], image_id)
         if "keypoints" in self.iou_types:
             # COCO counts whole pixels, so that a point in the middle of one is half a pixel less.
             points = of["keypoints"][..., :3]

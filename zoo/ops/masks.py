@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,3 +60,35 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], thr
         values = grid_sample(probabilities[None, n, None], grid[None].to(probabilities.dtype), align_corners=False)
         pasted[n, int(y1) : int(y2), int(x1) : int(x2)] = values[0, 0] >= threshold
     return pasted
+
+
+def run_lengths(counts: Any) -> np.ndarray | None:
+    """(n,) int64 runs of zeros and ones in turn from COCO's list of them or its compressed text; None where it is
+    neither. (pycocotools reads beyond the end of text that is none.)"""
+    if isinstance(counts, list):
+        try:
+            runs = np.array([float(count) for count in counts])
+        except (TypeError, ValueError, OverflowError):
+            return None
+        fit = len(runs) and (runs >= 0).all() and (runs < 1 << 40).all() and (runs % 1 == 0).all()
+        return runs.astype(np.int64) if fit else None
+    try:
+        text = counts if isinstance(counts, bytes) else counts.encode("ascii")
+    except (AttributeError, UnicodeEncodeError):
+        return None
+    # Six bits a letter: five of the number, low ones first, and whether more follow; the highest is the sign.
+    digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    last = digits & 32 == 0
+    if not len(digits) or digits.min() < 0 or digits.max() > 63 or not last[-1]:
+        return None
+    ends = last.nonzero()[0]
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    length = ends - starts + 1
+    if length.max() > 7:
+        return None
+    place = np.arange(len(digits)) - np.repeat(starts, length)
+    runs = np.add.reduceat((digits & 31) << 5 * place, starts)
+    runs -= (digits[ends] >> 4 & 1) << 5 * length
+    for first in (1, 2):  # from the fourth on, a number is the difference to the last but one
+        runs[first::2] = runs[first::2].cumsum()
+    return runs if runs.min() >= 0 else None

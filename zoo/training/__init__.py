@@ -7,6 +7,7 @@ from zoo.training.callbacks import NonFiniteGuard, Pictures, PreciseBN, Timing, 
 from zoo.training.classification import Classification, LinearClassification
 from zoo.training.ema import EMA, evaluation_weights
 from zoo.training.lars import LARS
+from zoo.training.measures import FactorAccuracy, GivenBoxMasks, GradientSpread, UnitDeletion
 from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_optimizer, param_groups
 from zoo.training.probe import KNNProbe, LinearProbe, extract_features, fit_probe, gather_samples, probe_head
 from zoo.training.sampling import SampleGrid, SamplingEvaluation
@@ -18,6 +19,9 @@ __all__ = [
     "ActionDetection",
     "BaseModule",
     "Classification",
+    "FactorAccuracy",
+    "GivenBoxMasks",
+    "GradientSpread",
     "KNNProbe",
     "LinearClassification",
     "LinearProbe",
@@ -29,6 +33,7 @@ __all__ = [
     "SampleGrid",
     "SamplingEvaluation",
     "Timing",
+    "UnitDeletion",
     "VideoClassification",
     "build",
     "default_callbacks",
