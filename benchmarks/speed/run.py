@@ -3,7 +3,8 @@
     python benchmarks/speed/run.py mae --official PATH --dtype bfloat16 --threads 2 --batch 16 --repeats 9
 
 Writes benchmarks/speed/results/<name>.json and rewrites benchmarks/speed/RESULTS.md from all results there. A paper
-takes part with a module benchmarks/speed/<paper>.py: MODELS, DEFAULT_MODEL, PACKAGES, trainers, images, work, loaders.
+takes part with a module benchmarks/speed/<paper>.py: MODELS, DEFAULT_MODEL, PACKAGES, trainers, images, work, loaders;
+without trainers, images and work it is about data alone.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def measure(paper: str, setting: Setting, sections: tuple[str, ...] = ("step", "
         "environment": environment(*peers.PACKAGES),
     }
     try:
-        if "step" in sections:
+        if "step" in sections and hasattr(peers, "trainers"):
             record["step"] = time_training(peers.trainers(setting), peers.images(setting), peers.work(setting), setting)
         if "data" in sections:
             with peers.loaders(setting) as (loaders, work):
@@ -176,9 +177,10 @@ def render(results: Path) -> str:
         "",
     ]
     records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    by_field: dict[str, list[dict[str, Any]]] = {field: [] for field in catalog.FIELDS}
+    by_field: dict[str, list[dict[str, Any]]] = {field: [] for field in (*catalog.FIELDS, "data")}
     for record in records:
-        by_field[catalog.paper(record["benchmark"]).field].append(record)
+        name = record["benchmark"]
+        by_field[catalog.paper(name).field if name in catalog.list_papers() else "data"].append(record)
     for field, found in by_field.items():
         tables = [_table(record, section) for record in found for section in ("step", "data") if section in record]
         if tables:
@@ -228,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     out = given.out or RESULTS
     kind = f"{model}_{given.dtype}_b{given.batch}" if given.only != "data" else "data"
+    kind = kind if hasattr(peers, "trainers") else f"{model}_b{given.batch}"
     name = "_".join(
         [given.paper, kind, given.device.split(":")[0], f"t{given.threads}", *(["compile"] * given.compile)]
     )

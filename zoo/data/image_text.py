@@ -842,7 +842,7 @@ class ImageTextDataModule(ImageDataModule):
         if self.captions == "prompts" and split != "train":
             return SampleSet(self.source(split), transform, self.mean, self.std, self.seed, SALT[split])
         return PairSet(
-            self.source(split),
+            self.held(split),
             transform,
             self.mean,
             self.std,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from zoo.training.base import BaseModule, seed_position
 from zoo.training.callbacks import NonFiniteGuard, Pictures, PreciseBN, Timing, default_callbacks
+from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from zoo.training.classification import Classification, LinearClassification
 from zoo.training.ema import EMA, evaluation_weights
 from zoo.training.lars import LARS
@@ -18,11 +19,13 @@ __all__ = [
     "LARS",
     "ActionDetection",
     "BaseModule",
+    "BestCheckpoint",
     "Classification",
     "FactorAccuracy",
     "GivenBoxMasks",
     "GradientSpread",
     "KNNProbe",
+    "LastCheckpoint",
     "LinearClassification",
     "LinearProbe",
     "MultiLabelVideoClassification",
