@@ -300,11 +300,11 @@ class TestPaper:
         for row in card.leaderboard:
             assert row.recipe is None or row.recipe in recipes, row.id
 
-    def test_the_claim_has_its_script_and_its_result(self, slug: str) -> None:
+    def test_the_claim_is_declared_and_has_its_result(self, slug: str) -> None:
         claim = catalog.paper(slug).claim
         if claim is None:
             pytest.skip("the card makes no claim")
-        assert (share("benchmarks") / "claims" / f"{slug}.py").is_file()
+        assert (share("benchmarks") / "claims" / f"{slug}.yaml").is_file()
         assert (share("benchmarks") / "claims" / "results" / Path(claim.result).name).is_file()
         assert len(claim.arms) >= 2
 

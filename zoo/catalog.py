@@ -35,11 +35,13 @@ LOGGED = r"^(?:(?P<offset>\d+(?:\.\d+)?) (?P<sign>[+-]) )?(?:(?P<scale>\d+(?:\.\
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Facts(BaseModel):
+class Facts(BaseModel):
+    """Base of everything that is declared in a YAML file: no unknown keys, no changes."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class Classifier(_Facts):
+class Classifier(Facts):
     """What timm wants to know of a classifier, at the model's defaults.
 
     `dataset` is the one it is made for, whose mean and deviation its images are normalised by. `stem` and `head` are
@@ -56,7 +58,7 @@ class Classifier(_Facts):
     pool: int | None = None
 
 
-class ModelEntry(_Facts):
+class ModelEntry(Facts):
     """A published size: the name of the function that builds it, and its number of parameters at its defaults.
 
     A classifier with timm's protocol says so by `classifier`; :mod:`zoo.timm` registers it.
@@ -68,7 +70,7 @@ class ModelEntry(_Facts):
     summary: str = ""
 
 
-class Preprocess(_Facts):
+class Preprocess(Facts):
     """What weights expect: resize the short side to `size / crop_pct`, crop `size`, scale to [0, 1], normalise.
 
     With `longest`, as detectors want it, nothing is cropped: the short side becomes `size` pixels, or fewer where the
@@ -86,7 +88,7 @@ class Preprocess(_Facts):
     channels: Literal["rgb", "bgr"] = "rgb"
 
 
-class WeightMetric(_Facts):
+class WeightMetric(Facts):
     """A published result of one set of weights."""
 
     dataset: str
@@ -95,7 +97,7 @@ class WeightMetric(_Facts):
     where: str
 
 
-class Weight(_Facts):
+class Weight(Facts):
     """A published checkpoint.
 
     `model` is the function it loads into (default: `name` up to the first dot), called with `overrides`; `converter` is
@@ -130,7 +132,7 @@ class Weight(_Facts):
         return facts
 
 
-class Measured(_Facts):
+class Measured(Facts):
     """A value measured by this project: where, when, and by which command."""
 
     value: float
@@ -139,7 +141,7 @@ class Measured(_Facts):
     command: str
 
 
-class Row(_Facts):
+class Row(Facts):
     """A line of a leaderboard: a published value and its protocol, what runs it, and our own value.
 
     ``PAPER:ID`` is its address. It is its `recipe` with `options` (dotted keys as on the command line). `weights` names
@@ -175,7 +177,7 @@ class Row(_Facts):
         return self
 
 
-class LedgerEntry(_Facts):
+class LedgerEntry(Facts):
     """A place where paper, official code and zoo differ."""
 
     topic: str
@@ -184,7 +186,7 @@ class LedgerEntry(_Facts):
     zoo: str
 
 
-class Claim(_Facts):
+class Claim(Facts):
     """The paper's central claim in miniature; `result` is a file under ``benchmarks/claims/results``."""
 
     statement: str
@@ -193,7 +195,7 @@ class Claim(_Facts):
     result: str
 
 
-class PaperCard(_Facts):
+class PaperCard(Facts):
     """All that is known about a paper; ``zoo/<field>/<slug>.yaml``.
 
     Its code is in ``<slug>.py`` beside it, or in that of another paper which `module` names.
@@ -256,7 +258,7 @@ class PaperCard(_Facts):
         return _PACKAGE not in self._path.parents
 
 
-class Columns(_Facts):
+class Columns(Facts):
     """The columns of a Hugging Face data set."""
 
     image: str = "image"
@@ -264,7 +266,7 @@ class Columns(_Facts):
     caption: str | None = None
 
 
-class DataCard(_Facts):
+class DataCard(Facts):
     """All that is known about a data set; ``data/<name>.yaml``. `splits` gives the number of samples where known."""
 
     name: str
@@ -463,7 +465,7 @@ def _index(files: tuple[tuple[Path, bool, str], ...]) -> dict[str, PaperCard]:
     owners: dict[str, str] = {}
     contents = _contents(files)
     for path, own, _ in files:
-        card = _validated(PaperCard, path, contents[path])
+        card = validated(PaperCard, path, contents[path])
         card._path = path
         if card.slug != path.stem:
             raise ZooError(f"{_short(path)}: slug is {card.slug!r}; it must be the file's name, {path.stem!r}")
@@ -484,7 +486,7 @@ def _contents(files: Iterable[tuple[Path, bool, str]]) -> dict[Path, dict[str, A
         kept = {path: known[str(path)][1] for path, _, stamp in files if known.get(str(path), [""])[0] == stamp}
     except (OSError, ValueError, AttributeError, LookupError, TypeError):
         kept = {}
-    contents = {path: kept[path] if path in kept else _parsed(path) for path, *_ in files}
+    contents = {path: kept[path] if path in kept else read_facts(path) for path, *_ in files}
     if len(kept) < len(contents):
         temporary = store.with_name(f"{store.name}.{os.getpid()}.tmp")
         with contextlib.suppress(OSError):  # a cache folder that cannot be written costs time, nothing else
@@ -513,19 +515,20 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return super().construct_mapping(node, deep)
 
 
-_Card = TypeVar("_Card", PaperCard, DataCard)
+_Card = TypeVar("_Card", bound=BaseModel)
 
 
 @lru_cache(maxsize=64)
 def _data_card(path: Path, stamp: str) -> DataCard:
     """The data set's card; `stamp` makes the cache of this function forget a file that changed."""
-    card = _validated(DataCard, path, _parsed(path))
+    card = validated(DataCard, path, read_facts(path))
     if card.name != path.stem:
         raise ZooError(f"{_short(path)}: name is {card.name!r}; it must be the file's name, {path.stem!r}")
     return card
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a YAML file declares; keys that stand twice are an error. Raises ZooError for one that cannot be read."""
     try:
         with path.open("rb") as file:
             facts = yaml.load(file, _Loader)
@@ -536,7 +539,8 @@ def _parsed(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _validated(kind: type[_Card], path: Path, facts: dict[str, Any]) -> _Card:
+def validated(kind: type[_Card], path: Path, facts: dict[str, Any]) -> _Card:
+    """The facts of the file `path` as a `kind`. Raises ZooError, one line, for the first that does not fit."""
     try:
         return kind.model_validate(facts)
     except ValidationError as error:
@@ -560,7 +564,7 @@ def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
 def _keys_at(kind: type[BaseModel], where: Iterable[str | int]) -> list[str]:
     """The keys a card may have at a place such as ``weights, 0, preprocess``."""
     for part in where:
-        if isinstance(part, str):
+        if isinstance(part, str) and part in kind.model_fields:  # else a name of the user's own, in a mapping
             kinds = _models_in(kind.model_fields[part].annotation)
             kind = kinds[0] if kinds else kind
     return list(kind.model_fields)

@@ -1,10 +1,12 @@
-"""What this machine can do."""
+"""What this machine can do, and what a measurement says about it. No names of hosts or users."""
 
 from __future__ import annotations
 
 import os
 import platform
+from datetime import UTC, datetime
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +34,33 @@ def cpu() -> dict[str, Any]:
 def cpu_has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 numbers itself; without that, half precision is slower than float32."""
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu()["instructions"])
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution, None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Machine, versions and load: everything a reader needs to judge a number, nothing that names the machine.
+
+    `load` is the one-minute load average per core before the measurement; above about 1.0 others were computing too.
+    """
+    import torch
+
+    import zoo
+
+    names = ("torch", "torchvision", "lightning", "timm", "numpy", *packages)
+    load = round(os.getloadavg()[0] / (os.cpu_count() or 1), 2) if hasattr(os, "getloadavg") else None
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "cpu": cpu(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load": load,
+        "versions": {"zoo": zoo.__version__, **{name: v for name in names if (v := package_version(name))}},
+    }

@@ -3,7 +3,8 @@
     python benchmarks/speed/run.py mae --official PATH --dtype bfloat16 --threads 2 --batch 16 --repeats 9
 
 Writes benchmarks/speed/results/<name>.json and rewrites benchmarks/speed/RESULTS.md from all results there. A paper
-takes part with a module benchmarks/speed/<paper>.py: MODELS, DEFAULT_MODEL, PACKAGES, trainers, images, work, loaders.
+takes part with a module benchmarks/speed/<paper>.py: MODELS, DEFAULT_MODEL, PACKAGES, trainers, images, work, loaders;
+without trainers, images and work it is about data alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch  # noqa: E402
 
 from benchmarks.environment import command_line, environment  # noqa: E402
 from benchmarks.speed.harness import Setting, time_loading, time_training  # noqa: E402
+from zoo import catalog  # noqa: E402
 from zoo.errors import ZooError  # noqa: E402
 
 RESULTS = HERE / "results"
@@ -54,7 +56,7 @@ def measure(paper: str, setting: Setting, sections: tuple[str, ...] = ("step", "
         "environment": environment(*peers.PACKAGES),
     }
     try:
-        if "step" in sections:
+        if "step" in sections and hasattr(peers, "trainers"):
             record["step"] = time_training(peers.trainers(setting), peers.images(setting), peers.work(setting), setting)
         if "data" in sections:
             with peers.loaders(setting) as (loaders, work):
@@ -62,6 +64,40 @@ def measure(paper: str, setting: Setting, sections: tuple[str, ...] = ("step", "
     finally:
         torch.set_num_threads(threads)
     return record
+
+
+def _machine(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What must agree for two times to be comparable."""
+    about = record["environment"]
+    return about["cpu"]["kind"], about["gpu"], *(record["setting"][key] for key in ("device", "threads", "dtype"))
+
+
+def our_rate(found: dict[str, Any]) -> float:
+    """Our images a second; of processor time where that was taken, which other programs hardly touch."""
+    ours = found["contenders"][0]
+    if "processor_seconds" in ours:
+        return found["work"]["images"] / ours["processor_seconds"]["median"]
+    return ours["images_per_second"]
+
+
+def compare(record: dict[str, Any], path: Path) -> None:
+    """Notes in each section of `record` what the last kept one at `path` had reached on a like machine."""
+    if not path.is_file():
+        return
+    last = json.loads(path.read_text())
+    for section in ("step", "data"):
+        if section in record and section in last and _machine(record) == _machine(last):
+            rate, date = our_rate(last[section]), last["environment"]["date"]
+            record[section]["last"] = {"images_per_second": rate, "date": date}
+
+
+def slower(found: dict[str, Any]) -> str | None:
+    """The mark of a section in which we are more than 10 % slower than the last kept time; None otherwise."""
+    last = found.get("last")
+    if last is None or our_rate(found) >= 0.9 * last["images_per_second"]:
+        return None
+    drop = 100 * (1 - our_rate(found) / last["images_per_second"])
+    return f"**Slower: {drop:.0f} % below the {last['images_per_second']:.4g} images/s of {last['date']}.**"
 
 
 def write(record: dict[str, Any], path: Path) -> None:
@@ -86,7 +122,8 @@ def _table(record: dict[str, Any], section: str) -> list[str]:
         title = f"{record['benchmark']}: {what}"
     compiled = ", torch.compile" if setting["compile"] and section == "step" else ""
     lines = [
-        f"## {title}",
+        f"### {title}",
+        *([mark, ""] if (mark := slower(found)) else []),
         f"{device}, {setting['threads']} thread(s){compiled}, {found['rounds']} rounds, load before "
         f"{machine['load']} a core, torch {machine['versions']['torch']}, {machine['date']}.",
         "",
@@ -131,7 +168,7 @@ def _table(record: dict[str, Any], section: str) -> list[str]:
 
 
 def render(results: Path) -> str:
-    """The markdown page of all result files in a folder."""
+    """The markdown page of all result files in a folder, field after field."""
     lines = [
         "# Speed, measured",
         "",
@@ -139,11 +176,15 @@ def render(results: Path) -> str:
         "times are medians with quartiles, the last column is the ratio within each round: above 1, ours is faster.",
         "",
     ]
-    for path in sorted(results.glob("*.json")):
-        record = json.loads(path.read_text())
-        for section in ("step", "data"):
-            if section in record:
-                lines += _table(record, section)
+    records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    by_field: dict[str, list[dict[str, Any]]] = {field: [] for field in (*catalog.FIELDS, "data")}
+    for record in records:
+        name = record["benchmark"]
+        by_field[catalog.paper(name).field if name in catalog.list_papers() else "data"].append(record)
+    for field, found in by_field.items():
+        tables = [_table(record, section) for record in found for section in ("step", "data") if section in record]
+        if tables:
+            lines += [f"## {field}", "", *(line for table in tables for line in table)]
     return "\n".join(lines)
 
 
@@ -189,9 +230,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     out = given.out or RESULTS
     kind = f"{model}_{given.dtype}_b{given.batch}" if given.only != "data" else "data"
+    kind = kind if hasattr(peers, "trainers") else f"{model}_b{given.batch}"
     name = "_".join(
         [given.paper, kind, given.device.split(":")[0], f"t{given.threads}", *(["compile"] * given.compile)]
     )
+    compare(record, out / f"{name}.json")
     write(record, out / f"{name}.json")
     page = out.parent / "RESULTS.md" if given.out is None else out / "RESULTS.md"
     page.write_text(render(out))

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.claims import common
-from benchmarks.claims import mae as claim
-from benchmarks.claims import preact_resnet as preact_claim
 from benchmarks.environment import ROOT, command_line, environment
 from benchmarks.speed import harness, run
 from benchmarks.speed import mae as speed
 from zoo.errors import ZooError
 
 SPEED_RESULTS = sorted((ROOT / "benchmarks/speed/results").glob("*.json"))
-CLAIM_RESULTS = sorted((ROOT / "benchmarks/claims/results").glob("*.json"))
 
 FAKE_OFFICIAL = """
 import numpy as np
@@ -145,120 +140,6 @@ def test_command_line_shows_no_absolute_path(monkeypatch: pytest.MonkeyPatch) ->
     assert command_line() == "python benchmarks/speed/run.py mae --official somewhere --batch 8"
 
 
-def test_interval_is_students() -> None:
-    found = common.interval([1.0, 2.0, 3.0])
-    assert found["mean"] == 2.0
-    # t(0.975, 2) = 4.303, sd 1, n 3
-    assert found["high"] - 2.0 == pytest.approx(4.303 / math.sqrt(3))
-    assert common.interval([1.0])["low"] is None
-
-
-@pytest.mark.parametrize(
-    ("effect", "verdict"),
-    [([1.0, 1.1, 0.9], "held"), ([-1.0, -1.1, -0.9], "not held"), ([1.0, -1.0, 0.1], "undecided")],
-)
-def test_verdict_needs_the_whole_interval(effect: list[float], verdict: str) -> None:
-    record = common.SubClaim("x", "x", "points", 0.0, effect).record()
-    assert record["verdict"] == verdict
-    assert record["held"] == (verdict == "held")
-
-
-def test_store_computes_a_part_once(tmp_path: Path) -> None:
-    calls: list[int] = []
-    for settings in ({"a": 1}, {"a": 1}, {"a": 2}):
-        store = common.Store(tmp_path, settings)
-        assert store.part("x", lambda: calls.append(1) or {"value": 5})["value"] == 5
-    assert len(calls) == 2
-
-
-def test_claim_batches_are_a_function_of_seed_and_step() -> None:
-    world = common.open_world("shapes", None, 32, 40, 8)
-    images, labels = world.train
-    first = common.Batches(images, labels, world, 9, 16, seed=1)
-    again = common.Batches(images, labels, world, 9, 16, seed=1)
-    other = common.Batches(images, labels, world, 9, 16, seed=2)
-    assert first[0]["image"].shape == (16, 3, 32, 32)
-    assert torch.equal(first[7]["image"], again[7]["image"])
-    assert not torch.equal(first[7]["index"], other[7]["index"])
-    both = torch.cat([first[0]["index"], first[1]["index"]])
-    assert len(both.unique()) == 32  # no image twice in an epoch
-    assert abs(float(first[0]["image"].mean())) < 0.7
-
-
-def test_claim_quick_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "mae.json"
-    arguments = ["--quick", "--data", "shapes", "--seeds", "2", "--work", str(tmp_path), "--out", str(out)]
-    assert claim.main(arguments) == 0
-    record = json.loads(out.read_text())
-    assert [c["name"] for c in record["claims"]] == ["few_labels", "high_ratio_probe", "high_ratio_speed"]
-    assert set(record["arms"]) == {"scratch", "mae_25", "mae_75"}
-    assert record["arms"]["mae_75"]["encoder_tokens"] == [17, 17]
-    assert record["arms"]["mae_25"]["encoder_tokens"] == [49, 49]
-    for arm in record["arms"].values():
-        assert all(0 <= value <= 1 for value in arm["finetune_top1"] + arm["probe_top1"])
-
-    def never(*arguments: object) -> None:
-        raise AssertionError("a finished part is not computed again")
-
-    for name in ("pretrain", "finetune", "probe"):
-        monkeypatch.setattr(claim, name, never)
-    assert claim.main(arguments) == 0
-    assert json.loads(out.read_text())["arms"] == record["arms"]
-
-
-def test_pretraining_reaches_the_fine_tuned_network(tmp_path: Path) -> None:
-    settings = claim.replace(claim.Settings(dataset="shapes"), **claim.QUICK)
-    world = common.open_world("shapes", None, settings.img_size, settings.pretrain_images, settings.test_images)
-    checkpoint = tmp_path / "pre.ckpt"
-    claim.pretrain(settings, world, 0, 0.75, checkpoint)
-    task = claim.finetuning_task(settings, world.classes, claim.Optim(lr=1e-3), checkpoint)
-    task.setup("fit")
-    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
-    mine = task.network.state_dict()
-    key = next(k for k in mine if k.endswith("blocks.0.attn.qkv.weight"))
-    theirs = next(v for k, v in saved.items() if k.endswith("blocks.0.attn.qkv.weight") and "decoder" not in k)
-    assert torch.equal(mine[key], theirs)
-
-
-def test_preact_claim_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "preact.json"
-    arguments = ["--quick", "--data", "shapes", "--seeds", "2", "--work", str(tmp_path), "--out", str(out)]
-    assert preact_claim.main(arguments) == 0
-    record = json.loads(out.read_text())
-    assert len(record["claims"]) == 5
-    assert set(record["arms"]) == {"full_preact", "original", "scaling", "gating"}
-    for arm in record["arms"].values():
-        assert all(0 <= value <= 1 for value in arm["test_error"])
-        assert all(value > 0 for value in arm["gradient_spread"])
-
-    def never(*arguments: object) -> None:
-        raise AssertionError("a finished part is not computed again")
-
-    monkeypatch.setattr(preact_claim, "run_arm", never)
-    assert preact_claim.main(arguments) == 0
-    assert json.loads(out.read_text())["arms"] == record["arms"]
-
-
-def test_preact_companions_measure_what_they_say() -> None:
-    settings = preact_claim.replace(preact_claim.Settings(), depth=38, widths=(4, 4, 4))
-    torch.manual_seed(0)
-    images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
-    spreads = {
-        arm: preact_claim.gradient_spread(preact_claim.make_task(settings, 10, arm).network, images, labels)
-        for arm in ("full_preact", "scaling")
-    }
-    assert spreads["scaling"] > spreads["full_preact"]
-    network = preact_claim.make_task(settings, 10, "full_preact").network
-    for stage in network.stages:
-        for unit in list(stage)[2:]:
-            torch.nn.init.zeros_(unit.conv2.weight)
-    before = [id(unit) for stage in network.stages for unit in stage]
-    growth = preact_claim.deletions(network, images, labels)
-    assert len(growth) == 3 * 5
-    assert [k for k, value in enumerate(growth) if value != 0] == [0, 5, 10]  # those that do nothing cost nothing
-    assert [id(unit) for stage in network.stages for unit in stage] == before
-
-
 def test_preact_speed_runs_with_its_peers(tmp_path: Path) -> None:
     out = tmp_path / "results"
     arguments = [
@@ -301,22 +182,23 @@ def test_speed_page_is_that_of_the_results() -> None:
     assert page.read_text() == run.render(ROOT / "benchmarks/speed/results")
 
 
-@pytest.mark.parametrize("path", CLAIM_RESULTS, ids=lambda p: p.stem)
-def test_committed_claims(path: Path) -> None:
-    record = json.loads(path.read_text())
-    assert record["claim"] == path.stem
-    assert record["settings"]["seeds"] >= 3
-    assert not record["settings"].get("quick")
-    assert record["held"] == all(c["held"] for c in record["claims"])
-    for part in record["claims"]:
-        effect = part["effect"]
-        assert effect["n"] == record["settings"]["seeds"]
-        assert effect["low"] <= effect["mean"] <= effect["high"]
-    assert record["seconds"] > 0
-    assert record["environment"]["cpu"]["kind"]
+def test_a_figure_below_the_last_kept_one_is_marked(tmp_path: Path) -> None:
+    kept = json.loads((ROOT / "benchmarks/speed/results/moco_data_cpu_t1.json").read_text())
+    path = tmp_path / "moco_data_cpu_t1.json"
+    run.write(kept, path)
+    for factor, cpu, marked in ((1.05, None, False), (1.25, None, True), (1.25, "another", False)):
+        record = json.loads(json.dumps(kept))
+        record["data"]["contenders"][0]["processor_seconds"]["median"] *= factor
+        record["environment"]["cpu"]["kind"] = cpu or record["environment"]["cpu"]["kind"]
+        run.compare(record, path)
+        mark = run.slower(record["data"])
+        assert (mark is not None) == marked
+        if marked:
+            assert "20 % below" in str(mark)
+            run.write(record, path)
+            assert str(mark) in run.render(tmp_path)
+            run.write(kept, path)
 
 
-def test_every_claim_and_paper_has_its_result() -> None:
-    claims = {p.stem for p in (ROOT / "benchmarks/claims").glob("*.py")} - {"common"}
-    assert claims == {p.stem for p in CLAIM_RESULTS}
+def test_every_paper_has_its_result() -> None:
     assert set(run.papers()) == {json.loads(p.read_text())["benchmark"] for p in SPEED_RESULTS}

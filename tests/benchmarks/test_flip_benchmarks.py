@@ -1,4 +1,4 @@
-"""FLIP's claim and its speed comparison run and say what they measured."""
+"""FLIP's speed comparison runs and says what it measured."""
 
 from __future__ import annotations
 
@@ -7,33 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.claims import flip as claim
 from benchmarks.speed import flip as speed
 from benchmarks.speed import harness, run
-
-
-def test_claim_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "flip.json"
-    arguments = ["--quick", "--data", "shapes", "--seeds", "2", "--work", str(tmp_path), "--out", str(out)]
-    assert claim.main(arguments) == 0
-    record = json.loads(out.read_text())
-    assert set(record["arms"]) == set(claim.ARMS)
-    assert len(record["claims"]) == 4
-    assert [record["arms"][arm]["encoder_tokens"][0] for arm in claim.ARMS] == [65, 33, 17]
-    for arm in record["arms"].values():
-        assert all(0 <= value <= 1 for value in arm["top1"] + arm["tuned_top1"])
-
-    def never(*arguments: object) -> None:
-        raise AssertionError("a finished part is not computed again")
-
-    monkeypatch.setattr(claim, "run_arm", never)
-    assert claim.main(arguments) == 0
-
-
-def test_arms_see_the_same_number_of_encoder_tokens() -> None:
-    settings = claim.Settings()
-    tokens = [settings.steps(ratio) * settings.encoder_tokens(ratio) for ratio in claim.ARMS.values()]
-    assert max(tokens) / min(tokens) < 1.005
 
 
 def test_speed_beside_open_clip(tmp_path: Path) -> None:

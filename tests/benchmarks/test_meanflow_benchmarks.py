@@ -1,4 +1,4 @@
-"""MeanFlow's claim and its speed comparison run and say what they measured."""
+"""MeanFlow's speed comparison runs and says what it measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.claims import meanflow as claim
 from benchmarks.speed import run
 
 FAKE_DIT = """
@@ -22,26 +21,6 @@ class DiT(torch.nn.Module):
     def forward(self, x, t, y):
         return self.layer(x) * t[:, None, None, None]
 """
-
-
-def test_claim_quick_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "result.json"
-    arguments = ["--quick", "--data", "shapes", "--seeds", "2", "--work", str(tmp_path), "--out", str(out)]
-    assert claim.main(arguments) == 0
-    record = json.loads(out.read_text())
-    assert set(record["arms"]) == {"meanflow", "flow_matching", "wrong_tangent"}
-    assert [part["name"] for part in record["claims"]] == ["flow_matching", "tangent"]
-    for arm in record["arms"].values():
-        assert all(value > 0 for value in arm["frechet_1_step"] + arm["one_to_long"])
-        assert all(0 <= value <= 1 for value in arm["recognised_1_step"])
-        assert len(set(arm["judge_top1"])) == 1  # one judge for all
-
-    def never(*arguments: object) -> None:
-        raise AssertionError("a finished part is not computed again")
-
-    monkeypatch.setattr(claim, "train", never)
-    assert claim.main(arguments) == 0
-    assert json.loads(out.read_text())["arms"] == record["arms"]
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny_unet"])

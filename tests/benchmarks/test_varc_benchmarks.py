@@ -1,4 +1,4 @@
-"""VARC's claim and its speed comparison run and say what they measured."""
+"""VARC's speed comparison runs and says what it measured."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-
-from benchmarks.claims import varc as claim
 from benchmarks.speed import run
 
 FAKE_VIT = """
@@ -41,35 +38,6 @@ class ARCDataset:
 def collate_fn(batch):
     return {"inputs": torch.stack([item["inputs"] for item in batch])}
 """
-
-
-def test_claim_quick_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "varc.json"
-    arguments = ["--quick", "--data", "arc_like", "--seeds", "2", "--work", str(tmp_path), "--out", str(out)]
-    assert claim.main(arguments) == 0
-    record = json.loads(out.read_text())
-    assert set(record["arms"]) == {"fixed", "translation", "translation_and_scale"}
-    assert len(record["claims"]) == 5
-    for arm in record["arms"].values():
-        assert all(0 <= value <= 1 for key in ("exact_match", "vote_exact_match", "oracle") for value in arm[key])
-        assert all(loss > 0 for loss in arm["train_loss"])
-
-    def never(*arguments: object) -> None:
-        raise AssertionError("a finished part is not computed again")
-
-    monkeypatch.setattr(claim, "run_arm", never)
-    assert claim.main(arguments) == 0
-    assert json.loads(out.read_text())["arms"] == record["arms"]
-
-
-def test_only_tasks_of_small_grids_take_part(tmp_path: Path) -> None:
-    tasks = {
-        "small": {"train": [{"input": [[1]], "output": [[2]]}], "test": [{"input": [[3]], "output": [[4]]}]},
-        "large": {"train": [{"input": [[1] * 11], "output": [[2]]}], "test": [{"input": [[3]], "output": [[4]]}]},
-    }
-    (tmp_path / "training.json").write_text(json.dumps(tasks))
-    place = claim.small_tasks(claim.Settings(dataset=str(tmp_path)), None, tmp_path / "work")
-    assert json.loads((Path(place) / "training.json").read_text()) == {"small": tasks["small"]}
 
 
 def test_speed_compares_with_the_official_code(tmp_path: Path) -> None:

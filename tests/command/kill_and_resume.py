@@ -1,114 +1,420 @@
-"""Kill a pocket run at random moments, resume it, and compare with the run that was never killed.
+"""Kill runs of the pocket recipes at random moments, resume them, and compare with runs that were never killed.
 
-The suite does five trials; more: `python -m tests.command.kill_and_resume --trials 50`.
+The suite does a few trials of one recipe; all: `python -m tests.command.kill_and_resume --trials 100`.
+
+A trial starts a shrunken run, ends it one to three times (SIGKILL, SIGTERM, SIGINT, SIGKILL amid a write of a
+checkpoint or amid its taking its name, SIGKILL of one of two ranks), resumes it with ``--ckpt_path last`` and compares
+weights, averages, queues, optimisers, schedules, the state of callbacks, every row that was logged (a fingerprint of
+each batch among them), the score and the best checkpoint: bit by bit. TMPDIR lies on another file system than the
+runs. Processes are forked from one that has imported everything, so that a start costs a second.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import json
 import os
 import random
+import shutil
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-STEPS = 24
-RECIPE = ["fit", "mae/pocket"]
-SMALL = [
-    *["--trainer.max_epochs", "-1", "--trainer.max_steps", str(STEPS)],
-    *["--data.train_samples", "160", "--data.batch_size", "16", "--model.optim.global_batch", "null"],
-    *["--model.embed_dim", "32", "--model.depth", "1", "--model.num_heads", "2"],
-    *["--model.decoder_embed_dim", "32", "--model.decoder_depth", "1", "--model.decoder_num_heads", "2"],
-    *["--trainer.limit_val_batches", "1", "--trainer.precision", "32-true", "--trainer.logger", "false"],
-    "--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {dirpath: DIR,"
-    " every_n_train_steps: 2, save_top_k: 0, save_last: true, enable_version_counter: false}}]",
-]
+from zoo import catalog, files
+
+KINDS = ("kill", "term", "int", "writing", "naming")
+HERE = "tests.command.kill_and_resume"
 
 
-def _start(folder: Path, resume: bool) -> subprocess.Popen:
-    options = [option.replace("DIR", str(folder / "ckpt")) for option in SMALL]
-    if resume:
-        options += ["--ckpt_path", str(folder / "ckpt" / "last.ckpt")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with (folder / "log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "zoo", *RECIPE, *options],
-            cwd=folder,
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
+class Order(L.Callback):
+    """Logs a fingerprint of each training batch."""
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        pl_module.log("order", _fingerprint(batch), on_step=True, on_epoch=False, batch_size=1)
 
 
-def _weights(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
-    checkpoint = torch.load(folder / "ckpt" / "last.ckpt", weights_only=True)
-    return checkpoint["global_step"], checkpoint["state_dict"]
+def _fingerprint(value: Any) -> float:
+    if isinstance(value, torch.Tensor):
+        return float(torch.nan_to_num(value.double()).sum())
+    if isinstance(value, dict):
+        return sum(_fingerprint(entry) for entry in value.values())
+    return sum(_fingerprint(entry) for entry in value) if isinstance(value, list | tuple) else 0.0
 
 
-def uninterrupted(folder: Path) -> tuple[dict[str, torch.Tensor], float]:
-    """The weights after STEPS steps of a run left alone, and its seconds."""
+def _callbacks(*more: str) -> str:
+    last = "{class_path: zoo.training.LastCheckpoint, init_args: {every_n_train_steps: 2}}"
+    return f"--trainer.callbacks=[{', '.join([*more, last, f'{{class_path: {HERE}.Order}}'])}]"
+
+
+_PROBE = "{class_path: zoo.training.LinearProbe, init_args: {epochs: 2, warmup_epochs: 0}}"
+_SAMPLING = (
+    "{class_path: zoo.training.SamplingEvaluation, init_args: {num_samples: 16, extractor: random, reference: val,"
+    " labels: balanced, every_n_epochs: 1, batch_size: 16}}"
+)
+_VIT = "--model.embed_dim=16 --model.depth=1 --model.num_heads=2"
+_IMAGES = '--data.options={"max_objects":1,"length":40} --data.train_samples=40 --data.batch_size=8'
+_MOCO = "--model.width=8 --model.dim=8 --model.queue_size=16"
+# What makes each recipe small: five batches an epoch.
+SMALL = {
+    "mae/pocket": f"{_VIT} {_IMAGES} --model.decoder_embed_dim=16 --model.decoder_depth=1 --model.decoder_num_heads=2"
+    " --model.optim.global_batch=8",
+    "moco/pocket": f"{_MOCO} {_IMAGES} --model.optim.global_batch=8",
+    "moco_v2/pocket": f"{_MOCO} {_IMAGES} --model.optim.global_batch=16",  # two batches a step
+    "preact_resnet/pocket": f"{_IMAGES} --model.depth=8 --model.widths=[8,8,8] --model.optim.global_batch=8",
+    "flip/pocket": f"{_VIT} {_IMAGES} --model.text_embed_dim=16 --model.text_depth=1 --model.text_num_heads=2"
+    " --model.proj_dim=8 --data.eval_batch_size=8 --model.optim.global_batch=8",
+    "varc/pocket": f"{_VIT} --model.mlp_dim=16 --data.batch_size=4 --data.eval_batch_size=4"
+    ' --data.options={"tasks":2,"pairs":12,"max_side":6} --trainer.limit_train_batches=5',
+    "mask_rcnn/pocket": "--model.fpn.channels=8 --model.resnet.channels=8 --model.resnet.stem_channels=8"
+    " --model.box.fc_channels=8 --model.mask.channels=8 --model.mask.convs=1 --data.train_samples=10"
+    " --data.batch_size=2 --data.eval_batch_size=2 --model.optim.global_batch=2",
+    "meanflow/pocket": f"{_VIT} {_IMAGES} --data.eval_batch_size=8 --model.optim.global_batch=8",
+    "slowfast/pocket": "--model.width=8 --data.train_samples=20 --data.batch_size=4 --model.optim.global_batch=4",
+}
+MORE = {
+    "mae/pocket": [_PROBE],
+    "moco/pocket": ["{class_path: zoo.training.EMA, init_args: {decay: 0.9, name: slow}}"],
+    "moco_v2/pocket": ["{class_path: zoo.training.EMA, init_args: {decay: 0.9}}"],
+    "preact_resnet/pocket": [
+        "{class_path: zoo.training.PreciseBN, init_args: {num_batches: 2}}",
+        "{class_path: zoo.training.EMA, init_args: {decay: 0.9, every_n_steps: 2}}",
+    ],
+    "varc/pocket": ["{class_path: zoo.training.Pictures, init_args: {count: 2}}"],
+    "meanflow/pocket": ["{class_path: zoo.training.EMA, init_args: {decay: 0.9}}", _SAMPLING],
+}
+# How an epoch can lie: validated at its end, in its middle, every second one; ended by epochs or by steps.
+WAYS = (
+    "--trainer.max_epochs=2 --trainer.check_val_every_n_epoch=1",
+    "--trainer.max_epochs=-1 --trainer.max_steps=12 --trainer.check_val_every_n_epoch=2",
+    "--trainer.max_epochs=2 --trainer.check_val_every_n_epoch=1 --trainer.val_check_interval=0.4",
+)
+COMMON = (
+    "--trainer.limit_val_batches=2 --trainer.num_sanity_val_steps=1 --trainer.log_every_n_steps=1"
+    " --trainer.precision=32-true --trainer.accelerator=cpu --trainer.enable_progress_bar=false"
+)
+RECIPES = sorted(SMALL)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One of the shrunken runs."""
+
+    recipe: str
+    way: int = 0
+    ranks: int = 1
+
+    def words(self, resume: bool) -> list[str]:
+        words = ["fit", self.recipe, *SMALL[self.recipe].split(), *COMMON.split(), *WAYS[self.way].split()]
+        words += [_callbacks(*MORE.get(self.recipe, []))]
+        if self.ranks > 1:
+            words += [f"--trainer.devices={self.ranks}", "--trainer.strategy=ddp"]
+        return words + (["--ckpt_path", "last"] if resume else [])
+
+
+def warm() -> None:
+    """Imports what runs import, so that forked processes need not."""
+    torch.set_num_threads(1)  # a fork keeps no threads
+    import zoo.command.recipes
+    import zoo.data.detection
+    import zoo.training
+
+    for name in RECIPES:
+        zoo.command.recipes._check_recipe(catalog.recipe_path(name))
+    from zoo.beyond import varc  # noqa: F401
+    from zoo.detection import mask_rcnn  # noqa: F401
+    from zoo.generation import meanflow  # noqa: F401
+    from zoo.metrics import generation  # noqa: F401
+    from zoo.multimodal import flip  # noqa: F401
+    from zoo.recognition import preact_resnet  # noqa: F401
+    from zoo.selfsup import mae, moco  # noqa: F401
+    from zoo.video import slowfast  # noqa: F401
+
+
+def _fork(folder: Path, words: list[str], environment: dict[str, str], trap: Callable[[], None] | None = None) -> int:
+    """Starts `zoo WORDS` in `folder`; its process id. `trap` is set in the child before."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.setsid()
+        with (folder / "log").open("ab") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        os.chdir(folder)
+        os.environ.update(environment)
+        tempfile.tempdir = None
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from lightning.pytorch.utilities import rank_zero_only
+
+        from zoo.command.cli import main
+
+        rank_zero_only.rank = int(environment.get("RANK", 0))  # type: ignore[attr-defined]
+        if trap is not None:
+            trap()
+        code = main(words)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _start(folder: Path, setting: Setting, other: str, trap: Callable[[], None] | None = None) -> list[int]:
+    """Starts or resumes the run in `folder`; the ids of its processes."""
+    resume = bool(list(folder.glob(f"runs/{setting.recipe}/*/checkpoints/[lp]*.ckpt")))
+    environment = {"TMPDIR": other, "ZOO_HOME": str(Path(other) / "home")}
+    words = setting.words(resume)
+    if setting.ranks == 1:
+        return [_fork(folder, words, environment, trap)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(setting.ranks)}
+    environment |= {"TORCHELASTIC_RUN_ID": "kill", "LOCAL_WORLD_SIZE": str(setting.ranks), "GROUP_RANK": "0"}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(setting.ranks)]
+    return [_fork(folder, words, environment | rank, trap if not int(rank["RANK"]) else None) for rank in ranks]
+
+
+def _wait(children: list[int], seconds: float = 300) -> list[int]:
+    """Exit codes, negative for a signal; after `seconds` what is left is killed."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + seconds
+    while len(codes) < len(children):
+        for child in children:
+            if child not in codes:
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    codes[child] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            for child in set(children) - set(codes):
+                os.kill(child, signal.SIGKILL)
+            deadline = float("inf")
+        time.sleep(0.005)
+    return [codes[child] for child in children]
+
+
+def _ended(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _trap_writing(at: int) -> Callable[[], None]:
+    def trap() -> None:
+        plain, count = files._Noting.write, 0
+
+        def write(self: Any, data: Any) -> int:
+            nonlocal count
+            count += 1
+            if count == at:
+                plain(self, bytes(data)[: len(data) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(self, data)
+
+        files._Noting.write = write  # type: ignore[method-assign]
+
+    return trap
+
+
+def _trap_naming(at: int, before: bool) -> Callable[[], None]:
+    def trap() -> None:
+        plain, count = os.replace, 0
+
+        def replace(source: Any, target: Any, **options: Any) -> None:
+            nonlocal count
+            count += str(target).endswith(".ckpt")
+            if count == at and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            plain(source, target, **options)
+            if count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = replace  # type: ignore[assignment]
+
+    return trap
+
+
+class Failed(Exception):
+    """A run ended as it should not."""
+
+
+def _log(folder: Path) -> str:
+    return (folder / "log").read_text(errors="replace")[-3000:]
+
+
+def uninterrupted(folder: Path, setting: Setting, other: str) -> tuple[dict[str, Any], int]:
+    """What a run left alone ends with, and how many rows it logged."""
     folder.mkdir(parents=True)
-    begin = time.monotonic()
-    if _start(folder, resume=False).wait(timeout=300) != 0:
-        raise RuntimeError((folder / "log").read_text()[-3000:])
-    step, weights = _weights(folder)
-    assert step == STEPS, step
-    return weights, time.monotonic() - begin
+    if any(_wait(_start(folder, setting, other))):
+        raise Failed(_log(folder))
+    return outcome(folder, setting), _rows(folder, setting)
 
 
-def killed(folder: Path, draw: random.Random) -> tuple[dict[str, torch.Tensor], int]:
-    """The weights after STEPS steps of a run killed (SIGKILL) once or twice at random; how often it was killed."""
+def _rows(folder: Path, setting: Setting) -> int:
+    """The rows that the newest run in `folder` has logged."""
+    found = sorted(folder.glob(f"runs/{setting.recipe}/*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    return found[-1].read_text().count("\n") if found else 0
+
+
+def killed(
+    folder: Path, setting: Setting, other: str, draw: random.Random, rows: int, first: str | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """What a run ends with that was ended one to three times and resumed, and how it was ended.
+
+    Args:
+        rows: that the run left alone logged.
+        first: how it is ended the first time; the rest is drawn.
+    """
     folder.mkdir(parents=True)
-    last, kills = folder / "ckpt" / "last.ckpt", 0
-    for _ in range(draw.choice([1, 2])):
-        known = last.stat().st_mtime_ns if last.exists() else 0
-        process = _start(folder, resume=last.exists())
-        saves = draw.randrange(1, 4)  # let it save so many times, then a random moment more
-        while process.poll() is None and saves:
-            now = last.stat().st_mtime_ns if last.exists() else 0
-            if now != known:
-                known, saves = now, saves - 1
-            time.sleep(0.002)
-        time.sleep(draw.random() * 0.1)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-    if not last.exists() or _weights(folder)[0] < STEPS:
-        code = _start(folder, resume=last.exists()).wait(timeout=300)
-        if code != 0:
-            raise RuntimeError((folder / "log").read_text()[-3000:])
-    return _weights(folder)[1], kills
+    ends: list[str] = []
+    for number in range(draw.choice([1, 2, 3])):
+        kind = first if first and not number else draw.choice(KINDS)
+        trap = None
+        if kind == "writing":
+            trap = _trap_writing(draw.randrange(1, 400))
+        elif kind == "naming":
+            trap = _trap_naming(draw.randrange(1, 8), draw.random() < 0.5)
+        children = _start(folder, setting, other, trap)
+        if trap is None:
+            done = _rows(folder, setting)
+            wanted_rows, pause = draw.randrange(done, max(rows, done + 1)), draw.random() * 0.3
+            while _rows(folder, setting) < wanted_rows and not _ended(children[0]):
+                time.sleep(0.002)
+            time.sleep(pause)
+            number_of = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[kind]
+            targets = [draw.choice(children)] if kind == "kill" else children
+            for child in targets:
+                os.kill(child, number_of)
+        codes = _wait(children)
+        if not any(codes):
+            break
+        wanted = {"term": (143, -signal.SIGTERM), "int": (130,)}.get(kind, (-signal.SIGKILL,))
+        if setting.ranks == 1 and codes[0] not in wanted:
+            raise Failed(f"{kind}: exit code {codes[0]}\n{_log(folder)}")
+        ends.append(kind)
+    else:
+        codes = _wait(_start(folder, setting, other))
+        if any(codes):
+            raise Failed(f"exit codes {codes} after {ends}\n{_log(folder)}")
+    return outcome(folder, setting), ends
 
 
-def compare(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
-    """The names of the tensors that are not bit-identical."""
-    return sorted(name for name in a.keys() | b.keys() if name not in a or name not in b or not a[name].equal(b[name]))
+def outcome(folder: Path, setting: Setting) -> dict[str, Any]:
+    """All that a finished run ended with, but for times and paths."""
+    runs = [path.parent for path in folder.glob(f"runs/{setting.recipe}/*/result.json")]
+    if len(runs) != 1:
+        raise Failed(f"{len(runs)} finished runs\n{_log(folder)}")
+    (run,) = runs
+    found: dict[str, Any] = {}
+    for name in ("last", "best"):
+        path = run / "checkpoints" / f"{name}.ckpt"
+        if path.exists():
+            content = torch.load(path, weights_only=True)
+            content.get("callbacks", {}).pop("Timing", None)
+            for key in ("loops", "zoo_run", "hparams_name"):
+                content.pop(key, None)
+            for place, value in _leaves(content, name):
+                if not isinstance(value, str):
+                    found[place] = value
+    with (run / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            values = {key: value for key, value in row.items() if value and not key.startswith("time/")}
+            if len(values) > 2:
+                found[f"log {row['step']} {sorted(values)}"] = values
+    metrics = json.loads((run / "result.json").read_text())["metrics"]
+    return found | {f"score {key}": value for key, value in metrics.items() if not key.startswith("time/")}
+
+
+def _leaves(value: Any, place: str) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        named = [(str(key).rpartition("/")[2], entry) for key, entry in value.items()]  # paths differ
+        return [leaf for key, entry in named for leaf in _leaves(entry, f"{place}.{key}")]
+    if isinstance(value, list | tuple):
+        return [leaf for key, entry in enumerate(value) for leaf in _leaves(entry, f"{place}.{key}")]
+    return [(place, value)]
+
+
+def compare(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """The names of what is not bit-identical."""
+
+    def same(x: Any, y: Any) -> bool:
+        if isinstance(x, torch.Tensor):
+            return isinstance(y, torch.Tensor) and x.dtype == y.dtype and x.equal(y)
+        return x == y or (x != x and y != y)
+
+    return sorted(name for name in a.keys() | b.keys() if name not in a or name not in b or not same(a[name], b[name]))
+
+
+def trials(count: int, seed: int, folder: Path, recipes: list[str], report: Callable[[str], None]) -> dict[str, int]:
+    """Runs `count` trials over the recipes in turn; how many of each ended bit-identical, and of all how many began."""
+    draw = random.Random(seed)
+    shared = Path("/dev/shm")
+    other = tempfile.mkdtemp(dir=shared if shared.is_dir() else None)
+    references: dict[Setting, tuple[dict[str, Any], int]] = {}
+    good: dict[str, int] = {}
+    try:
+        for trial in range(count):
+            recipe = recipes[trial % len(recipes)]
+            turn = trial // len(recipes)
+            setting = Setting(recipe, turn % len(WAYS), 2 if turn % 5 == 4 else 1)
+            place = folder / f"trial{trial}"
+            first = "kill" if setting.ranks > 1 else KINDS[turn % len(KINDS)]
+            try:
+                if setting not in references:
+                    references[setting] = uninterrupted(folder / f"alone{trial}", setting, other)
+                reference, rows = references[setting]
+                found, ends = killed(place, setting, other, draw, rows, first)
+                differing = compare(reference, found)
+            except Failed as error:
+                ends, differing = [], [str(error)]
+            good[recipe] = good.get(recipe, 0) + (not differing)
+            good["ends"] = good.get("ends", 0) + len(ends)
+            ways = f"{WAYS[setting.way].split()[0][10:]}, {setting.ranks} rank{'s' * (setting.ranks > 1)}"
+            report(f"trial {trial}: {recipe} ({ways}) ended by {' '.join(ends) or 'nothing'}: {len(differing)} differ")
+            for line in differing[:4]:
+                report(f"    {line}")
+            if not differing:
+                shutil.rmtree(place)
+                shutil.rmtree(folder / f"alone{trial}", ignore_errors=True)
+    finally:
+        shutil.rmtree(other, ignore_errors=True)
+    return good
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--keep", help="a folder for the runs; kept")
     arguments = parser.parse_args()
-    draw = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory() as name:
-        reference, seconds = uninterrupted(Path(name) / "reference")
-        print(f"uninterrupted run: {seconds:.1f} s")
-        bad = 0
-        for trial in range(arguments.trials):
-            weights, kills = killed(Path(name) / f"trial{trial}", draw)
-            differing = compare(reference, weights)
-            bad += bool(differing)
-            print(f"trial {trial}: killed {kills} times, {len(differing)} tensors differ {differing[:3]}", flush=True)
-    print(f"{arguments.trials - bad} of {arguments.trials} resumed runs ended bit-identical")
-    return int(bad > 0)
+    warm()
+    folder = Path(arguments.keep or tempfile.mkdtemp())
+    good = trials(arguments.trials, arguments.seed, folder, arguments.recipes, lambda text: print(text, flush=True))
+    ends = good.pop("ends", 0)
+    for recipe, count in good.items():
+        print(f"{recipe}: {count}")
+    total = sum(good.values())
+    print(f"{total} of {arguments.trials} resumed runs ended bit-identical; runs were ended {ends} times")
+    if not arguments.keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    return int(total < arguments.trials)
 
 
 if __name__ == "__main__":

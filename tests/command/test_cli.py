@@ -592,16 +592,6 @@ def test_explain_two_rows_of_a_leaderboard(capsys: pytest.CaptureFixture[str]) -
     assert two in text
 
 
-def test_claim_runs_the_papers_script_with_its_arguments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "claims").mkdir()
-    (tmp_path / "claims" / "mae.py").write_text("import sys\nprint(__name__, sys.argv[1:])\nsys.exit(3)\n")
-    monkeypatch.setattr("zoo.paths.share", lambda kind: tmp_path)
-    assert main(["claim", "mae", "--seeds", "1", "--help"]) == 3
-    assert "__main__ ['--seeds', '1', '--help']" in capsys.readouterr().out
-
-
 def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
     def complete(*words: str) -> list[str]:
         assert main(["__complete", *words]) == 0

@@ -12,6 +12,8 @@ import yaml
 
 from tests.conftest import ROOT
 from zoo import catalog
+from zoo.catalog import read_facts, validated
+from zoo.claims.declaration import Declaration
 from zoo.command import new
 from zoo.command.cli import main
 
@@ -48,6 +50,8 @@ def test_the_files_of_a_paper(
     loss = task.training_step({"image": torch.randn(2, 3, 32, 32), "label": torch.tensor([0, 1])}, 0)
     loss.backward()
     assert all(p.grad is not None for p in task.parameters())
+    claim = checkout / "benchmarks/claims/my_paper.yaml"
+    assert validated(Declaration, claim, read_facts(claim)).plan("without")["run"].recipe == "my_paper/pocket"
     before = source.read_text()
     assert main(["new", "my_paper", "--field", "video"]) == 2
     assert source.read_text() == before

@@ -226,6 +226,34 @@ def test_keypoints_come_back_from_their_cells() -> None:
     assert found[0, :2, 3].min() > 0.99  # the box is as large as its map: all of the mass lies in one cell
 
 
+def test_roi_warp_is_roi_align_of_boxes_rounded_to_cells() -> None:
+    maps, rois = [torch.randn(1, 4, 6, 6)], torch.tensor([[0, 9.0, 20, 50, 33]])
+    warp, align = (RoIPooler([16], PoolConfig(pooling=kind)) for kind in ("warp", "align"))
+    torch.testing.assert_close(warp(maps, rois), align(maps, torch.tensor([[0, 16.0, 16, 48, 32]])))
+    assert not warp(maps, rois).equal(align(maps, rois))
+    thin = warp(maps, torch.tensor([[0, 16.0, 16, 18, 18]]))  # a cell at least
+    torch.testing.assert_close(thin, align(maps, torch.tensor([[0, 16.0, 16, 32, 32]])))
+
+
+def test_masks_under_a_softmax_have_a_rival_for_the_background() -> None:
+    from zoo.nn.detection import MaskHeadConfig
+    from zoo.nn.detection.roi_heads import MaskHead, Regions
+
+    torch.manual_seed(0)
+    head = MaskHead(4, 3, MaskHeadConfig(convs=1, channels=8, softmax=True))
+    x, labels = torch.randn(2, 4, 14, 14), torch.tensor([0, 2])
+    assert head(x).shape == (2, 4, 28, 28)
+    boxes = torch.tensor([[0.0, 0, 28, 28]]).repeat(2, 1)
+    regions = Regions(torch.zeros(2, dtype=torch.long), boxes, labels, torch.zeros(2, dtype=torch.long), boxes)
+    full = [{"masks": torch.ones(1, 28, 28, dtype=torch.bool)}]
+    expected = -head(x).log_softmax(dim=1)[torch.arange(2), labels].mean()
+    torch.testing.assert_close(head.loss(x, regions, full), expected)
+    chosen = head.of_class(head(x), labels)
+    torch.testing.assert_close(chosen, head(x)[torch.arange(2), labels] - head(x)[:, 3])
+    with pytest.raises(ZooError, match="class_agnostic"):
+        MaskHead(4, 3, MaskHeadConfig(softmax=True, class_agnostic=True))
+
+
 def test_pooling_takes_the_level_of_a_box_and_says_what_it_wants() -> None:
     maps = [torch.full((1, 1, 64 // 2**k, 64 // 2**k), float(k)) for k in range(4)]
     boxes = torch.tensor([[10.0, 10, 60, 60], [0, 0, 250, 250], [0, 0, 120, 120]])

@@ -69,7 +69,7 @@ def _dispatch(words: list[str], debug: bool) -> int:
     if command is None:
         parser.print_help()
         return 0
-    if extra and command != "claim":
+    if extra:
         raise ZooError(f"zoo {command} has no option {extra[0]!r} (see zoo {command} --help)")
     return arguments.do(arguments, extra) or 0
 
@@ -122,8 +122,8 @@ def _parser() -> tuple[_Parser, list[str]]:
     form.add_argument("--json", action="store_true")
     one.set_defaults(do=_leaderboard)
 
-    one = commands.add_parser("claim", help="a paper's central claim in miniature; minutes on a CPU", add_help=False)
-    one.add_argument("paper")
+    one = commands.add_parser("claim", help="a paper's central claim in miniature: shown, or run in minutes on a CPU")
+    _claim_options(one)
     one.set_defaults(do=_claim)
 
     one = commands.add_parser("parity", help="replay cases of the official code on this machine")
@@ -162,6 +162,25 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("shell", choices=["bash", "zsh", "fish"])
     one.set_defaults(do=_completion)
     return parser, list(commands.choices)
+
+
+def _claim_options(one: argparse.ArgumentParser) -> None:
+    one.add_argument("paper")
+    one.add_argument(
+        "-o", "--out", metavar="FILE", help="draw the result, .png or .svg; with --run also .json: write it"
+    )
+    one.add_argument("--json", action="store_true", help="declaration and result")
+    one.add_argument("--run", action="store_true", help="run it; finished parts are kept, a killed run goes on")
+    run = one.add_argument_group("with --run")
+    run.add_argument("--seeds", type=int, nargs="+", metavar="N", help="a count, or the seeds themselves")
+    run.add_argument("--data", metavar="DATASET", help="instead of the declared one")
+    run.add_argument("--data_dir", metavar="FOLDER", help="where it lies (default: shared/data beside the checkout)")
+    run.add_argument("--arms", nargs="+", metavar="ARM", help="only these")
+    run.add_argument("--quick", action="store_true", help="a few steps of everything: tries the program, says nothing")
+    run.add_argument("--pilot", action="store_true", help="on the pilot seeds, to explore settings; never a result")
+    run.add_argument("--threads", type=int, default=1, help="of the process (default 1)")
+    kept = "where finished parts are kept; processes with other --arms share it"
+    run.add_argument("--work", metavar="FOLDER", default="runs/claims", help=kept)
 
 
 def _data_parsers(data: argparse.ArgumentParser) -> None:
@@ -400,23 +419,52 @@ def _new(arguments: argparse.Namespace, extra: list[str]) -> int:
 
 
 def _claim(arguments: argparse.Namespace, extra: list[str]) -> int:
-    import runpy
+    from zoo.claims import declaration
+    from zoo.command import show
 
-    from zoo import catalog
-    from zoo.paths import share
+    claim, given = declaration.read(arguments.paper), vars(arguments)
+    forms = (".png", ".svg", *([".json"] if arguments.run else []))
+    if arguments.out and not arguments.out.endswith(forms):  # not after minutes of training
+        raise ZooError(f"-o writes {', '.join(forms)}, not {arguments.out!r}")
+    if not arguments.run:
+        for name in ("seeds", "data", "data_dir", "arms", "quick", "pilot"):
+            if given[name]:
+                raise ZooError(f"--{name} goes with --run")
+        result = declaration.result(arguments.paper)
+        if arguments.out and result is None:
+            raise ZooError(f"the claim of {arguments.paper} has no result to draw; zoo claim {arguments.paper} --run")
+        if arguments.json:
+            return _print_json({"declaration": claim.model_dump(mode="json", exclude_defaults=True), "result": result})
+        if not arguments.out:
+            show.print_claim(arguments.paper, claim, result)
+    else:
+        from zoo.claims.run import run
 
-    path = share("benchmarks") / "claims" / f"{arguments.paper}.py"
-    if not path.is_file():
-        catalog.paper(arguments.paper)
-        raise ZooError(f"the paper {arguments.paper!r} has no claim to run")
-    before = sys.argv
-    sys.argv = [str(path), *extra]
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    finally:
-        sys.argv = before
+        seeds = arguments.seeds
+        if seeds and len(seeds) == 1:
+            if seeds[0] < 1:
+                raise ZooError(f"--seeds {seeds[0]}: one number is a count, 1 or more")
+            first = claim.pilot_seeds[0] if arguments.pilot else 0
+            seeds = list(range(first, first + seeds[0]))
+        written = arguments.out if (arguments.out or "").endswith(".json") else None
+        names = ("data_dir", "arms", "quick", "pilot", "threads", "work")
+        options = {name: given[name] for name in names}
+        say = (lambda line: print(line, file=sys.stderr)) if arguments.json else print
+        result, path = run(arguments.paper, seeds, arguments.data, out=written, say=say, **options)
+        if arguments.json:
+            return _print_json(result)
+        print("\n".join([f"{result['claim']}: {result['statement']}", *show.claim_lines(result)]))
+        for name in ("quick", "pilot"):
+            if given[name]:
+                print(f"a {name} run is no result: its numbers say nothing beyond it")
+        print(f"written: {path}")
+        if written:
+            return 0
+    if arguments.out:
+        from zoo.claims import picture
+
+        assert result is not None
+        print(f"picture: {picture.save(result, arguments.out)}")
     return 0
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-import sys
 import time
 import types
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+
+from zoo.training.checkpoints import LastCheckpoint
 
 
 def numbers(metrics: Mapping[str, Any]) -> list[str]:
@@ -85,50 +87,86 @@ class PlainProgress(ProgressBar):
 
 
 class Interrupt(Callback):
-    """Ctrl-C ends a training batch, saves `last.ckpt` and stops; a second one stops at once.
+    """Ctrl-C and SIGTERM end a training batch, keep the state in `last.ckpt` and stop; a second Ctrl-C stops at once.
 
     In the loops an exception from a signal may come anywhere, in a finaliser that swallows it or while a file is
-    written; there the request is noted and honoured between batches.
+    written; there the request is noted and honoured between batches, by all processes behind the same batch. It stands
+    before the other callbacks.
+
+    Args:
+        last: what keeps the state; None: nothing is kept.
+
+    Attributes:
+        signal: the signal's number, 0 before it came.
+        begun: whether the loops were reached; before that a checkpoint is taken up.
     """
 
-    def __init__(self, checkpoint: ModelCheckpoint | None) -> None:
-        self.checkpoint = checkpoint
-        self._asked = self._looping = False
-        self._before: Any = None
+    def __init__(self, last: LastCheckpoint | None = None) -> None:
+        self.last = last
+        self.signal = 0
+        self.begun = False
+        self._agreed = False
+        self._before: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Ranks would leave at different batches and wait for each other in the save; there Ctrl-C stops at once.
-        if trainer.world_size == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            with contextlib.suppress(ValueError):  # not in the main thread
-                self._before = signal.signal(signal.SIGINT, self._handle)
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.begun = True
 
-    def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if self._asked or not self._looping:
-            raise KeyboardInterrupt
-        self._asked = True
-        print("\nstopping after this batch; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+    on_sanity_check_start = on_test_start = on_predict_start = _begin
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._looping = True
+        self.begun = True
+        self.signal, self._agreed = 0, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if number == signal.SIGINT and signal.getsignal(number) is not signal.default_int_handler:
+                continue  # a notebook's, or ignored in the background
+            with contextlib.suppress(ValueError):  # not in the main thread
+                self._before[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.signal:
+            again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+            os.write(2, f"\nstopping after this batch{again}\n".encode())  # print is not for handlers
+        self.signal = self.signal or number
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._asked:
-            if self.checkpoint is not None and self.checkpoint.dirpath:
-                trainer.save_checkpoint(Path(self.checkpoint.dirpath) / "last.ckpt")
+        self._agreed = self._agreed or trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False)
+        if self.last is not None:
+            self.last.stop = self._agreed
+
+    def _leave(self, trainer: Trainer) -> None:
+        if self._agreed and (self.last is None or self.last.saved):
+            if self.last is not None:
+                self.last.publish(trainer)
             raise KeyboardInterrupt
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._leave(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.begun = True
+        self._leave(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._asked:
+        # `last.ckpt` was written before the validation. Processes may see different numbers of batches here.
+        if self.signal and trainer.world_size == 1 and trainer.state.fn == TrainerFn.FITTING:
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._looping = False
+        self._restore()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -26,18 +26,33 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import zoo
-from zoo import catalog
+from zoo import catalog, files
+from zoo.command.logs import MetricsFile
 from zoo.command.parse_errors import explain_parse_error, innermost
 from zoo.command.progress import Interrupt, PlainProgress, numbers, scalars
-from zoo.command.runs import SaveConfig, new_run_folder, newest_checkpoint, result_record, short_path
+from zoo.command.runs import (
+    SaveConfig,
+    drop_empty,
+    first_process,
+    folder_name,
+    new_run_folder,
+    newest_checkpoint,
+    of_a_loader,
+    result_record,
+    run_of,
+    safe_name,
+    short_path,
+)
 from zoo.command.verdict import row_words, verdict, verdict_line
 from zoo.errors import ZooError
 from zoo.machine import cpu_has_bfloat16
 from zoo.paths import share
+from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint, SafeCheckpointIO, is_sharded, local, standing
 from zoo.weights.pretrained import load_published
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -59,17 +74,21 @@ def recipe_name(path: Path) -> str:
     with contextlib.suppress(OSError, UnicodeDecodeError):
         first = path.read_text().partition("\n")[0]
         if match := re.match(r"# recipe: (\S+)", first):
-            return match[1]
-    return path.stem
+            return safe_name(match[1], safe_name(path.stem, "recipe"))
+    return safe_name(path.stem, "recipe")
 
 
 def run_name(recipe: str) -> str:
     """Where the runs of a recipe, or of a row, lie under ``runs/``."""
     name = recipe if catalog.is_row(recipe) else recipe_name(catalog.recipe_path(recipe))
-    return name.replace(":", "/")
+    return folder_name(name)
 
 
 # ------------------------------------------------------------------------------------------------------- the command
+
+
+class Finished(ZooError):
+    """There is nothing left to train."""
 
 
 class RecipeCLI(LightningCLI):
@@ -82,16 +101,29 @@ class RecipeCLI(LightningCLI):
         asked: the part of it that the user wrote.
         unlinked: model arguments that the user set and which are therefore not taken from the data module.
         rich: a progress bar instead of plain lines.
+        claim: make the run's folder; otherwise it is only named.
+        checkpoints: what reads and writes them.
     """
 
     def __init__(
-        self, name: str, subcommand: str, args: list[str], asked: Sequence[str], unlinked: set[str], rich: bool
+        self,
+        name: str,
+        subcommand: str,
+        args: list[str],
+        asked: Sequence[str],
+        unlinked: set[str],
+        rich: bool,
+        claim: bool = False,
+        checkpoints: SafeCheckpointIO | None = None,
     ) -> None:
         self.recipe, self.what, self.unlinked, self.rich = name, subcommand, unlinked, rich
-        self.words = asked
+        self.words, self.claim = asked, claim
         self.folder = Path()
         self.weights: dict[str, Any] = {}
-        self.checkpoint: ModelCheckpoint | None = None
+        self.checkpoints = checkpoints or SafeCheckpointIO()
+        self.standing: dict[str, Any] | None = None  # of the checkpoint that is taken up
+        self.interrupt = Interrupt()
+        self.last: LastCheckpoint | None = None
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -116,6 +148,8 @@ class RecipeCLI(LightningCLI):
         added = parser.add_method_arguments(Trainer, self.what, skip=_NOT_OPTIONS)
         if "verbose" in added:
             parser.set_defaults({"verbose": False})  # the score line says it
+        if self.what == "fit":
+            parser.add_argument("--new_run", type=bool, default=False, help="resume in a run folder of its own")
         for source, target in LINKS.items():
             if target not in self.unlinked:
                 parser.link_arguments(f"data.{source}", f"model.init_args.{target}", apply_on="instantiate")
@@ -126,6 +160,37 @@ class RecipeCLI(LightningCLI):
         except argparse.ArgumentError as error:
             raise ZooError(explain_parse_error(str(error), parser)) from error
 
+    def before_instantiate_classes(self) -> None:
+        """Reads the checkpoint, so that one that is of no use ends here."""
+        if (path := self.config.get("ckpt_path")) is None:
+            return
+        if self.config.get("weights_only") is False:
+            raise ZooError("weights_only: checkpoints hold tensors and plain types, and nothing else is ever loaded")
+        if path in ("last", "best", "hpc") or str(path).startswith("registry"):
+            raise ZooError(f"ckpt_path: write --ckpt_path last or best, or the path of a file, not {str(path)!r}")
+        if is_sharded(local(path)):
+            return
+        found = self.checkpoints.peek(path)
+        if self.what == "fit":
+            if missing := [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in found]:
+                raise ZooError(f"{path}: weights only, which cannot be resumed: it holds no {missing[0]!r}")
+            self.standing = standing(found)
+            self._refuse_finished(found["global_step"], path)
+
+    def _refuse_finished(self, step: int, path: Any) -> None:
+        assert self.standing is not None
+        run = run_of(Path(path), self.recipe)
+        if self.standing["ended"] and run is not None and not (run / "result.json").exists():
+            return  # it was stopped before its result was written
+        epochs = self.standing["epochs"] + (self.standing["ended"] and self.standing["whole"])
+        most_epochs, most_steps = self.config["trainer"]["max_epochs"], self.config["trainer"]["max_steps"]
+        if most_epochs is None and most_steps == -1:
+            most_epochs = 1000  # Lightning's own
+        if most_steps not in (None, -1) and step >= most_steps:
+            raise Finished(f"{path}: already at step {step} of {most_steps}; raise trainer.max_steps")
+        if most_epochs not in (None, -1) and epochs >= most_epochs:
+            raise Finished(f"{path}: already at epoch {epochs} of {most_epochs}; raise trainer.max_epochs")
+
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
@@ -134,25 +199,34 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init["trainer"]
-        root = Path(config["default_root_dir"] or "runs")
-        self.folder = new_run_folder(root, self.recipe.replace(":", "/"))
+        self.folder = self._folder(Path(config["default_root_dir"] or "runs"))
         callbacks = config["callbacks"] or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if self.what == "fit":
             callbacks += self._fit_callbacks(config, callbacks)
+        callbacks = [self.interrupt, *callbacks]
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar(leave=False) if self.rich else PlainProgress())
         logger = config["logger"]
         if logger is None or logger is True:
             logger = self._loggers() if self.what == "fit" and not config["fast_dev_run"] else False
-        return super().instantiate_trainer(
-            **kwargs,
-            callbacks=callbacks,
-            logger=logger,
-            precision=self._precision(config),
-            default_root_dir=str(self.folder),
-            enable_model_summary=False,
-        )
+        plugins = config["plugins"] or []
+        plugins = [*plugins] if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(self.checkpoints)
+        try:
+            return super().instantiate_trainer(
+                **kwargs,
+                callbacks=callbacks,
+                logger=logger,
+                plugins=plugins,
+                precision=self._precision(config),
+                default_root_dir=str(self.folder),
+                enable_model_summary=False,
+            )
+        except BaseException:
+            drop_empty(self.folder)
+            raise
 
     def _precision(self, config: Mapping[str, Any]) -> Any:
         """A recipe's bf16-mixed is float32 on a CPU that would have to emulate it, unless the user asks for it."""
@@ -162,49 +236,58 @@ class RecipeCLI(LightningCLI):
             return "32-true"
         return config["precision"]
 
+    def _folder(self, root: Path) -> Path:
+        """The run's: that of the checkpoint it goes on from, unless another is asked for, or a new one."""
+        if self.standing is not None and not self.config["new_run"]:
+            run = run_of(Path(self.config["ckpt_path"]), self.recipe)
+            elsewhere = any(word.partition("=")[0] == "--trainer.default_root_dir" for word in self.words)
+            if run is not None and not (elsewhere and run.parent != (root / folder_name(self.recipe)).absolute()):
+                return Path(short_path(run))
+        return new_run_folder(root, folder_name(self.recipe), self.claim)
+
     def _fit_callbacks(self, config: Mapping[str, Any], given: list[Callback]) -> list[Callback]:
         from zoo.training.callbacks import default_callbacks
 
+        folder = str(self.folder / "checkpoints")
         kinds = {type(callback) for callback in given}
         added = [callback for callback in default_callbacks() if type(callback) not in kinds]
-        own = [callback for callback in [*given, *added] if isinstance(callback, ModelCheckpoint)]
-        self.checkpoint = own[0] if own else None
-        if not own and config["enable_checkpointing"] is not False:
-            self.checkpoint = self._checkpoint()
-            added.append(self.checkpoint)
-        added.append(Interrupt(self.checkpoint))
+        if config["enable_checkpointing"] is not False:
+            monitor = getattr(self.model, "monitor", None)
+            if monitor and not any(isinstance(callback, ModelCheckpoint) for callback in given):
+                metric, mode = monitor if isinstance(monitor, tuple) else (monitor, "max")
+                added.append(BestCheckpoint(metric, mode, folder))
+            self.last = next((one for one in given if isinstance(one, LastCheckpoint)), None)
+            if self.last is None:
+                self.last = LastCheckpoint()
+                added.append(self.last)
+            self.last.dirpath = self.last.dirpath or folder
+            self.interrupt.last = self.last
         if not config["fast_dev_run"]:
             added.append(SaveConfig(self.parser, self.config, self.folder))
         return added
 
-    def _checkpoint(self) -> ModelCheckpoint:
-        monitor = getattr(self.model, "monitor", None)
-        metric, mode = monitor if isinstance(monitor, tuple) else (monitor, "max")
-        return ModelCheckpoint(
-            dirpath=self.folder / "checkpoints",
-            filename="best" if metric else "recent",
-            monitor=metric,
-            mode=mode,
-            save_top_k=1,  # with 0, Lightning writes last.ckpt only when training ends
-            save_last=True,
-            enable_version_counter=False,
-        )
-
     def _loggers(self) -> list[Logger]:
-        parent, version = self.folder.parent, self.folder.name
+        goes_on = self.standing is not None and (self.folder / "config.yaml").exists()
+        steps = self.standing["steps"] if self.standing is not None and goes_on else None
+        options = {} if steps is None else {"purge_step": steps}
         return [
-            TensorBoardLogger(str(parent), name="", version=version),
-            CSVLogger(str(parent), name="", version=version),
+            TensorBoardLogger(str(self.folder.parent), name="", version=self.folder.name, **options),
+            MetricsFile(self.folder / "metrics.csv", steps),
         ]
 
 
-def _build(subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool) -> RecipeCLI:
-    name, args = command_line(recipe, argv)
-    return RecipeCLI(name, subcommand, args, argv, set_by_hand(args), rich)
+def _build(subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool, claim: bool = False) -> RecipeCLI:
+    checkpoints = SafeCheckpointIO()
+    argv, own = _find_checkpoint(str(recipe), argv, checkpoints)
+    name, args = command_line(recipe, argv, own)
+    return RecipeCLI(name, subcommand, args, argv, set_by_hand(args) | _linked(own), rich, claim, checkpoints)
 
 
-def command_line(recipe: str | Path, argv: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """The name of a recipe or row, and all words for its parser: the recipe's file, the row's options, then `argv`."""
+def command_line(
+    recipe: str | Path, argv: Sequence[str] = (), own: Mapping[str, Any] | None = None
+) -> tuple[str, list[str]]:
+    """The name of a recipe or row, and all words for its parser: the recipe's file, the row's options, the run's `own`
+    settings, then `argv`."""
     path = catalog.recipe_path(str(recipe))
     content = _check_recipe(path)
     if catalog.is_row(str(recipe)):
@@ -212,6 +295,8 @@ def command_line(recipe: str | Path, argv: Sequence[str] = ()) -> tuple[str, lis
     else:
         name, row = recipe_name(path), []
     given = ["--config", str(path), *_nested_nulls(row)]
+    if own:
+        content, given = {**content, **own}, [*given, "--config", json.dumps(own)]
     return name, [*given, *_without_its_data(content, row, argv), *_nested_nulls(argv)]
 
 
@@ -301,36 +386,67 @@ def run(subcommand: str, recipe: str, argv: Sequence[str], debug: bool = False) 
     begin = time.monotonic()
     with _quiet(debug):
         source, words = _published_weights(subcommand, recipe, argv)
-        cli = _build(subcommand, recipe, _last_to_path(recipe, words), rich=sys.stdout.isatty())
-        trainer, options = cli.trainer, _options(cli)
-        if source is not None:
-            cli.weights = load_published(cli.model, source, _card_of(recipe), cli.datamodule)
-        _announce(cli, options)
-        before = signal.getsignal(signal.SIGINT)
-        os.environ["ZOO_RUN_DIR"] = str(cli.folder)
         try:
-            outputs = getattr(trainer, subcommand)(cli.model, datamodule=cli.datamodule, **options)
-        except SystemExit:
-            # Lightning turns Ctrl-C into exit code 1.
-            if trainer.state.status != "interrupted":
-                raise
-            return _interrupted(cli, [recipe, *argv])
-        except KeyboardInterrupt:
-            return _interrupted(cli, [recipe, *argv])
-        except MisconfigurationException as error:
-            raise ZooError(f"{cli.recipe}: {' '.join(str(error).split())}") from error
+            cli = _build(subcommand, recipe, words, rich=sys.stdout.isatty(), claim=True)
+        except Finished as error:
+            print(f"zoo: {error}", file=sys.stderr)
+            return 0
+        try:
+            if source is not None:
+                cli.weights = load_published(cli.model, source, _card_of(recipe), cli.datamodule)
+            outputs = _train(cli, [recipe, *argv], debug)
         finally:
-            os.environ.pop("ZOO_RUN_DIR", None)
-            if signal.getsignal(signal.SIGINT) != before:
-                signal.signal(signal.SIGINT, before)
-    if trainer.is_global_zero:
+            drop_empty(cli.folder)
+    if isinstance(outputs, Stopped):
+        return outputs.code
+    if cli.trainer.is_global_zero:
         _finish(cli, outputs, [subcommand, recipe, *argv], time.monotonic() - begin)
     return 0
 
 
+class Stopped:
+    """A run that a signal ended; `code` is the command's exit code, 130 for Ctrl-C and 143 for SIGTERM."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+def _train(cli: RecipeCLI, words: list[str], debug: bool) -> Any:
+    """What the trainer returns, or a Stopped."""
+    trainer, options = cli.trainer, _options(cli)
+    _announce(cli, options)
+    before = signal.getsignal(signal.SIGINT)
+    os.environ["ZOO_RUN_DIR"] = str(cli.folder)
+    try:
+        return getattr(trainer, cli.what)(cli.model, datamodule=cli.datamodule, **options)
+    except SystemExit:
+        # Lightning turns Ctrl-C into exit code 1.
+        if trainer.state.status != "interrupted":
+            raise
+        return _interrupted(cli, words)
+    except KeyboardInterrupt:
+        return _interrupted(cli, words)
+    except MisconfigurationException as error:
+        raise ZooError(f"{cli.recipe}: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        if debug:
+            raise
+        if text := of_a_loader(error):
+            raise ZooError(f"{cli.recipe}: {text}") from error
+        path = options.get("ckpt_path")
+        if path and not cli.interrupt.begun and not isinstance(error, OSError | ImportError):
+            raise ZooError(f"{path}: {' '.join(innermost(error).split())}") from error
+        raise
+    finally:
+        os.environ.pop("ZOO_RUN_DIR", None)
+        if signal.getsignal(signal.SIGINT) != before:
+            signal.signal(signal.SIGINT, before)
+
+
 def _options(cli: RecipeCLI) -> dict[str, Any]:
     known = set(inspect.signature(getattr(Trainer, cli.what)).parameters) - _NOT_OPTIONS - {"self"}
-    return {key: cli.config_init[key] for key in known if key in cli.config_init}
+    options = {key: cli.config_init[key] for key in known if key in cli.config_init}
+    return options | ({"weights_only": True} if "weights_only" in known else {})
 
 
 def _published_weights(subcommand: str, recipe: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -358,18 +474,40 @@ def _card_of(recipe: str) -> catalog.PaperCard:
     return catalog.paper(recipe_name(catalog.recipe_path(recipe)).partition("/")[0])
 
 
-def _last_to_path(recipe: str, argv: Sequence[str]) -> list[str]:
-    """`argv` with ``--ckpt_path last`` (or ``best``) turned into the path in the newest run of this recipe."""
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--ckpt_path=") else [word])]
-    if "--ckpt_path" in words[:-1]:
-        at = words.index("--ckpt_path") + 1
-        if words[at] in ("last", "best"):
-            root = _value_of(words, "--trainer.default_root_dir") or "runs"
-            found = newest_checkpoint(Path(root), run_name(recipe), words[at])
-            words[at] = str(found)
-        elif words[at] not in ("null", "hpc", "registry") and "://" not in words[at] and not Path(words[at]).exists():
-            raise ZooError(f"--ckpt_path: no file {words[at]!r}")
-    return words
+def _find_checkpoint(
+    recipe: str, argv: Sequence[str], checkpoints: SafeCheckpointIO
+) -> tuple[list[str], dict[str, Any]]:
+    """`argv` with ``--ckpt_path last`` or ``best`` as the path in the newest run of this recipe, and the settings of
+    that run: its seed, model and data."""
+    words, content = _split_path(argv), _check_recipe(catalog.recipe_path(recipe))
+    if "--ckpt_path" not in words[:-1]:
+        if content.get("ckpt_path") not in ("last", "best"):
+            return words, {}
+        words += ["--ckpt_path", content["ckpt_path"]]
+    at = words.index("--ckpt_path") + 1
+    if words[at] not in ("last", "best"):
+        return words, {}
+    root = _value_of(words, "--trainer.default_root_dir") or (content.get("trainer") or {}).get("default_root_dir")
+    path = newest_checkpoint(Path(root or "runs"), run_name(recipe), words[at], checkpoints.peek)
+    words[at] = str(path)
+    if (run := run_of(path, run_name(recipe))) is None:
+        return words, {}
+    if first_process():
+        print(f"model and data: as in {short_path(run / 'config.yaml')}, but for what the command line says")
+    stated = _check_recipe(run / "config.yaml")
+    return words, {key: stated[key] for key in ("seed_everything", "model", "data") if stated.get(key) is not None}
+
+
+def _linked(own: Mapping[str, Any]) -> set[str]:
+    """Which link targets the settings of a run set themselves."""
+    model = own.get("model")
+    stated = (model.get("init_args") if isinstance(model, Mapping) else None) or {}
+    return {target for target in LINKS.values() if target in stated}
+
+
+def _split_path(words: Sequence[str]) -> list[str]:
+    """`words` with ``--ckpt_path=X`` as two."""
+    return [part for word in words for part in (word.split("=", 1) if word.startswith("--ckpt_path=") else [word])]
 
 
 def _value_of(words: Sequence[str], key: str) -> str | None:
@@ -403,29 +541,30 @@ def _announce(cli: RecipeCLI, options: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _interrupted(cli: RecipeCLI, words: list[str]) -> int:
-    last = cli.folder / "checkpoints" / "last.ckpt"
-    if cli.checkpoint is not None and cli.checkpoint.dirpath:
-        last = Path(cli.checkpoint.dirpath) / "last.ckpt"
-    if cli.what == "fit" and last.exists():
-        kept = [part for word in words for part in (word.split("=", 1) if word.startswith("--ckpt_path=") else [word])]
-        if "--ckpt_path" in kept:
-            at = kept.index("--ckpt_path")
-            del kept[at : at + 2]
-        command = shlex.join([*kept, "--ckpt_path", str(short_path(last))])
-        print(f"\ninterrupted; resume with: zoo fit {command}", file=sys.stderr)
-    else:
-        print("\ninterrupted" + (" before a checkpoint was written" if cli.what == "fit" else ""), file=sys.stderr)
-    return 130
+def _interrupted(cli: RecipeCLI, words: list[str]) -> Stopped:
+    terminated = cli.interrupt.signal == signal.SIGTERM
+    what = "terminated" if terminated else "interrupted"
+    if cli.trainer.is_global_zero:
+        if cli.last is not None and cli.last.path.exists():
+            kept = _split_path(words)
+            if "--ckpt_path" in kept:
+                at = kept.index("--ckpt_path")
+                del kept[at : at + 2]
+            command = shlex.join([*kept, "--ckpt_path", str(short_path(cli.last.path))])
+            print(f"\n{what}; resume with: zoo fit {command}", file=sys.stderr)
+        else:
+            print(f"\n{what}" + (" before a checkpoint was written" if cli.what == "fit" else ""), file=sys.stderr)
+    return Stopped(143 if terminated else 130)
 
 
 def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) -> None:
     if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    metrics = {key: float(value) for key, value in scalars(cli.trainer.callback_metrics).items()}
+    known = cli.last.metrics if cli.last is not None else {}  # where nothing was left to train
+    metrics = {key: float(value) for key, value in scalars({**known, **cli.trainer.callback_metrics}).items()}
     cli.folder.mkdir(parents=True, exist_ok=True)
     if cli.what == "predict":
-        torch.save(outputs, cli.folder / "predictions.pt")
+        files.save(outputs, cli.folder / "predictions.pt")
         print(f"predictions: {cli.folder / 'predictions.pt'}")
     else:
         print("score: " + (" · ".join(numbers(metrics)) or "no metric was logged"))
@@ -433,11 +572,11 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
     if cli.what == "test" and catalog.is_row(cli.recipe):
         record["verdict"] = verdict(cli.recipe, metrics, cli.words)
         print(verdict_line(record["verdict"]))
-    (cli.folder / "result.json").write_text(json.dumps(record, indent=1) + "\n")
-    if cli.checkpoint is not None:
-        for path in (cli.checkpoint.last_model_path, cli.checkpoint.best_model_path):
-            if path and Path(path).stem != "recent":
-                print(f"checkpoint: {short_path(path)}")
+    files.write_json(cli.folder / "result.json", record)
+    paths = [cli.last.last_model_path] if cli.last is not None else []
+    paths += [getattr(callback, "best_model_path", "") for callback in cli.trainer.checkpoint_callbacks]
+    for path in dict.fromkeys(short_path(path) for path in paths if path):
+        print(f"checkpoint: {path}")
     print(f"run: {short_path(cli.folder)} ({seconds:.0f} s)")
 
 

@@ -8,8 +8,10 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,34 +19,147 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 
 import zoo
+from zoo import files
 from zoo.data.check import checked_hash
 from zoo.errors import ZooError
+from zoo.training.checkpoints import is_sharded
+from zoo.weights.files import read_checkpoint
 
 if TYPE_CHECKING:
     from zoo.command.recipes import RecipeCLI
 
 
-def newest_checkpoint(root: Path, name: str, which: str = "last") -> Path:
-    """``last`` or ``best`` of the newest run of the recipe `name` under `root`; a ZooError where there is none."""
-    pattern = {"last": "last.ckpt", "best": "best*.ckpt"}[which]
-    found = sorted(root.glob(f"{name}/*/checkpoints/{pattern}"), key=lambda path: path.stat().st_mtime)
+_ORDER = ".order"  # in a run's folder: the how-manieth run of its recipe it is, counting each time one is gone on with
+
+
+def safe_name(name: str, otherwise: str) -> str:
+    """`name` where it can name a folder under runs/, as mae/pocket does: relative, and no step up."""
+    parts = name.split("/")
+    if len(name) <= 200 and all(re.fullmatch(r"[\w+=@-][\w.+=@:-]*", part) for part in parts):
+        return name
+    return otherwise
+
+
+def folder_name(name: str) -> str:
+    """Where the runs of a recipe, or of a leaderboard row, lie under ``runs/``."""
+    return name.replace(":", "/")
+
+
+def runs_of(root: Path, name: str) -> list[Path]:
+    """The run folders of the recipe `name` under `root` that hold checkpoints, the newest last, whatever a clock said.
+
+    Those without a number come first, in the order of their names.
+    """
+
+    def key(run: Path) -> tuple[int, list[tuple[int, str]]]:
+        return _order(run), [(int(word), "") if word.isdecimal() else (0, word) for word in run.name.split("-")]
+
+    with contextlib.suppress(OSError):
+        return sorted((run for run in (root / name).iterdir() if (run / "checkpoints").is_dir()), key=key)
+    return []
+
+
+def _order(run: Path) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        return int((run / _ORDER).read_text(encoding="utf-8")[:18])
+    return -1
+
+
+def remember(run: Path) -> None:
+    """Notes that `run` is the newest of its recipe."""
+    highest = max((_order(other) for other in run.parent.iterdir() if other != run), default=-1)
+    if _order(run) <= highest:
+        files.write_text(run / _ORDER, f"{highest + 1}\n")
+
+
+def newest_checkpoint(
+    root: Path, name: str, which: str = "last", read: Callable[[Path], Any] = read_checkpoint
+) -> Path:
+    """``last`` or ``best`` of the newest run of the recipe `name` under `root`.
+
+    One that `read` refuses is passed over, with a line, for the next older one, if there is any that it takes.
+
+    Raises:
+        ZooError: there is none.
+    """
+    patterns = {"last": ("last.ckpt", "previous.ckpt"), "best": ("best*.ckpt",)}[which]
+    found = [
+        path
+        for run in reversed(runs_of(root, name))
+        for pattern in patterns
+        for path in sorted((run / "checkpoints").glob(pattern), reverse=True)
+    ]
     if not found:
-        raise ZooError(f"no {pattern} of {name} under {root}/{name}; run `zoo fit {name}` first or give a path")
-    return found[-1]
+        raise ZooError(f"no {patterns[0]} of {name} under {root}/{name}; run `zoo fit {name}` first or give a path")
+    lines = []
+    for path in found:
+        try:
+            if not is_sharded(path):
+                read(path)
+        except ZooError as error:
+            lines.append(f"passed over: {error}")
+            continue
+        if lines and first_process():
+            print("\n".join(lines), file=sys.stderr)
+        return path
+    return found[0]
 
 
-def new_run_folder(root: Path, name: str) -> Path:
+def run_of(checkpoint: Path, name: str) -> Path | None:
+    """The run folder in which `checkpoint` lies, if it is one of the recipe `name`."""
+    folder = checkpoint.absolute().parent
+    config = folder.parent / "config.yaml"
+    if folder.name != "checkpoints" or not config.is_file():
+        return None
+    with contextlib.suppress(OSError, UnicodeDecodeError), config.open(encoding="utf-8") as file:
+        if folder_name(file.readline().strip().removeprefix("# recipe: ")) == folder_name(name):
+            return folder.parent
+    return None
+
+
+def first_process() -> bool:
+    """Whether this process is the one of a run that writes."""
+    return not getattr(rank_zero_only, "rank", 0)
+
+
+def new_run_folder(root: Path, name: str, claim: bool = False) -> Path:
+    """The folder of a new run, named by the time.
+
+    Args:
+        claim: make it, so that no run begun in the same second takes it. Otherwise nothing is written, and the name
+            holds the process' number.
+    """
     # Lightning starts the other ranks with our command line a little later: they must not take a later second.
     if "LOCAL_RANK" in os.environ and "ZOO_RUN_DIR" in os.environ:
         return Path(os.environ["ZOO_RUN_DIR"])
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder, count = root / name / stamp, 1
-    while folder.exists():
+    stamp, count = datetime.datetime.now().strftime("%Y%m%d-%H%M%S"), 1
+    first = first_process()
+    if not claim or not first:  # the first process tells the others where to write
+        stamp += f"-{os.getpid()}"
+    folder = root / name / stamp
+    while True:
+        try:
+            if claim and first:
+                folder.mkdir(parents=True)
+                return folder
+            if not folder.exists():
+                return folder
+        except FileExistsError:
+            if not folder.exists():  # a file stands where a folder should
+                raise
         count += 1
         folder = root / name / f"{stamp}-{count}"
-    return folder
+
+
+def drop_empty(run: Path) -> None:
+    """Takes away a run folder in which nothing was written, and what was made to hold it."""
+    with contextlib.suppress(OSError):
+        for folder in (run, *list(run.parents)[:3]):
+            if folder != Path("."):
+                folder.rmdir()  # fails where something is in it
 
 
 class SaveConfig(SaveConfigCallback):
@@ -55,8 +170,25 @@ class SaveConfig(SaveConfigCallback):
         self.folder = folder
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(self.folder / "config.yaml"), skip_none=False, overwrite=True)
+        config = self.config.clone()
+        config["ckpt_path"] = None  # it is of this part of the run only
+        config.pop("new_run", None)
+        with files.replacing(self.folder / "config.yaml") as part:
+            self.parser.save(config, str(part), skip_none=False, overwrite=True)
+        remember(self.folder)
+
+
+def of_a_loader(error: BaseException) -> str | None:
+    """What went wrong in a loader process, in one line; None for an error of another kind."""
+    text = str(error)
+    if killed := re.search(r"DataLoader worker \(pid\(?s?\)? ?[\d, ]+\) ([^.\n]*)", text):
+        return f"a loader process {killed[1].strip()}; is memory short? fewer are started by --data.num_workers"
+    if caught := re.match(r"Caught (\w+) in DataLoader worker process \d+", text):
+        last = [line for line in text.splitlines() if line.strip()][-1].strip()
+        kind, colon, message = last.partition(": ")
+        plain = colon and kind.rpartition(".")[2] in ("ZooError", "MissingPackage")
+        return message if plain else f"in a loader process: {last if colon else caught[1]}"
+    return None
 
 
 def short_path(path: str | Path) -> str:

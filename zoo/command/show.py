@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zoo import catalog
+from zoo.claims import declaration
 from zoo.command.verdict import results_of, row_commands, tolerance_of
 from zoo.errors import ZooError, unknown
 from zoo.paths import share
@@ -102,7 +103,7 @@ def papers_markdown() -> str:
         card = catalog.paper(slug)
         title = f"[{card.title}](https://arxiv.org/abs/{card.arxiv}), {card.year}" if card.arxiv else card.title
         cases = len(list((share("parity/cases") / slug).glob("*.json")))
-        result = claim_result(card.claim.result) if card.claim else None
+        result = declaration.result(slug) if card.claim else None
         held = [] if result is None else [part["held"] for part in result["claims"]]
         claim = f"{sum(held)} of {len(held)}" if held else ""
         cells = [f"`{slug}`", title, card.field, len(card.models), len(card.weights), cases, claim]
@@ -246,17 +247,44 @@ def _print_paper(facts: Mapping[str, Any]) -> None:
         _heading(f"Claim in miniature (zoo claim {card.slug})")
         console.print(Text(card.claim.statement))
         console.print(Text("arms: " + ", ".join(card.claim.arms)))
-        for line in _claim_lines(claim_result(card.claim.result)):
+        for line in claim_lines(declaration.result(card.slug)):
             console.print(Text(line))
 
 
-def claim_result(name: str) -> dict[str, Any] | None:
-    """The result file of a claim, None where it has not been run."""
-    path = share("benchmarks") / "claims" / "results" / Path(name).name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def print_claim(paper: str, claim: declaration.Declaration, result: Mapping[str, Any] | None) -> None:
+    """A claim's statement, arms and sub-claims, and what came out."""
+    console = _console()
+    console.print(Text(claim.statement, style="bold"))
+    if claim.tried:
+        console.print(Text(f"tried before: {claim.tried}"))
+    stages = [f"{name}: {stage.recipe} ({', '.join(stage.run)})" for name, stage in claim.steps.items()]
+    console.print(Text("; ".join(stages)))
+    _heading("Arms")
+    print_table(["arm", "differs in"], [[arm, _differences(options)] for arm, options in claim.arms.items()])
+    _heading("Sub-claims, held where the whole 95 % interval lies above the bound")
+    print_table(
+        ["name", "statement", "effect", "bound"],
+        [[one.name, one.statement, one.effect, f"{one.bound:g} {one.unit}"] for one in claim.claims],
+    )
+    _heading(f"Result (zoo claim {paper} --run)")
+    for line in claim_lines(result):
+        console.print(Text(line))
+    if result is not None and result["settings"].get("declaration") != claim.digest:
+        console.print(Text("Measured under another declaration than today's: run it anew.", style="yellow"))
 
 
-def _claim_lines(result: Mapping[str, Any] | None) -> list[str]:
+def _differences(options: Mapping[str, Any]) -> str:
+    """The options of an arm, or those of each of its stages; null for one that is left out."""
+    told = []
+    for name, value in options.items():
+        if "." in name or isinstance(value, str):
+            told.append(f"{name} {'null' if value is None else _short(value)}")
+        else:
+            told.append(f"without {name}" if value is None else f"{name}: {_differences(value)}")
+    return ", ".join(told) or "nothing"
+
+
+def claim_lines(result: Mapping[str, Any] | None) -> list[str]:
     """A line for each sub-claim with its effect and 95 % interval, and how it was measured."""
     if result is None:
         return ["not run yet"]
@@ -267,7 +295,7 @@ def _claim_lines(result: Mapping[str, Any] | None) -> list[str]:
         lines.append(f"{part['verdict']}: {part['statement']}: {effect['mean']:.3g}{interval} {part['unit']}")
     settings, environment = result["settings"], result["environment"]
     lines.append(
-        f"measured over {settings['seeds']} seeds on {settings.get('dataset', 'embedded data')} in"
+        f"measured over {settings['seeds']} seed(s) on {settings.get('dataset', 'embedded data')} in"
         f" {result['seconds'] / 60:.0f} min, {environment['cpu']['kind']}, {environment['date']}: {result['command']}"
     )
     return lines
@@ -410,13 +438,24 @@ def html(rows: list[dict[str, Any]]) -> str:
 <html lang="en"><head><meta charset="utf-8"><title>zoo leaderboard</title>
 <style>body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2em }} table {{ border-collapse: collapse }}
 th, td {{ padding: .3em .7em; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd }}
-td:nth-child(5), td:nth-child(7) {{ text-align: right; white-space: nowrap }}</style></head>
+td:nth-child(5), td:nth-child(7) {{ text-align: right; white-space: nowrap }}
+svg {{ display: block; margin: 1em 0 3em; max-width: 100%; height: auto }}</style></head>
 <body><h1>zoo leaderboard</h1>
 <table><thead><tr>{head}</tr></thead>
 <tbody>
 {body}
-</tbody></table></body></html>
+</tbody></table>
+{_claims_html(row["paper"] for row in rows)}</body></html>
 """
+
+
+def _claims_html(papers: Iterable[str]) -> str:
+    """The pictures of the papers' claims, as far as they have been run."""
+    from zoo.claims import picture
+
+    results = [result for slug in dict.fromkeys(papers) if (result := declaration.result(slug)) is not None]
+    pictures = "\n".join(picture.draw(result).svg() for result in results)
+    return f"<h1>Claims in miniature</h1>\n{pictures}\n" if results else ""
 
 
 # --------------------------------------------------------------------------------------------------------- explain A B

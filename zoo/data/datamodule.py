@@ -12,18 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from zoo.data import batches
 from zoo.data.base import SALT, Batch, SeededDataModule, at_least_one, key_parts, own_randomness, sample_seeds
 from zoo.data.loader import Key
+from zoo.data.memory import SMALL, hold
 from zoo.data.sources import Description, ManyReader, Part, Source, describe, open_source
 from zoo.data.transforms import EvalResizeCrop, ImageTransform
 from zoo.errors import ZooError
 
 _BLOCK = 1 << 18  # bytes of pictures normalised together
+_TOGETHER = 1 << 20  # bytes of pictures augmented together
 
 
 class SampleSet(Dataset):
     """A source with its transform, normalised and batched; a sample is a function of (seed, salt, epoch, index,
-    repeat).
+    repeat), whatever else is in its batch.
+
+    Where the source reads many small pictures in one go and the transform is one of ours that changes many, they are
+    changed together; else one by one. The law is the same, the draws are others.
 
     Args:
         source: gives {"image": uint8 (3, H, W), "label": int}.
@@ -62,6 +68,12 @@ class SampleSet(Dataset):
         parts = key_parts(keys)
         index = parts[:, 0]
         images, facts = self._read(index.tolist())
+        facts["index"] = torch.from_numpy(index)
+        done: Any = self._together(images, parts)
+        if isinstance(done, list):
+            return {"views": [self._normalize(view) for view in done], **facts}
+        if done is not None:
+            return {"image": self._normalize(done), **facts}
         seeds = sample_seeds(self.seed, self.salt, parts) if self._random else []
         after = getattr(self.transform, "after_normalize", None)
         with own_randomness(self._foreign):
@@ -74,10 +86,23 @@ class SampleSet(Dataset):
                         np.random.seed(seeds[n] & 0xFFFFFFFF)
                 out = self.transform(image)
                 done.append(after(self._normalize(out)) if after is not None else out)
-        facts["index"] = torch.from_numpy(index)
         if done and isinstance(done[0], list | tuple):
             return {"views": [self._stacked(view) for view in zip(*done, strict=True)], **facts}
         return {"image": self._stacked(done), **facts}
+
+    def _together(self, images: Sequence[Tensor] | Tensor, parts: np.ndarray) -> Tensor | list[Tensor] | None:
+        """All pictures changed in one go, or None where they go one by one."""
+        transform = self.transform
+        if not isinstance(images, Tensor) or max(images.shape[-2:]) > SMALL:
+            return None
+        if not isinstance(transform, ImageTransform) or transform.draws is None:
+            return None
+        draws = batches.uniforms(self.seed, self.salt, parts, transform.draws)
+        some = max(1, _TOGETHER // images[0].numel())
+        done = [transform.batch(*block) for block in zip(images.split(some), draws.split(some), strict=True)]
+        if isinstance(done[0], list):
+            return [torch.cat(view) for view in zip(*done, strict=True)]
+        return torch.cat(done)  # type: ignore[arg-type]
 
     def _read(self, index: Sequence[int]) -> tuple[Sequence[Tensor] | Tensor, Batch]:
         """The pictures of some samples, and what else the batch says of them."""
@@ -112,7 +137,9 @@ class ImageDataModule(SeededDataModule):
     """Labelled pictures for training and evaluation. Batches: image (B, 3, S, S) float32, label (B,), index (B,) int64;
     under a transform that gives a list, `views`, a list of such images, instead of image.
 
-    Order, randomness, resuming and evaluation are :class:`~zoo.data.base.SeededDataModule`'s.
+    Order, randomness, resuming and evaluation are :class:`~zoo.data.base.SeededDataModule`'s. Pictures of one size up
+    to 64 pixels are kept in memory as bytes (decoded at the start, up to 1 GiB a split) and changed a whole batch at a
+    time by those of our transforms that can (:class:`~zoo.data.transforms.ImageTransform`).
 
     Args:
         dataset: a card's name (``zoo list datasets``), a folder, or ``hf://org/name``; see :mod:`zoo.data.sources`.
@@ -166,6 +193,7 @@ class ImageDataModule(SeededDataModule):
         self.train_transform = self._bound(train_transform)
         self.eval_transform = self._bound(eval_transform)
         self._sources: dict[str, Source] = {}
+        self._held: dict[str, Source] = {}
 
     def _describe(self, dataset: str, data_dir: str | None, options: dict[str, Any]) -> Description:
         return describe(dataset, data_dir, **options)
@@ -192,11 +220,19 @@ class ImageDataModule(SeededDataModule):
             self._sources[split] = source
         return self._sources[split]
 
+    def held(self, split: str) -> Source:
+        """:meth:`source`, in memory where its pictures are small; then no loading processes are needed."""
+        if split not in self._held:
+            source = self.source(split)
+            self._held[split] = hold(source)
+            self._in_memory |= self._held[split] is not source
+        return self._held[split]
+
     def samples(self, split: str, train_transform: bool | None = None) -> SampleSet:
         """The transformed split; `train_transform` chooses between the two transforms, by default as the split asks."""
         use_train = split == "train" if train_transform is None else train_transform
         transform = self.train_transform if use_train else self.eval_transform
-        return SampleSet(self.source(split), transform, self.mean, self.std, self.seed, SALT[split])
+        return SampleSet(self.held(split), transform, self.mean, self.std, self.seed, SALT[split])
 
     def prepare_data(self) -> None:
         """Download a set of the hub, in one process a node."""

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -506,6 +506,20 @@ def _arrow(splits: dict[str, Any], name: str, image: str | None, caption: str | 
     return list(splits), lambda part: ArrowPairs(splits[part], column, str(caption), name)
 
 
+class PromptPairs:
+    """Labelled pictures whose captions are the prompts of their class."""
+
+    def __init__(self, pictures: Source, texts: Sequence[Sequence[str]]) -> None:
+        self.pictures, self.texts, self.class_names = pictures, texts, pictures.class_names
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.pictures[index]
+        return {"image": row["image"], "captions": self.texts[int(row["label"])], "label": row["label"]}
+
+
 def _card(dataset: str) -> Any | None:
     from zoo.catalog import data_card, list_datasets
 
@@ -715,6 +729,8 @@ class ImageTextDataModule(ImageDataModule):
         epoch_samples: length of an epoch, whatever the set's (FLIP counts "virtual" epochs of 1,281,167 samples).
         tokenizer: a vocabulary's name or file, see :mod:`zoo.data.text`.
         context_length: L, tokens of a text.
+        captions: the set's "own", or of a labelled set without any the "prompts" of each picture's class, in training;
+            evaluation has none to retrieve then.
         eval_captions: captions of a picture that are evaluated; None: all.
         eval_dataset: labelled pictures to classify in evaluation instead of the set's own splits.
         eval_data_dir: where they lie.
@@ -744,6 +760,7 @@ class ImageTextDataModule(ImageDataModule):
         epoch_samples: int | None = None,
         tokenizer: str = "bert",
         context_length: int = 32,
+        captions: Literal["own", "prompts"] = "own",
         eval_captions: int | None = 5,
         eval_dataset: str | None = None,
         eval_data_dir: str | None = None,
@@ -753,6 +770,9 @@ class ImageTextDataModule(ImageDataModule):
         mean: list[float] | None = None,
         std: list[float] | None = None,
     ) -> None:
+        if captions not in ("own", "prompts"):
+            raise unknown("captions", captions, ("own", "prompts"))
+        self.captions = captions
         self.eval_dataset, self.eval_data_dir, self.templates = eval_dataset, eval_data_dir, templates
         at_least_one(epoch_samples=epoch_samples, eval_captions=eval_captions)
         self.epoch_samples, self.eval_captions = epoch_samples, eval_captions
@@ -776,7 +796,10 @@ class ImageTextDataModule(ImageDataModule):
         self._prompts: Tensor | None = None
 
     def _describe(self, dataset: str, data_dir: str | None, options: dict[str, Any]) -> Description:
-        about = describe_pairs(dataset, **options)
+        if self.captions == "prompts":
+            about = describe(dataset, data_dir, **options)
+        else:
+            about = describe_pairs(dataset, **options)
         if self.eval_dataset is None:
             return about
         known = describe(self.eval_dataset, self.eval_data_dir)
@@ -786,6 +809,9 @@ class ImageTextDataModule(ImageDataModule):
         return Description(len(names), names, about.image_size, about.mean, about.std, about.in_memory)
 
     def _open(self, split: str, **options: Any) -> Source:
+        if self.captions == "prompts":
+            pictures = open_source(self.dataset, split, self.data_dir, **options)
+            return PromptPairs(pictures, prompts(self.dataset, pictures.class_names, self.templates)[1])
         return open_pairs(self.dataset, split, self.data_dir, **options)
 
     def prepare_data(self) -> None:
@@ -813,8 +839,10 @@ class ImageTextDataModule(ImageDataModule):
             if split not in self._eval_sources:
                 self._eval_sources[split] = open_source(self.eval_dataset, split, self.eval_data_dir)
             return SampleSet(self._eval_sources[split], transform, self.mean, self.std, self.seed, SALT[split])
+        if self.captions == "prompts" and split != "train":
+            return SampleSet(self.source(split), transform, self.mean, self.std, self.seed, SALT[split])
         return PairSet(
-            self.source(split),
+            self.held(split),
             transform,
             self.mean,
             self.std,

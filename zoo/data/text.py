@@ -1,7 +1,8 @@
 """Text: word pieces from a vocabulary file, and the prompts of zero-shot classification.
 
 Vocabularies are named or given as files of one piece a line: ``bert`` is BERT's published uncased one, fetched at first
-use, ``shapes`` that of the embedded world, which comes with the package and spells any other word letter by letter.
+use, ``shapes`` that of the embedded world and ``cifar10`` that of CIFAR-10's short prompts, which come with the package
+and spell any other word letter by letter.
 """
 
 from __future__ import annotations

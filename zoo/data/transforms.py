@@ -5,6 +5,9 @@ seeds for each sample; the crops themselves are pure functions of their draws. `
 `image_size`; a transform used alone then takes 224. The data module normalises after the transform; what must come
 after that (random erasing) a transform offers as ``after_normalize``. Any torchvision v2 transform on uint8 tensors
 serves too.
+
+Small pictures of one size are changed a whole batch at a time: a transform says in `draws` how many numbers it takes
+for each, and its :meth:`~ImageTransform.batch` does to many what it does to one (:mod:`zoo.data.batches`).
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate
 
+from zoo.data import batches
 from zoo.errors import ZooError, unknown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -29,11 +33,12 @@ _CROP_MODES = ("center", "squash", "border")
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
-    """Resize a uint8 (C, H, W) picture to (height, width), antialiased as Pillow does; (C, *size) uint8."""
+    """Resize uint8 (..., C, H, W) pictures to (height, width), antialiased as Pillow does; (..., C, *size) uint8."""
     if tuple(image.shape[-2:]) == tuple(size):
         return image
-    antialias = interpolation != "nearest"
-    return interpolate(image[None], size=size, mode=interpolation, antialias=antialias)[0]
+    antialias, several = interpolation != "nearest", image.ndim > 3
+    resized = interpolate(image if several else image[None], size=size, mode=interpolation, antialias=antialias)
+    return resized if several else resized[0]
 
 
 def crop_resize(image: Tensor, box: Sequence[int], size: int, interpolation: str = "bicubic") -> Tensor:
@@ -104,10 +109,12 @@ class ImageTransform(nn.Module):
     Attributes:
         random: False when the output is a function of the picture alone.
         foreign_random: True when it also draws from Python's or NumPy's generators.
+        draws: how many random numbers :meth:`batch` takes for each picture; None: pictures go one by one.
     """
 
     random = True
     foreign_random = False
+    draws: int | None = None
 
     def __init__(self, size: int | None = None, interpolation: str = "bicubic") -> None:
         super().__init__()
@@ -129,6 +136,14 @@ class ImageTransform(nn.Module):
         """The output's side in pixels."""
         return 224 if self.size is None else self.size
 
+    def batch(self, images: Tensor, draws: Tensor) -> Tensor | list[Tensor]:
+        """The transform of many pictures of one size: uint8 (B, C, H, W) to uint8 (B, C, S, S), or a list of views.
+
+        Each is a function of its own picture and row of `draws` (B, `draws`), float64 in [0, 1), and follows the same
+        law as :meth:`forward`. `images` stay as they are.
+        """
+        raise NotImplementedError
+
     @property
     def after_normalize(self) -> Callable[[Tensor], Tensor] | None:
         """What to do to the normalised float picture, if anything."""
@@ -140,6 +155,8 @@ class ImageTransform(nn.Module):
 
 class MAEPretrain(ImageTransform):
     """Random resized crop and flip: all the augmentation MAE's pre-training has (paper, Appendix A.1)."""
+
+    draws = 41
 
     def __init__(
         self, size: int | None = None, scale: tuple[float, float] = (0.2, 1.0), interpolation: str = "bicubic"
@@ -154,9 +171,16 @@ class MAEPretrain(ImageTransform):
         image = crop_resize(image, box, self.side, self.interpolation)
         return image.flip(-1) if draws[40] < 0.5 else image
 
+    def batch(self, images: Tensor, draws: Tensor) -> Tensor:
+        rows, (height, width) = draws[:, :40].reshape(-1, 10, 4), images.shape[-2:]
+        boxes = batches.resized_crop_boxes(height, width, self.scale, (3 / 4, 4 / 3), rows)
+        return batches.flip(batches.crop_resize(images, boxes, self.side, self.interpolation), draws[:, 40] < 0.5)
+
 
 class LinearProbeTrain(ImageTransform):
     """One-draw random crop and flip, as MAE's linear probing does (paper, Appendix A.1)."""
+
+    draws = 5
 
     def __init__(
         self, size: int | None = None, scale: tuple[float, float] = (0.08, 1.0), interpolation: str = "bicubic"
@@ -169,6 +193,11 @@ class LinearProbeTrain(ImageTransform):
         box = one_draw_crop_params(image.shape[-2], image.shape[-1], self.scale, (3 / 4, 4 / 3), draws[:4])
         image = crop_resize(image, box, self.side, self.interpolation)
         return image.flip(-1) if draws[4] < 0.5 else image
+
+    def batch(self, images: Tensor, draws: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        boxes = batches.one_draw_boxes(height, width, self.scale, (3 / 4, 4 / 3), draws)
+        return batches.flip(batches.crop_resize(images, boxes, self.side, self.interpolation), draws[:, 4] < 0.5)
 
 
 class FineTuneTrain(ImageTransform):
@@ -252,6 +281,7 @@ class EvalResizeCrop(ImageTransform):
     """
 
     random = False
+    draws = 0
 
     def __init__(
         self,
@@ -280,12 +310,16 @@ class EvalResizeCrop(ImageTransform):
         short = (max(0, side - new[0]), max(0, side - new[1]))
         if any(short):
             top, left = short[0] // 2, short[1] // 2
-            edges = (left, short[1] - left, top, short[0] - top)
-            image = torch.stack([
-                pad(plane, edges, value=min(255, round(255 * m))) for plane, m in zip(image, self.mean, strict=True)
-            ])  # fmt: skip
+            height, width = image.shape[-2:]
+            whole = image.new_tensor([min(255, round(255 * m)) for m in self.mean])[:, None, None]
+            whole = whole.repeat(*image.shape[:-3], 1, height + short[0], width + short[1])
+            whole[..., top : top + height, left : left + width] = image
+            image = whole
         top, left = round((image.shape[-2] - side) / 2), round((image.shape[-1] - side) / 2)
         return image[..., top : top + side, left : left + side]
+
+    def batch(self, images: Tensor, draws: Tensor) -> Tensor:
+        return self.forward(images)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, crop_pct={self.crop_pct:g}, crop_mode={self.crop_mode!r}"
@@ -306,8 +340,19 @@ class ADMCrop(ImageTransform):
             raise ZooError(f"the chance of a flip must lie in [0, 1], got {flip}")
         self.flip = flip
         self.random = flip > 0
+        self.draws = int(self.random)
 
     def forward(self, image: Tensor) -> Tensor:
+        image = self.middle(image)
+        return image.flip(-1) if self.flip and torch.rand(()) < self.flip else image
+
+    def batch(self, images: Tensor, draws: Tensor) -> Tensor:
+        same = images.shape[-2:] == (self.side, self.side)
+        images = images.clone() if same else torch.stack([self.middle(image) for image in images])
+        return batches.flip(images, draws[:, 0] < self.flip) if self.flip else images
+
+    def middle(self, image: Tensor) -> Tensor:
+        """The square middle of a uint8 (3, H, W) picture, (3, S, S)."""
         from PIL.Image import Resampling
         from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
@@ -317,8 +362,7 @@ class ADMCrop(ImageTransform):
         scale = side / min(picture.size)
         picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Resampling.BICUBIC)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        image = pil_to_tensor(picture.crop((left, top, left + side, top + side)))
-        return image.flip(-1) if self.flip and torch.rand(()) < self.flip else image
+        return pil_to_tensor(picture.crop((left, top, left + side, top + side)))
 
 
 # ------------------------------------------------------------------------------------------- views for self-supervision
@@ -327,8 +371,11 @@ class ADMCrop(ImageTransform):
 class ContrastiveAugment(ImageTransform):
     """The augmentation of contrastive learning: random resized crop, colour jitter, grayscale, blur, flip.
 
-    The defaults are those of MoCo v2 and SimSiam. Colours are jittered as torchvision does, on uint8; the blur is
-    Pillow's (a few box filters).
+    The defaults are those of MoCo v2 and SimSiam. Colours are jittered as torchvision does on uint8 tensors; the blur
+    is Pillow's (a few box filters). The official codes jitter Pillow's pictures: brightness, contrast and saturation
+    are the same there to a level, but Pillow turns the hue in bytes (256 hues, whole saturations), which leaves a
+    channel up to 15 levels aside (0.8 on average over an even grid of colours) for shifts up to 0.1, up to 18 (0.9) for
+    shifts up to 0.4.
 
     Args:
         size: side of the output in pixels.
@@ -340,6 +387,7 @@ class ContrastiveAugment(ImageTransform):
         blur_prob: chance of a Gaussian blur.
         blur_sigma: bounds of its radius in pixels.
         interpolation: of the crop.
+        solarize_prob: chance that what is brighter than half is inverted, as BYOL does to its second view.
     """
 
     def __init__(
@@ -353,12 +401,14 @@ class ContrastiveAugment(ImageTransform):
         blur_prob: float = 0.5,
         blur_sigma: tuple[float, float] = (0.1, 2.0),
         interpolation: str = "bilinear",
+        solarize_prob: float = 0.0,
     ) -> None:
         super().__init__(size, interpolation)
-        if not 0 < scale[0] <= scale[1] or min(*jitter, jitter_prob, gray_prob, blur_prob) < 0 or jitter[3] > 0.5:
+        chances = (jitter_prob, gray_prob, blur_prob, solarize_prob)
+        if not 0 < scale[0] <= scale[1] or min(*jitter, *chances) < 0 or jitter[3] > 0.5:
             raise ZooError(
                 "scale must rise and be positive, jitter and chances must not be negative, and hue at most 0.5; got"
-                f" scale {scale}, jitter {jitter}, chances {jitter_prob}, {gray_prob} and {blur_prob}"
+                f" scale {scale}, jitter {jitter}, chances {', '.join(map(str, chances))}"
             )
         self.scale, self.jitter, self.blur_sigma = scale, jitter, blur_sigma
         self.jitter_prob, self.gray_prob, self.blur_prob, self.gray_first = (
@@ -367,6 +417,8 @@ class ContrastiveAugment(ImageTransform):
             blur_prob,
             gray_first,
         )
+        self.solarize_prob = solarize_prob
+        self.draws = 51 if solarize_prob else 50
 
     def forward(self, image: Tensor) -> Tensor:
         draws = torch.rand(45).tolist()
@@ -383,7 +435,33 @@ class ContrastiveAugment(ImageTransform):
             image = _grayscale(image)
         if blur < self.blur_prob:
             image = box_blur(image, self.blur_sigma[0] + radius * (self.blur_sigma[1] - self.blur_sigma[0]))
+        if self.solarize_prob and torch.rand(()) < self.solarize_prob:
+            image = torch.where(image >= 128, 255 - image, image)
         return image.flip(-1) if flip < 0.5 else image
+
+    def batch(self, images: Tensor, draws: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        boxes = batches.resized_crop_boxes(height, width, self.scale, (3 / 4, 4 / 3), draws[:, :40].reshape(-1, 10, 4))
+        images = batches.crop_resize(images, boxes, self.side, self.interpolation)
+        planes = images.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+        flip, jitter, gray, blur, radius = draws[:, 40:45].unbind(1)
+        grayed = (gray < self.gray_prob).nonzero()[:, 0]
+        if self.gray_first:
+            batches.gray(planes, grayed)
+        strength = torch.tensor(self.jitter, dtype=torch.float64)
+        low = torch.cat([(1 - strength[:3]).clamp(min=0), -strength[3:]])
+        high = torch.cat([1 + strength[:3], strength[3:]])
+        order = batches.ORDERS[(24 * draws[:, 49]).long()]
+        order = order.masked_fill((jitter >= self.jitter_prob)[:, None] | (strength == 0)[order], -1)
+        batches.jitter(planes, low + draws[:, 45:49] * (high - low), order)
+        if not self.gray_first:
+            batches.gray(planes, grayed)
+        sigma = self.blur_sigma[0] + radius * (self.blur_sigma[1] - self.blur_sigma[0])
+        batches.blur(planes, (blur < self.blur_prob).nonzero()[:, 0], sigma)
+        if self.solarize_prob:
+            batches.solarize(planes, (draws[:, 50] < self.solarize_prob).nonzero()[:, 0])
+        images = planes.to(torch.uint8).transpose(0, 1).contiguous()
+        return batches.flip(images, flip < 0.5)
 
 
 class TwoViews(ImageTransform):
@@ -394,9 +472,14 @@ class TwoViews(ImageTransform):
         self.transform = transform
         self.random = bool(getattr(transform, "random", True))
         self.foreign_random = bool(getattr(transform, "foreign_random", True))
+        one = getattr(transform, "draws", None)
+        self.draws = None if one is None else 2 * one
 
     def forward(self, image: Tensor) -> list[Tensor]:
         return [self.transform(image), self.transform(image)]
+
+    def batch(self, images: Tensor, draws: Tensor) -> list[Tensor]:
+        return [self.transform.batch(images, half) for half in draws.chunk(2, dim=1)]  # type: ignore[misc]
 
 
 def color_jitter(image: Tensor, strength: Sequence[float]) -> Tensor:
@@ -525,26 +608,46 @@ class PadCropTrain(ImageTransform):
         size: side of the output in pixels.
         padding: pixels on each side.
         fill: "mean" pads with the mean colour, which is 0 once normalised; "zero" with black.
+        cutout: side in pixels of a square that takes the same colour, around a random pixel (DeVries and Taylor 2017,
+            arXiv 1708.04552: 16 on CIFAR-10, 8 on CIFAR-100); 0 for none.
     """
 
-    def __init__(self, size: int | None = None, padding: int = 4, fill: str = "mean") -> None:
+    def __init__(self, size: int | None = None, padding: int = 4, fill: str = "mean", cutout: int = 0) -> None:
         super().__init__(size)
         if fill not in ("mean", "zero"):
             raise unknown("fill", fill, ("mean", "zero"))
         if padding < 0:
             raise ZooError(f"padding must not be negative, got {padding}")
-        self.padding, self.fill = padding, fill
+        if cutout < 0:
+            raise ZooError(f"cutout must not be negative, got {cutout}")
+        self.padding, self.fill, self.cutout = padding, fill, cutout
+        self.draws = 5 if cutout else 3
+
+    @property
+    def colour(self) -> list[int]:
+        """What stands where the picture does not."""
+        return [round(255 * m) if self.fill == "mean" else 0 for m in self.mean]
 
     def forward(self, image: Tensor) -> Tensor:
         side, p = self.side, self.padding
         draws = torch.rand(3).tolist()
         image = resize(image, (side, side), self.interpolation)
-        colour = [round(255 * m) if self.fill == "mean" else 0 for m in self.mean]
-        padded = image.new_tensor(colour)[:, None, None].repeat(1, side + 2 * p, side + 2 * p)
+        padded = image.new_tensor(self.colour)[:, None, None].repeat(1, side + 2 * p, side + 2 * p)
         padded[:, p : p + side, p : p + side] = image
         top, left = int(draws[0] * (2 * p + 1)), int(draws[1] * (2 * p + 1))
         image = padded[:, top : top + side, left : left + side]
-        return image.flip(-1) if draws[2] < 0.5 else image
+        image = image.flip(-1) if draws[2] < 0.5 else image
+        return self._cut(image[None], torch.rand(1, 2))[0] if self.cutout else image
+
+    def batch(self, images: Tensor, draws: Tensor) -> Tensor:
+        images = resize(images, (self.side, self.side), self.interpolation)
+        top, left = (draws[:, :2] * (2 * self.padding + 1)).long().unbind(1)
+        images = batches.flip(batches.pad_crop(images, self.padding, self.colour, top, left), draws[:, 2] < 0.5)
+        return self._cut(images, draws[:, 3:]) if self.cutout else images
+
+    def _cut(self, images: Tensor, draws: Tensor) -> Tensor:
+        row, column = (draws * self.side).long().unbind(1)
+        return batches.cut_out(images, self.cutout, self.colour, row, column)
 
 
 class ScaleTrain(ImageTransform):

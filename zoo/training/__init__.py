@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from zoo.training.base import BaseModule, seed_position
 from zoo.training.callbacks import NonFiniteGuard, Pictures, PreciseBN, Timing, default_callbacks
+from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from zoo.training.classification import Classification, LinearClassification
 from zoo.training.ema import EMA, evaluation_weights
 from zoo.training.lars import LARS
+from zoo.training.measures import FactorAccuracy, GivenBoxMasks, GradientSpread, UnitDeletion
 from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_optimizer, param_groups
 from zoo.training.probe import KNNProbe, LinearProbe, extract_features, fit_probe, gather_samples, probe_head
 from zoo.training.sampling import SampleGrid, SamplingEvaluation
@@ -17,8 +19,13 @@ __all__ = [
     "LARS",
     "ActionDetection",
     "BaseModule",
+    "BestCheckpoint",
     "Classification",
+    "FactorAccuracy",
+    "GivenBoxMasks",
+    "GradientSpread",
     "KNNProbe",
+    "LastCheckpoint",
     "LinearClassification",
     "LinearProbe",
     "MultiLabelVideoClassification",
@@ -29,6 +36,7 @@ __all__ = [
     "SampleGrid",
     "SamplingEvaluation",
     "Timing",
+    "UnitDeletion",
     "VideoClassification",
     "build",
     "default_callbacks",

@@ -11,9 +11,11 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.training.checkpoints import settle, take_up
 from zoo.training.optim import Optim, build
 
 
@@ -47,6 +49,9 @@ class BaseModule(L.LightningModule):
 
     - A task with an attribute `init_from` starts from the weights named there, which it loads in :meth:`load_initial`.
 
+    - The sums behind the training metrics that are logged with ``on_epoch=True`` are kept here and saved, so that a run
+      resumed inside an epoch logs the means of the whole epoch.
+
     A subclass that overrides one of the hooks below calls super.
 
     Args:
@@ -56,6 +61,8 @@ class BaseModule(L.LightningModule):
     def __init__(self, optim: Optim) -> None:
         super().__init__()
         self.optim = optim if isinstance(optim, Optim) else Optim(**optim)
+        self._means: dict[str, _Mean] = {}
+        self._in_batch = False
 
     init_from: str | None = None
 
@@ -84,10 +91,46 @@ class BaseModule(L.LightningModule):
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         seed_position(seed, stage, epoch, batch_idx, self.global_rank, dataloader_idx)
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [_Losses()]
+
+    def on_train_epoch_start(self) -> None:
+        self._means = {}
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._in_batch = True
         self._seed_batch(0, self.current_epoch, batch_idx)
         rates = [group["lr"] for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         self.log("train/lr", max(rates, default=0.0), on_step=True, on_epoch=False, batch_size=1)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._in_batch = False
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the epoch's means, under the names that Lightning gives them."""
+        for name, mean in self._means.items():
+            value = mean.value(self.trainer)
+            options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": 1}
+            if mean.steps:
+                super().log(name, value, logger=False, **options)
+                name += "_epoch"
+            super().log(name, value, prog_bar=mean.prog_bar, **options)
+
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """As in Lightning; means over a training epoch are :class:`BaseModule`'s own."""
+        mean = options.get("on_epoch") and options.get("reduce_fx", "mean") == "mean" and options.get("logger", True)
+        if not (self._in_batch and mean) or args or not isinstance(value, Tensor | float | int):
+            super().log(name, value, *args, **options)
+            return
+        steps, sync = options.get("on_step") is not False, bool(options.get("sync_dist"))
+        value = torch.as_tensor(value, device=self.device).detach()
+        value = value if value.dtype == torch.float64 else value.float()
+        kept = self._means.setdefault(name, _Mean(steps, sync, bool(options.get("prog_bar"))))
+        kept.add(value, options.get("batch_size") or 1)
+        if steps:
+            options |= {"on_epoch": False, "on_step": True}
+            super().log(f"{name}_step", value, **options)
+            super().log(name, value, **options | {"logger": False, "prog_bar": False})
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._seed_batch(1, 0, batch_idx, dataloader_idx)
@@ -98,15 +141,6 @@ class BaseModule(L.LightningModule):
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._seed_batch(3, 0, batch_idx, dataloader_idx)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if loss is None:
-            return
-        if self.automatic_optimization:  # Lightning hands the loss back divided by the accumulation
-            loss = loss * self.trainer.accumulate_grad_batches
-        size = batch_length(batch)
-        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=size)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         broken = [name for name, value in checkpoint["state_dict"].items() if not _finite(value)]
         if broken:
@@ -115,9 +149,100 @@ class BaseModule(L.LightningModule):
                 " nothing was saved and the last good checkpoint is kept"
             )
         checkpoint["zoo_task"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            if "zoo_run" not in checkpoint:
+                checkpoint["zoo_run"] = settle(self.trainer, checkpoint)
+            if self._means:
+                checkpoint["zoo_means"] = {name: mean.state(self.trainer) for name, mean in self._means.items()}
         for key in checkpoint:
             if key.endswith("hyper_parameters"):
                 checkpoint[key] = _plain(checkpoint[key])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes up the sums of the epoch begun.
+
+        Raises:
+            ZooError: the checkpoint's weights are not of this network; one line names what differs.
+        """
+        if self._trainer is None:  # load_from_checkpoint
+            return
+        state: Any = checkpoint.get("state_dict")
+        whole = not self.trainer.strategy.restore_checkpoint_after_setup  # else this process holds a part of them
+        if self.strict_loading and whole and isinstance(state, Mapping):
+            _refuse_other_weights(state, self.state_dict(), str(checkpoint.get("zoo_task", "")), self)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            take_up(self.trainer, checkpoint)
+            means = checkpoint.get("zoo_means", {}).items()
+            self._means = {name: _Mean.of(kept, self.trainer, self.device) for name, kept in means}
+
+
+class _Losses(L.Callback):
+    """Logs the loss of a batch before a checkpoint can be written behind it."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is None:
+            return
+        if pl_module.automatic_optimization:  # Lightning hands the loss back divided by the accumulation
+            loss = loss * trainer.accumulate_grad_batches
+        size = batch_length(batch)
+        pl_module.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=size)
+
+
+class _Mean:
+    """A mean over an epoch, weighted by the sizes of the batches; each process keeps its own sums."""
+
+    def __init__(self, steps: bool, sync: bool, prog_bar: bool) -> None:
+        self.steps, self.sync, self.prog_bar = steps, sync, prog_bar
+        self.sums: Tensor | None = None  # of the values, of the weights
+
+    def add(self, value: Tensor, weight: int) -> None:
+        fresh = torch.stack([value.mean() * weight, value.new_tensor(float(weight))])
+        self.sums = fresh if self.sums is None else self.sums.to(fresh.device) + fresh
+
+    def value(self, trainer: L.Trainer) -> Tensor:
+        assert self.sums is not None
+        total, weight = (trainer.strategy.reduce(self.sums, reduce_op="sum") if self.sync else self.sums).unbind()
+        return total / weight
+
+    def state(self, trainer: L.Trainer) -> dict[str, Any]:
+        """Call on every process."""
+        assert self.sums is not None
+        sums = trainer.strategy.all_gather(self.sums)
+        facts = {"steps": self.steps, "sync": self.sync, "prog_bar": self.prog_bar}
+        return {**facts, "sums": sums.reshape(-1, 2).tolist()}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], trainer: L.Trainer, device: torch.device) -> _Mean:
+        mean = cls(state["steps"], state["sync"], state["prog_bar"])
+        sums = torch.tensor(state["sums"], device=device)
+        if len(sums) != trainer.world_size:  # the first process takes the sums of all
+            sums = torch.cat([sums.sum(0, keepdim=True), sums.new_zeros(trainer.world_size - 1, 2)])
+        mean.sums = sums[trainer.global_rank]
+        return mean
+
+
+def _refuse_other_weights(
+    state: Mapping[str, Any], own: Mapping[str, Any], task: str, module: L.LightningModule
+) -> None:
+    mine = f"{type(module).__module__}.{type(module).__qualname__}"
+    other = f"; it is of {task.rpartition('.')[2]}, this of {type(module).__name__}" if task and task != mine else ""
+    missing, odd = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or odd:
+        name, where = (missing[0], "in the model only") if missing else (odd[0], "in the checkpoint only")
+        raise ZooError(
+            f"the checkpoint's weights are not of this model: {name!r} is {where}"
+            f" ({len(missing)} and {len(odd)} such{other})"
+        )
+    for name, value in own.items():
+        theirs = state[name]
+        if isinstance(value, Tensor) and isinstance(theirs, Tensor) and value.shape != theirs.shape:
+            raise ZooError(
+                f"the checkpoint's weights are not of this model: {name!r} is {tuple(theirs.shape)} there and"
+                f" {tuple(value.shape)} here{other}; give the options that it was trained with"
+            )
 
 
 def _finite(value: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from zoo import files
 from zoo.errors import ZooError
 from zoo.nn.batchnorm import BATCH_NORMS
 from zoo.training.base import seed_position
@@ -30,6 +31,12 @@ class Timing(L.Callback):
         self._data = self._compute = 0.0
         self._begin = 0.0
         self._idle: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"data": self._data, "compute": self._compute}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._data, self._compute = state_dict["data"], state_dict["compute"]
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._data = self._compute = 0.0
@@ -94,8 +101,9 @@ class NonFiniteGuard(L.Callback):
         if trainer.strategy.reduce_boolean_decision(step < 0, all=True):
             return
         where = f"at step {step}" if step >= 0 else "in another process"
-        saved = trainer.checkpoint_callback
-        path = getattr(saved, "last_model_path", "") or getattr(saved, "best_model_path", "")
+        kept = trainer.checkpoint_callbacks
+        paths = [getattr(one, name, "") for name in ("last_model_path", "best_model_path") for one in kept]
+        path = next(filter(None, paths), "")
         raise ZooError(
             f"the loss is not finite {where} (epoch {trainer.current_epoch}); lower model.optim.base_lr, clip gradients"
             f" (trainer.gradient_clip_val) or use a wider trainer.precision; last good checkpoint: {path or 'none yet'}"
@@ -157,8 +165,8 @@ class Pictures(L.Callback):
             ):
                 picture = pl_module.picture(batch)  # type: ignore[operator]
             path = Path(folder) / f"{type(pl_module).__name__}_step{trainer.global_step:07d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_png(picture.cpu(), str(path))
+            with files.replacing(path) as part:
+                write_png(picture.cpu(), str(part))
             print(f"picture: {path}", flush=True)
         trainer.strategy.barrier()
         return path

@@ -89,7 +89,7 @@ class Classification(BaseModule):
         metrics["accuracy"].update(logits, batch["label"])  # type: ignore[operator]
         metrics["loss"].update(cross_entropy(logits, batch["label"], reduction="none"))  # type: ignore[operator]
         self.log_dict(metrics["accuracy"], prog_bar=split == "val")  # type: ignore[arg-type]
-        self.log(f"{split}/loss", metrics["loss"])  # type: ignore[arg-type]
+        self.log(f"{split}/loss", metrics["loss"])
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._evaluate(batch, self.val_metrics, "val")

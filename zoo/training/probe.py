@@ -6,6 +6,8 @@ are monitors that see every image in one view; a paper's own linear-probe number
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -140,11 +142,12 @@ def gather_samples(trainer: L.Trainer, samples: dict[str, Tensor]) -> dict[str, 
     return {key: value[order[fresh]] for key, value in samples.items()}
 
 
-def _loader(trainer: L.Trainer, split: str) -> Iterable[Any]:
+def _loader(trainer: L.Trainer, split: str, count: int | None = None) -> Iterable[Any]:
     """The loader of "train", "val" or "test": the data module's own, else the one the trainer holds.
 
-    A data module with `samples(split, train_transform)` gives the training samples under its evaluation transform, each
-    once.
+    Of "val" and "test" as many batches as `trainer.limit_val_batches` and `limit_test_batches` allow. A data module
+    with `samples(split, train_transform)` gives the training samples under its evaluation transform, each once;
+    `count` of them, where so many are enough, drawn with the run's seed.
     """
     source = trainer.datamodule  # type: ignore[attr-defined]
     if source is not None:
@@ -153,10 +156,15 @@ def _loader(trainer: L.Trainer, split: str) -> Iterable[Any]:
         loader = getattr(source, f"{split}_dataloader")()
         if split == "train" and callable(getattr(source, "samples", None)):
             samples = source.samples("train", train_transform=False)
+            chosen = list(range(len(samples)))
+            if count is not None and count < len(samples):
+                draw = torch.Generator().manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
+                chosen = torch.randperm(len(samples), generator=draw)[:count].sort().values.tolist()
+                count = None
             loader = DataLoader(
                 samples,
                 batch_size=loader.batch_size,
-                sampler=range(trainer.global_rank, len(samples), trainer.world_size),
+                sampler=chosen[trainer.global_rank :: trainer.world_size],
                 collate_fn=loader.collate_fn,
                 num_workers=loader.num_workers,
             )
@@ -170,7 +178,17 @@ def _loader(trainer: L.Trainer, split: str) -> Iterable[Any]:
         loader = loader[0] if loader else None
     if loader is None:
         raise ZooError(f"a probe needs {split} data, and this run has none; hand over a LightningDataModule")
-    return loader
+    if count is not None and split == "train" and len(loader) * (getattr(loader, "batch_size", None) or 1) > count:
+        raise ZooError("train_samples of a probe wants a data module that has samples(split, train_transform)")
+    limit = 1.0 if split == "train" else getattr(trainer, f"limit_{split}_batches")
+    most = limit if isinstance(limit, int) else None if limit == 1.0 else int(limit * len(loader))
+    return itertools.islice(loader, most) if most else loader
+
+
+def _some(count: int | None) -> int | None:
+    if count is not None and count < 2:
+        raise ZooError(f"train_samples of a probe must be 2 or more, not {count}")
+    return count
 
 
 def _num_classes(trainer: L.Trainer, *labels: Tensor) -> int:
@@ -190,6 +208,7 @@ class LinearProbe(L.Callback):
         warmup_epochs: linear warm-up; the cosine takes the rest.
         weight_decay: 0 in every published probe but VISSL's.
         seed: of the head and the order of samples.
+        train_samples: learn from so many training samples only, drawn with the run's seed.
     """
 
     def __init__(
@@ -201,18 +220,20 @@ class LinearProbe(L.Callback):
         warmup_epochs: float = 10,
         weight_decay: float = 0.0,
         seed: int = 0,
+        train_samples: int | None = None,
     ) -> None:
         if epochs < 1 or batch_size < 2 or not 0 <= warmup_epochs < epochs:
             raise ZooError("a linear probe wants epochs >= 1, batch_size >= 2 and 0 <= warmup_epochs < epochs")
         self.epochs, self.batch_size, self.seed, self.base_lr = epochs, batch_size, seed, base_lr
+        self.train_samples = _some(train_samples)
         self.optim = Optim(name=optimizer, weight_decay=weight_decay, warmup_epochs=warmup_epochs)
 
     def run(self, trainer: L.Trainer, module: L.LightningModule, split: str) -> dict[str, float]:
         """{"probe_top1", "probe_top5"} on `split` ("val" or "test"); call on every process."""
         with evaluation_weights(trainer, module):
             train, held = (
-                gather_samples(trainer, extract_features(trainer, module, _loader(trainer, name)))
-                for name in ("train", split)
+                gather_samples(trainer, extract_features(trainer, module, _loader(trainer, name, count)))
+                for name, count in (("train", self.train_samples), (split, None))
             )
         classes = _num_classes(trainer, train["label"], held["label"])
         with torch.inference_mode(False), torch.enable_grad():
@@ -254,12 +275,16 @@ class KNNProbe(L.Callback):
         k: neighbours.
         temperature: of the vote exp(cosine / T).
         every_n_epochs: epochs between two measurements.
+        train_samples: a bank of so many training samples only, drawn with the run's seed.
     """
 
-    def __init__(self, k: int = 20, temperature: float = 0.07, every_n_epochs: int = 1) -> None:
+    def __init__(
+        self, k: int = 20, temperature: float = 0.07, every_n_epochs: int = 1, train_samples: int | None = None
+    ) -> None:
         if every_n_epochs < 1:
             raise ZooError(f"every_n_epochs must be 1 or more, not {every_n_epochs}")
         self.k, self.temperature, self.every_n_epochs = k, temperature, every_n_epochs
+        self.train_samples = _some(train_samples)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or (
@@ -268,8 +293,8 @@ class KNNProbe(L.Callback):
             return
         with evaluation_weights(trainer, pl_module):
             bank, query = (
-                gather_samples(trainer, extract_features(trainer, pl_module, _loader(trainer, split)))
-                for split in ("train", "val")
+                gather_samples(trainer, extract_features(trainer, pl_module, _loader(trainer, split, count)))
+                for split, count in (("train", self.train_samples), ("val", None))
             )
         # Gathered already (without repeats), so every process computes the same.
         metric = KNNAccuracy(

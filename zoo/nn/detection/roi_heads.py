@@ -31,7 +31,7 @@ from zoo.ops.boxes import (
 from zoo.ops.keypoints import heatmaps_to_keypoints, keypoint_cells
 from zoo.ops.masks import crop_masks, crop_polygons
 
-Pooling = Literal["align", "align_unshifted", "pool"]
+Pooling = Literal["align", "align_unshifted", "pool", "warp"]
 Detection = dict[str, Tensor]
 
 
@@ -66,7 +66,8 @@ class PoolConfig:
     Args:
         size: its side in cells.
         sampling: samples a cell and axis; 0 for as many as it covers cells of the map.
-        pooling: RoIAlign, RoIAlign without its shift of half a pixel, or RoIPool.
+        pooling: RoIAlign, RoIAlign without its shift of half a pixel, RoIPool, or RoIWarp: bilinear samples as
+            RoIAlign's, of a region that is rounded to whole cells of the map before (section 3; Table 2c).
     """
 
     size: int = 7
@@ -110,13 +111,18 @@ class BoxHeadConfig:
 
 @dataclass(frozen=True)
 class MaskHeadConfig:
-    """A mask of a region: `convs` 3x3 convolutions, an upsampling by 2, one map a class (or one for all)."""
+    """A mask of a region: `convs` 3x3 convolutions, an upsampling by 2, one map a class (or one for all).
+
+    With `softmax` the classes and the background compete in each cell, as in fully convolutional segmentation, instead
+    of one sigmoid a class (Table 2b); a mask is then that of its class against the background alone.
+    """
 
     pool: PoolConfig = PoolConfig(14)
     convs: int = 4
     channels: int = 256
     norm: Norm | None = None
     class_agnostic: bool = False
+    softmax: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,11 @@ class RoIPooler(nn.Module):
         rois = rois.to(features.dtype)
         if config.pooling == "pool":
             return roi_pool(features, rois, config.size, scale)
-        return roi_align(features, rois, config.size, scale, config.sampling, aligned=config.pooling == "align")
+        if config.pooling == "warp":
+            low, high = ((part * scale).round() * stride for part in (rois[:, 1:3], rois[:, 3:]))
+            rois = torch.cat([rois[:, :1], low, high.maximum(low + stride)], dim=1)
+        shifted = config.pooling != "align_unshifted"
+        return roi_align(features, rois, config.size, scale, config.sampling, aligned=shifted)
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> Tensor:
         """Features (R, C, S, S) of `rois` (R, 5): index of the image, box in its pixels."""
@@ -243,10 +253,14 @@ class BoxPredictor(nn.Module):
 
 
 class MaskHead(nn.Sequential):
-    """mask_fcn1, ..., deconv, ReLU, predictor: logits (R, K, 2 S, 2 S) (Mask R-CNN, figure 4)."""
+    """mask_fcn1, ..., deconv, ReLU, predictor: logits (R, K, 2 S, 2 S) (Mask R-CNN, figure 4), or (R, K + 1, 2 S, 2 S)
+    with the background last under a softmax."""
 
     def __init__(self, in_channels: int, num_classes: int, config: MaskHeadConfig) -> None:
         super().__init__()
+        if config.softmax and config.class_agnostic:
+            raise ZooError("mask.softmax is over classes: it goes with class_agnostic false only")
+        self.softmax = config.softmax
         for k in range(config.convs):
             layer = Conv2dNormActivation(in_channels, config.channels, 3, norm_layer=norm_layer(config.norm))
             he_normal(layer[0])
@@ -255,18 +269,22 @@ class MaskHead(nn.Sequential):
         self.deconv = nn.ConvTranspose2d(in_channels, config.channels, 2, 2)
         he_normal(self.deconv)
         self.relu = nn.ReLU(inplace=True)
-        self.predictor = nn.Conv2d(config.channels, 1 if config.class_agnostic else num_classes, 1)
+        maps = 1 if config.class_agnostic else num_classes + config.softmax
+        self.predictor = nn.Conv2d(config.channels, maps, 1)
         nn.init.normal_(self.predictor.weight, std=0.001)
         nn.init.zeros_(self.predictor.bias)  # type: ignore[arg-type]
 
     def of_class(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The maps (R, M, M) of classes `labels` (R,) out of `logits` (R, K, M, M)."""
+        """The maps (R, M, M) of classes `labels` (R,) out of `logits` (R, K, M, M); under a softmax, against the
+        background."""
         if logits.shape[1] == 1:
             return logits[:, 0]
-        return logits[torch.arange(len(labels), device=labels.device), labels]
+        chosen = logits[torch.arange(len(labels), device=labels.device), labels]
+        return chosen - logits[:, -1] if self.softmax else chosen
 
     def loss(self, x: Tensor, regions: Regions, targets: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Binary cross-entropy of the true class's map alone, the mean over `regions` (all objects) and cells."""
+        """Binary cross-entropy of the true class's map alone, the mean over `regions` (all objects) and cells; under a
+        softmax, cross-entropy over all maps."""
         logits = self(x)
         if not len(regions.labels):
             return logits.sum() * 0  # the parameters stay in the graph of every process
@@ -278,8 +296,13 @@ class MaskHead(nn.Sequential):
                 wanted.append(crop_polygons([target["polygons"][n] for n in index.tolist()], boxes, size))
             else:
                 wanted.append(crop_masks(target["masks"], index, boxes, size))
+        inside = torch.cat(wanted)
+        if self.softmax:
+            return cross_entropy(
+                at_least_float32(logits), torch.where(inside, regions.labels[:, None, None], logits.shape[1] - 1)
+            )
         chosen = at_least_float32(self.of_class(logits, regions.labels))
-        return binary_cross_entropy_with_logits(chosen, torch.cat(wanted).to(chosen.dtype))
+        return binary_cross_entropy_with_logits(chosen, inside.to(chosen.dtype))
 
 
 class KeypointHead(nn.Sequential):

@@ -1,0 +1,235 @@
+"""Callbacks that measure what ablations are about: gradients across depth, single units, parts of a label, masks in
+boxes that are given. `zoo fit RECIPE --trainer.callbacks+=zoo.training.GradientSpread` adds one to any run.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from zoo.errors import ZooError
+from zoo.ops.masks import paste_masks
+from zoo.training.ema import evaluation_weights
+from zoo.training.probe import _loader
+
+
+def _chosen(module: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """The parts of `module` whose names match `pattern`, each ``*`` standing for one level."""
+    levels = pattern.count(".")
+    found = {n: m for n, m in module.named_modules() if n.count(".") == levels and fnmatch.fnmatchcase(n, pattern)}
+    if not found:
+        raise ZooError(f"no part of {type(module).__name__} is called {pattern!r}")
+    return found
+
+
+class GradientSpread(L.Callback):
+    """Logs `gradient_spread`: decades between the largest and the smallest gradient norm of the chosen parts' outputs,
+    in the first training batch, before any step. The network is left as it was.
+
+    Args:
+        parts: names such as ``network.stages.*.*``.
+    """
+
+    def __init__(self, parts: str) -> None:
+        self.parts = parts
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step or batch_idx:
+            return
+        outputs: list[Tensor] = []
+
+        def keep(part: nn.Module, inputs: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.retain_grad()
+                outputs.append(output)
+
+        state = {name: value.clone() for name, value in pl_module.state_dict().items()}  # running statistics will move
+        hooks = [part.register_forward_hook(keep) for part in _chosen(pl_module, self.parts).values()]
+        try:
+            result: Any = pl_module.training_step(batch, batch_idx)
+            (result["loss"] if isinstance(result, Mapping) else result).backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            pl_module.zero_grad(set_to_none=True)
+            pl_module.load_state_dict(state)
+        norms = torch.stack([output.grad.norm() for output in outputs if output.grad is not None])
+        pl_module.log("gradient_spread", (norms.max() / norms.min()).log10(), on_step=True, on_epoch=False)
+
+
+class UnitDeletion(L.Callback):
+    """Logs `deletion_median` and `deletion_largest`: by how much the validation loss grows where one of the chosen
+    parts is left out, of those whose output is shaped like their input (Veit et al. 2016, arXiv 1605.06431).
+
+    For tasks with `predict_logits(batch)` and batches with `label`. One process measures on its own share.
+
+    Args:
+        parts: names such as ``network.stages.*.*``.
+        batches: validation batches that the loss is taken over.
+    """
+
+    def __init__(self, parts: str, batches: int = 1) -> None:
+        if batches < 1:
+            raise ZooError(f"batches must be 1 or more, not {batches}")
+        self.parts, self.batches = parts, batches
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        some = [
+            trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), pl_module.device)
+            for batch in itertools.islice(_loader(trainer, "val"), self.batches)
+        ]
+        with evaluation_weights(trainer, pl_module), torch.inference_mode():
+            growth = self._growth(pl_module, some)
+        pl_module.log_dict(
+            {"deletion_median": median(growth), "deletion_largest": max(growth)}, sync_dist=trainer.world_size > 1
+        )
+
+    def _growth(self, module: Any, batches: Sequence[Mapping[str, Any]]) -> list[float]:
+        def loss() -> float:
+            logits = torch.cat([module.predict_logits(batch).float() for batch in batches])
+            return float(cross_entropy(logits, torch.cat([batch["label"] for batch in batches])))
+
+        kept: set[str] = set()
+        parts = _chosen(module, self.parts)
+
+        def watch(name: str) -> Any:
+            return lambda part, inputs, output: kept.add(name) if inputs[0].shape == output.shape else None
+
+        hooks = [part.register_forward_hook(watch(name)) for name, part in parts.items()]
+        whole = loss()
+        for hook in hooks:
+            hook.remove()
+        if not kept:
+            raise ZooError(
+                f"{self.parts}: no part can be left out; the output of each has another shape than its input"
+            )
+        growth = []
+        for name in kept:
+            module.set_submodule(name, nn.Identity())
+            growth.append(loss() - whole)
+            module.set_submodule(name, parts[name])
+        return growth
+
+
+class FactorAccuracy(L.Callback):
+    """Logs `{val,test}/NAME` (fractions) for each factor of a label that stands for several: of label a * n + b the
+    factors {a: m, b: n} are a and b. For tasks with `predict_logits(batch)`.
+
+    Args:
+        factors: number of values by name, the slowest first.
+    """
+
+    def __init__(self, factors: dict[str, int]) -> None:
+        if not factors or min(factors.values()) < 1:
+            raise ZooError("factors must name one or more, each of 1 value or more")
+        self.factors = dict(factors)
+        self._hits: Tensor | None = None
+        self._count = 0
+
+    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._hits, self._count = torch.zeros(len(self.factors), device=pl_module.device), 0
+
+    on_validation_epoch_start = on_test_epoch_start = _start
+
+    def _update(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        guess, truth = pl_module.predict_logits(batch).argmax(dim=1), batch["label"]
+        assert self._hits is not None
+        for n, size in reversed(list(enumerate(self.factors.values()))):
+            self._hits[n] += (guess % size == truth % size).sum()
+            guess, truth = guess // size, truth // size
+        self._count += len(truth)
+
+    on_validation_batch_end = on_test_batch_end = _update
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
+        assert self._hits is not None
+        sums = torch.cat([self._hits, self._hits.new_tensor([self._count])])
+        sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        for name, hits in zip(self.factors, sums[:-1], strict=True):
+            pl_module.log(f"{split}/{name}", (hits / sums[-1].clamp(min=1)).item())
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log(trainer, pl_module, "test")
+
+
+class GivenBoxMasks(L.Callback):
+    """Logs how well a detector draws masks in boxes that are given, whatever its proposals.
+
+    `val/mask_iou` is the mean overlap with the true mask in the whole picture; `val/mask_above_50` and
+    `val/mask_above_75` are the shares of objects whose overlap is larger; `val/mask_iou_large` is of objects with a
+    side of `large` pixels or more.
+
+    The boxes are the objects' own, each border moved by up to `jitter` of the box's side, alike for all networks; the
+    class is given, too. One process measures on its own share.
+
+    Args:
+        jitter: share of a side.
+        large: pixels.
+    """
+
+    def __init__(self, jitter: float = 0.1, large: float = 32.0) -> None:
+        self.jitter, self.large = jitter, large
+        self._overlaps: list[Tensor] = []
+        self._large: list[Tensor] = []
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._overlaps, self._large = [], []
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        from pycocotools import mask as coco
+
+        network, generator = pl_module.network, torch.Generator().manual_seed(batch_idx)
+        if getattr(network.roi_heads, "mask_head", None) is None:
+            raise ZooError(f"{type(network).__name__} has no mask head to measure")
+        given: list[dict[str, Tensor]] = []
+        for target, (height, width), (tall, wide) in zip(
+            batch["target"], batch["size"].tolist(), batch["original_size"].tolist(), strict=True
+        ):
+            boxes = target["boxes"].float().cpu() * torch.tensor([width / wide, height / tall] * 2)
+            sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+            boxes = boxes + sides * self.jitter * (2 * torch.rand(boxes.shape, generator=generator) - 1)
+            boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
+            given.append({"boxes": boxes.to(pl_module.device), "labels": target["labels"].to(pl_module.device)})
+        maps = network.backbone(batch["image"])
+        network.roi_heads.complete([maps[name] for name in network.roi_heads.levels], given)
+        for found, target, (height, width), (tall, wide) in zip(
+            given, batch["target"], batch["size"].tolist(), batch["original_size"].tolist(), strict=True
+        ):
+            if not len(found["boxes"]):
+                continue
+            boxes = found["boxes"].cpu() * torch.tensor([wide / width, tall / height] * 2)
+            drawn = paste_masks(found["mask_probs"].cpu(), boxes, (tall, wide))
+            truth = torch.from_numpy(coco.decode(target["masks"])).permute(2, 0, 1).bool()
+            both, either = (drawn & truth).sum((1, 2)), (drawn | truth).sum((1, 2))
+            self._overlaps.append(both / either.clamp(min=1))
+            sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
+            self._large.append(sides.amax(dim=1).cpu() >= self.large)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not self._overlaps:
+            return
+        overlaps, large = torch.cat(self._overlaps), torch.cat(self._large)
+        found = {"mask_iou": overlaps, "mask_above_50": (overlaps > 0.5).float()}
+        found |= {"mask_above_75": (overlaps > 0.75).float()}
+        found |= {"mask_iou_large": overlaps[large]} if large.any() else {}
+        numbers = {f"val/{name}": value.mean().item() for name, value in found.items()}
+        pl_module.log_dict(numbers, sync_dist=trainer.world_size > 1)
