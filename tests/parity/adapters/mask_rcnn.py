@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.detection.mask_rcnn import MODELS, MaskRCNN, MaskRCNNDetection, convert_official
+from zoo.detection import mask_rcnn
+from zoo.detection.mask_rcnn import MaskRCNN, MaskRCNNDetection, convert_official
 from zoo.errors import ZooError
 from zoo.nn.detection.roi_heads import PoolConfig, RoIPooler, rois_of
 from zoo.nn.detection.rpn import AnchorGenerator
@@ -26,13 +28,16 @@ def run(case: Case) -> dict[str, Tensor]:
     return train_run(case) if "effective" in config else network(case) if "training" in config else box_ops(case)
 
 
+def create(base: str | None, given: dict[str, Any]) -> MaskRCNN:
+    """The network of a base config and settings."""
+    return (MaskRCNN if base is None else getattr(mask_rcnn, base))(**official.options(given))
+
+
 def network(case: Case) -> dict[str, Tensor]:
     """Losses and gradients of a batch, or proposals and detections."""
     config, inputs = case["config"], filled_inputs(case)
     base, given = official.settings(config)
-    options = {name: None if part is False else part for name, part in official.options(given).items()}
-    create = MaskRCNN if base is None else MODELS[base]
-    net: Any = load_filled(create(**options), case, convert_official).train(config["training"])
+    net: Any = load_filled(create(base, given), case, convert_official).train(config["training"])
     images = [inputs[f"image{n}"] for n in range(len(config["image_sizes"]))]
     batch = official.batch(images, given, net.size_divisibility, case)
     if config["training"]:
@@ -47,7 +52,7 @@ def network(case: Case) -> dict[str, Tensor]:
 def evaluate(case: Case, net: MaskRCNN, batch: dict[str, Any]) -> dict[str, Tensor]:
     config = case["config"]
     features, proposals = net.propose(batch)
-    outputs = {f"feature_{_level(name)}": x for name, x in features.items()}
+    outputs = {f"feature_{name.replace('c', 'res')}": x for name, x in features.items()}
     for n, found in enumerate(proposals):
         outputs |= {f"proposals{n}": found.boxes, f"proposal_logits{n}": found.logits}
     sizes = zip(net.detect(batch), config["image_sizes"], config["output_sizes"], strict=True)
@@ -63,19 +68,15 @@ def evaluate(case: Case, net: MaskRCNN, batch: dict[str, Any]) -> dict[str, Tens
     return outputs
 
 
-def _level(ours: str) -> str:
-    return ours.replace("c", "res")
-
-
 def train_run(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
     model, effective = config["model"], config["effective"]
     solver = effective["SOLVER"]
-    further = {name: value for name, value in effective.items() if name.startswith("MODEL.")}
-    base, given = official.settings(model, further)
+    base, given = official.settings(model, {key: entry for key, entry in effective.items() if key.startswith("MODEL.")})
     clip_each, clipping = official.clipping(solver)
-    optim = official.optim(solver)
-    task = MaskRCNNDetection(model=base, **official.options(given), optim=optim, clip_each=clip_each)
+    with torch.device("meta"):
+        options = create(base, given).options
+    task = MaskRCNNDetection(**options, optim=official.optim(solver), clip_each=clip_each)
     net = task.network
 
     def batch(step: dict[str, Tensor], k: int) -> dict[str, Any]:
@@ -85,10 +86,11 @@ def train_run(case: Case) -> dict[str, Tensor]:
 
     def after() -> dict[str, Tensor]:
         features = net.backbone(official.batch([inputs["image_eval"]], given, net.size_divisibility, case)["image"])
-        logits, deltas = net.rpn.head([features[name] for name in net.rpn.levels])
-        found = {f"eval_{_level(name)}": x for name, x in features.items()}
-        for name, scores, moves in zip(net.rpn.levels, logits, deltas, strict=True):
-            found |= {f"eval_logits_{_level(name)}": scores, f"eval_deltas_{_level(name)}": moves}
+        found = {f"eval_{name.replace('c', 'res')}": x for name, x in features.items()}
+        heads = net.rpn.head([features[name] for name in net.rpn.levels])
+        for name, scores, moves in zip(net.rpn.levels, *heads, strict=True):
+            level = name.replace("c", "res")
+            found |= {f"eval_logits_{level}": scores, f"eval_deltas_{level}": moves}
         return found
 
     run = {"iterations": solver["MAX_ITER"], **config.get("train", {})}
@@ -155,12 +157,10 @@ def _lowest_level(case: Case, maps: list[Tensor]) -> int:
         ZooError: the case says nothing of it.
     """
     config, sides = case["config"], case["config"]["image_size"]
-    for lowest in range(7):
-        strides = [2 ** (lowest + k) for k in range(len(maps))]
-        for whole in (math.floor, math.ceil):
-            shapes = [tuple(whole(side / stride) for side in sides) for stride in strides]
-            if shapes == [tuple(x.shape[-2:]) for x in maps]:
-                return lowest
+    shapes = [tuple(x.shape[-2:]) for x in maps]
+    for lowest, whole in itertools.product(range(7), (math.floor, math.ceil)):
+        if shapes == [tuple(whole(side / 2 ** (lowest + k)) for side in sides) for k in range(len(maps))]:
+            return lowest
     if len(config["strides"]) == len(maps):
         return int(math.log2(config["strides"][0]))
     if told := re.search(r"assign_boxes_to_levels\((\d+)\.\.\d+\)", case.get("notes", "")):
