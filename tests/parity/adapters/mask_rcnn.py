@@ -18,7 +18,7 @@ from zoo.nn.detection.rpn import AnchorGenerator
 from zoo.ops.boxes import decode_boxes, encode_boxes, match, pairwise_iou, permutation, pyramid_levels, sample_labels
 from zoo.ops.keypoints import heatmaps_to_keypoints
 from zoo.ops.masks import crop_masks, crop_polygons, paste_masks
-from zoo.parity import Case, dtype_of, filled_inputs, gradients, load_filled, named, shared, train
+from zoo.parity import Case, filled_inputs, gradients, load_filled, named, shared, train
 
 official = shared("detectron2")
 
@@ -101,17 +101,16 @@ def train_run(case: Case) -> dict[str, Tensor]:
 def box_ops(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
     height, width = config["image_size"]
-    dtype, device = dtype_of(case), case.get("device", "cpu")
 
     def boxes_from(uniform: Tensor, least: float) -> Tensor:
         side = uniform.new_tensor([width, height])
         corner = uniform[:, :2] * (side - least)
         return torch.cat([corner, (corner + least + uniform[:, 2:] * 0.6 * side).minimum(side)], dim=1)
 
-    strides = config["strides"]
-    grids = [torch.zeros(1, 1, -(-height // s), -(-width // s), dtype=dtype, device=device) for s in strides]
-    anchors = torch.cat(AnchorGenerator(strides, config["sizes"], config["ratios"], config["offset"])(grids))
     truth, proposals = boxes_from(inputs["gt_uniform"], 10), boxes_from(inputs["proposal_uniform"], 4)
+    grids = [truth.new_zeros(1, 1, -(-height // stride), -(-width // stride)) for stride in config["strides"]]
+    generator = AnchorGenerator(config["strides"], config["sizes"], config["ratios"], config["offset"])
+    anchors = torch.cat(generator(grids))
     iou = pairwise_iou(truth, anchors)
     index, labels = match(iou, config["thresholds"], config["labels"], low_quality=True)
     permute = permutation(inputs["perm_uniform"])
@@ -125,24 +124,17 @@ def box_ops(case: Case) -> dict[str, Tensor]:
     half = len(proposals) // 2
     logits, heatmaps = inputs["mask_logits"], inputs["heatmaps"]
     pasted = paste_masks((3 * logits[:, 0]).sigmoid(), proposals[: len(logits)], (height, width))
-    polygon_boxes = torch.tensor(config["polygon_boxes"], dtype=dtype, device=device)
+    polygon_boxes = truth.new_tensor(config["polygon_boxes"])
     deltas = inputs["random_deltas"].unflatten(1, (-1, 4))
     masks, everyone = official.ellipses(truth, height, width), torch.arange(len(truth))
-    return {
-        "anchors": anchors,
-        "gt_boxes": truth,
-        "proposals": proposals,
-        "iou": iou,
-        "matched_gt": index,
-        "match_labels": labels,
-        "sampled_pos": positive,
-        "sampled_neg": negative,
+    found = {"anchors": anchors, "gt_boxes": truth, "proposals": proposals, "iou": iou, "matched_gt": index}
+    found |= {"match_labels": labels, "sampled_pos": positive, "sampled_neg": negative}
+    found |= {"pasted_area": pasted.sum(dim=(1, 2)), "pasted_cols": pasted.sum(dim=1)}
+    return found | {
         "deltas": encode_boxes(truth[index], anchors, weights),
         "decoded": decode_boxes(deltas, proposals[:, None], weights).flatten(1),
         "levels": pyramid_levels(proposals, lowest, lowest + len(maps) - 1, canonical),
         "roi_features": pooler(maps, rois_of([proposals[:half], proposals[half:]])),
-        "pasted_area": pasted.sum(dim=(1, 2)),
-        "pasted_cols": pasted.sum(dim=1),
         "keypoints": heatmaps_to_keypoints(heatmaps, proposals[: len(heatmaps)]),
         "mask_targets": crop_masks(masks, everyone, truth * 0.9 + 2, config["mask_size"]),
         "polygon_targets": crop_polygons([[one] for one in config["polygons"]], polygon_boxes, config["mask_size"]),
