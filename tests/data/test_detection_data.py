@@ -331,7 +331,7 @@ def _canonical(parts: list[np.ndarray]) -> list[list[list[float]]]:
 def test_polygons_are_cut_at_the_window_of_a_crop(polygon: list[list[float]], parts: list[list[list[float]]]) -> None:
     """As detectron2's crop cuts them (shapely gives the same): a part to each polygon, none of a line or a touch."""
     assert _canonical(clip_polygon(np.array(polygon, float), 10, 10)) == parts
-    moved = np.array(polygon, float) + [7, 3]
+    moved = np.array(polygon, float) + np.array([7, 3])
     scene = Scene(torch.zeros(3, 40, 50, dtype=torch.uint8), np.array([[0.0, 0, 50, 40]]), np.zeros(1, int), [[moved]])
     scene = scene.cropped(3, 7, 10, 10).with_boxes_of_segments()
     assert scene.segments is not None
