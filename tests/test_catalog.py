@@ -321,3 +321,11 @@ def test_every_recipe_belongs_to_a_paper() -> None:
     recipes = catalog.list_recipes()
     assert recipes
     assert {name.partition("/")[0] for name in recipes} <= set(catalog.list_papers())
+
+
+def test_several_patterns_match_what_each_of_them_does() -> None:
+    assert zoo.list_models(["mae*", "moco*"]) == sorted({*zoo.list_models("mae*"), *zoo.list_models("moco*")})
+    assert zoo.list_models(["mae*"], pretrained=True) == zoo.list_models("mae*", pretrained=True)
+    assert zoo.list_models([]) == []
+    with pytest.raises(ZooError, match="a pattern is text"):
+        zoo.list_models([3])  # type: ignore[list-item]

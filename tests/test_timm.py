@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import zoo.timm
 from zoo import catalog
 from zoo.errors import ZooError
+from zoo.nn.vit import VisionTransformer
 from zoo.weights.pretrained import Architecture
 
 CARDS = [catalog.paper(slug) for slug in catalog.list_papers()]
@@ -28,7 +29,7 @@ TINY: dict[str, dict[str, Any]] = {
     "preact_resnet164_cifar": {"depths": (2, 2, 2), "widths": (4, 8, 16)},
     "preact_resnet18": {"widths": (8, 8, 16, 16), "stem_width": 8},
     "preact_resnet50": {"depths": (1, 1, 1, 1), "widths": (4, 4, 8, 8), "stem_width": 8},
-    "vit_base_patch16": {"embed_dim": 24, "depth": 2, "num_heads": 2},
+    "vit_base_patch16": {"embed_dim": 24, "depth": 3, "num_heads": 2},
 }
 CONVOLUTIONAL = [name for name in TINY if "resnet" in name]
 
@@ -156,36 +157,41 @@ def test_default_cfg_and_heads(name: str) -> None:
     net.reset_classifier(7)
     assert net(images).shape == (2, 7)
     assert _create(name, num_classes=0).eval()(images).shape == (2, net.num_features)
-    if name in CONVOLUTIONAL:
-        net.reset_classifier(0, "")
-        assert net(images).shape == features.shape
-        assert _create(name, num_classes=0, global_pool="").eval()(images).shape == features.shape
+    assert net.head_hidden_size == net.num_features
+    net.reset_classifier(0, "")
+    assert net(images).shape == features.shape
+    assert _create(name, num_classes=0, global_pool="").eval()(images).shape == features.shape
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONAL)
+@pytest.mark.parametrize("name", TINY)
 def test_features_only(name: str) -> None:
     net: Any = _create(name, features_only=True).eval()
     images = _images(net)
     outputs = net(images)
     info = net.feature_info
-    assert len(outputs) == len(info.channels()) == (4 if "cifar" in name else 5)
+    assert len(outputs) == len(info.channels()) == (4 if "cifar" in name else 5 if name in CONVOLUTIONAL else 3)
     for output, channels, reduction in zip(outputs, info.channels(), info.reduction(), strict=True):
         assert output.shape == (2, channels, images.shape[2] // reduction, images.shape[3] // reduction)
-    some: Any = _create(name, features_only=True, out_indices=(1, 2)).eval()
-    assert [tuple(o.shape) for o in some(images)] == [tuple(o.shape) for o in outputs[1:3]]
+    first = 1 if name in CONVOLUTIONAL else 0
+    some: Any = _create(name, features_only=True, out_indices=(first, first + 1)).eval()
+    assert [tuple(o.shape) for o in some(images)] == [tuple(o.shape) for o in outputs[first : first + 2]]
     assert sum(p.numel() for p in some.parameters()) < sum(p.numel() for p in net.parameters())
     whole: Any = _create(name).eval()
     final, intermediates = whole.forward_intermediates(images)
     assert len(intermediates) == len(outputs)
     torch.testing.assert_close(final, whole.forward_features(images))
     last = whole.forward_intermediates(images, indices=1, norm=True, stop_early=True, intermediates_only=True)
-    torch.testing.assert_close(last[0], final)
-    first = whole.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
-    torch.testing.assert_close(first[0], intermediates[0])
-    assert (first[0] >= 0).all() or "cifar" in name
+    if name in CONVOLUTIONAL:
+        torch.testing.assert_close(last[0], final)
+    else:
+        torch.testing.assert_close(last[0].flatten(2).transpose(1, 2), final[:, 1:])
+    stem = whole.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(stem[0], intermediates[0])
+    assert (stem[0] >= 0).all() or "cifar" in name or name not in CONVOLUTIONAL
 
 
-def test_features_of_a_network_without_intermediates_are_refused() -> None:
+def test_features_of_a_network_without_intermediates_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(VisionTransformer, "forward_intermediates")
     with pytest.raises(ZooError, match="no intermediate features"):
         _create("vit_base_patch16", features_only=True)
 
@@ -199,7 +205,7 @@ def test_other_channels_and_checkpointing(name: str) -> None:
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONAL)
+@pytest.mark.parametrize("name", TINY)
 def test_layer_groups_hold_every_parameter(name: str) -> None:
     from timm.models import group_parameters
 
@@ -207,7 +213,7 @@ def test_layer_groups_hold_every_parameter(name: str) -> None:
     for coarse in (False, True):
         groups = group_parameters(net, net.group_matcher(coarse=coarse))
         assert sorted(n for names in groups.values() for n in names) == sorted(n for n, _ in net.named_parameters())
-        assert len(groups) > 3
+        assert len(groups) > (3 if name in CONVOLUTIONAL or not coarse else 2)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
@@ -221,6 +227,48 @@ def test_scripted_and_traced_networks_compute_the_same(name: str, unit: str) -> 
     traced = torch.fx.symbolic_trace(net)
     torch.testing.assert_close(traced(images), expected)
     torch.testing.assert_close(torch.jit.script(traced)(images), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore:.*isinstance.treespec.*")
+@pytest.mark.parametrize("pool", ["avg", "token", ""])
+def test_a_transformer_is_scripted_traced_and_exported(pool: str) -> None:
+    net: Any = _create("vit_base_patch16", global_pool=pool, img_size=32, num_classes=0 if not pool else 5).eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = net(images)
+    assert expected.shape == ((2, 5) if pool else (2, 5, 24))
+    traced = torch.fx.symbolic_trace(net)
+    for one in (torch.jit.script(net), traced, torch.jit.script(traced), torch.export.export(net, (images,)).module()):
+        torch.testing.assert_close(one(images), expected)
+    tokens, (pairs,) = net.forward_intermediates(images, indices=[-1], return_prefix_tokens=True, output_fmt="NLC")
+    assert [tuple(part.shape) for part in pairs] == [(2, 4, 24), (2, 1, 24)]
+    assert tokens.shape == (2, 5, 24)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_timm_s_train_script_passes_is_taken(name: str, tmp_path: Path) -> None:
+    net: Any = _create(name, num_classes=5, drop_rate=0.9, drop_path_rate=0.5, dtype=torch.float64, device="cpu")
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.float64}
+    images = _images(net).double()
+    net.train()
+    assert not torch.allclose(net(images), net(images))
+    plain: Any = _create(name, num_classes=5, drop_rate=0.0, drop_path_rate=0.0).double()
+    assert plain.state_dict().keys() == net.state_dict().keys()
+    plain.load_state_dict(net.state_dict())
+    assert torch.equal(plain.eval()(images), net.eval()(images))
+    drops = [part.drop_prob for part in net.modules() if type(part).__name__ == "DropPath"]
+    assert drops[-1] == 0.5
+    assert drops == sorted(drops)
+    assert next(iter(_create(name, device="meta").parameters())).device.type == "meta"
+
+    torch.save(net.state_dict(), tmp_path / "mine.pth")
+    overlay = {"file": str(tmp_path / "mine.pth")}
+    again: Any = _create(name, pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
+    torch.testing.assert_close(again.eval()(images.float()), net(images).float(), rtol=1e-3, atol=1e-4)
+    tuned: Any = _create(name, pretrained=True, num_classes=5, pretrained_cfg_overlay={**overlay, "num_classes": -1})
+    head = f"{net.default_cfg['classifier']}.weight"
+    same = {key for key, value in tuned.state_dict().items() if torch.equal(value, again.state_dict()[key])}
+    assert tuned.state_dict().keys() - same <= {head, head.replace("weight", "bias")}
+    assert head not in same
 
 
 def test_optimizers_and_transforms_of_timm_take_them() -> None:

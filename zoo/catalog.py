@@ -16,7 +16,7 @@ import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -105,7 +105,8 @@ class Weight(Facts):
     `model` is the function it loads into (default: `name` up to the first dot), called with `overrides`; `converter` is
     the function of the paper's module that puts the file's keys into the model's names. Keys must match one for one,
     but for `fresh` (parameters of the model that the file need not have: a new head) and `spare`
-    (keys of the file that the model need not have), both patterns such as ``fc_norm.*``.
+    (keys of the file that the model need not have), both patterns such as ``fc_norm.*``. Of a file that holds raw
+    weights and their average, `use_ema` says which are published (null: the average).
     """
 
     name: Annotated[str, Field(pattern=r"^[^.\s]+\.[^\s]+$")]
@@ -122,6 +123,7 @@ class Weight(Facts):
     overrides: dict[str, Any] = {}
     fresh: list[str] = []
     spare: list[str] = []
+    use_ema: bool | None = None
     preprocess: Preprocess
     metrics: list[WeightMetric] = []
     notes: str = ""
@@ -302,7 +304,7 @@ class DataCard(Facts):
 # ---- lists ----------------------------------------------------------------------------------------------------------
 
 
-def list_papers(field: str | None = None, pattern: str = "*") -> list[str]:
+def list_papers(field: str | None = None, pattern: str | Sequence[str] = "*") -> list[str]:
     """Slugs of the papers, of one `field` if given."""
     cards = _papers()
     fields = {card.field for card in cards.values()}.union(FIELDS)
@@ -311,14 +313,15 @@ def list_papers(field: str | None = None, pattern: str = "*") -> list[str]:
     return _matching((slug for slug, card in cards.items() if field in (None, card.field)), pattern)
 
 
-def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
-    """Names of the models; with `pretrained`, of the published weights (``model.tag``) that can be loaded."""
+def list_models(pattern: str | Sequence[str] = "*", pretrained: bool = False) -> list[str]:
+    """Names of the models that match a pattern, or one of several; with `pretrained`, of the published weights
+    (``model.tag``) that can be loaded."""
     if pretrained:
         return list_weights(pattern)
     return _matching((entry.name for card in _papers().values() for entry in card.models), pattern)
 
 
-def list_weights(pattern: str = "*", licence: str | None = None) -> list[str]:
+def list_weights(pattern: str | Sequence[str] = "*", licence: str | None = None) -> list[str]:
     """Names of the published weights, of a `licence` (a pattern too: ``CC-BY*``) if given."""
     entries = [entry for card in _papers().values() for entry in card.weights]
     if licence is not None:
@@ -327,18 +330,18 @@ def list_weights(pattern: str = "*", licence: str | None = None) -> list[str]:
     return _matching((entry.name for entry in entries), pattern)
 
 
-def list_recipes(pattern: str = "*") -> list[str]:
+def list_recipes(pattern: str | Sequence[str] = "*") -> list[str]:
     """Names of the recipes: ``<paper>/<recipe>``."""
     root = share("recipes")
     return _matching((path.relative_to(root).with_suffix("").as_posix() for path in root.glob("*/*.yaml")), pattern)
 
 
-def list_rows(pattern: str = "*") -> list[str]:
+def list_rows(pattern: str | Sequence[str] = "*") -> list[str]:
     """Addresses of the leaderboards' rows, ``paper:id``."""
     return _matching((f"{card.slug}:{row.id}" for card in _papers().values() for row in card.leaderboard), pattern)
 
 
-def list_datasets(pattern: str = "*") -> list[str]:
+def list_datasets(pattern: str | Sequence[str] = "*") -> list[str]:
     """Names of the data sets that have a card."""
     return _matching((path.stem for path in share("data").glob("*.yaml")), pattern)
 
@@ -430,11 +433,14 @@ def recipe_header(recipe: str | os.PathLike[str]) -> str:
     return "\n".join(lines).strip()
 
 
-def _matching(names: Iterable[str], pattern: str) -> list[str]:
-    """The `names` that match a shell `pattern`, or contain it where it has no wildcard; sorted, each once."""
-    if not any(mark in pattern for mark in "*?["):
-        pattern = f"*{pattern}*"
-    return sorted({name for name in names if fnmatch.fnmatchcase(name, pattern)})
+def _matching(names: Iterable[str], pattern: str | Sequence[str]) -> list[str]:
+    """The `names` that match a shell `pattern` (or one of several), or contain it where it has no wildcard; sorted,
+    each once."""
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    if not all(isinstance(one, str) for one in patterns):
+        raise ZooError(f"a pattern is text such as 'mae*', or a list of such, not {pattern!r}")
+    whole = [one if any(mark in one for mark in "*?[") else f"*{one}*" for one in patterns]
+    return sorted({name for name in names if any(fnmatch.fnmatchcase(name, one) for one in whole)})
 
 
 # ---- reading cards --------------------------------------------------------------------------------------------------

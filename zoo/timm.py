@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import timm
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
@@ -63,11 +64,14 @@ def _entrypoint(name: str, model: ModelEntry) -> Callable[..., nn.Module]:
     """The function that timm calls for `name`."""
 
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
-        cfg = options.get("pretrained_cfg")
+        cfg, overlay = options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay") or {}
+        device, dtype = options.pop("device", None), options.pop("dtype", None)
         tag = cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", cfg)
         if pretrained and not tag:
             tag = default_cfgs[name].tags[0]
-        wanted = f"{model.name}.{tag}" if tag else model.name
+        # Weights of one's own come by the overlay: timm's train.py --pretrained-path
+        source = next((overlay[key] for key in ("file", "url") if overlay.get(key)), None) if pretrained else None
+        wanted = model.name if source or not tag else f"{model.name}.{tag}"
 
         def network(**arguments: Any) -> nn.Module:
             size = arguments.get("img_size")
@@ -75,7 +79,16 @@ def _entrypoint(name: str, model: ModelEntry) -> Callable[..., nn.Module]:
                 if len(set(size)) > 1:
                     raise ZooError(f"{name} takes square images, not img_size {tuple(size)}")
                 arguments["img_size"] = size[0]
-            net = create_model(wanted, pretrained=pretrained, **arguments)
+            if source:  # timm leaves the head out where the overlay says -1 classes, and so does train.py
+                anew = overlay.get("num_classes") == -1
+                with torch.device(device or "cpu"):
+                    net = create_model(wanted, weights=source, **arguments)
+                    if anew and net.num_classes:
+                        net.reset_classifier(net.num_classes)  # type: ignore[operator]
+            else:
+                with torch.device(device or "cpu"):
+                    net = create_model(wanted, pretrained=pretrained, **arguments)
+            net = net.to(dtype=dtype)
             if options.get("features_only"):
                 if not hasattr(net, "forward_intermediates"):
                     raise ZooError(f"{name} has no intermediate features to give: leave features_only out")

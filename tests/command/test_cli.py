@@ -267,6 +267,37 @@ def test_a_wrong_recipe_is_one_line(
     assert line in _one_line(capsys)
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["MODEL -o OUT photo.png", "MODEL photo.png -o OUT", "-o OUT MODEL photo.png", "--json MODEL -o OUT photo.png"],
+)
+def test_options_of_predict_may_stand_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    from zoo.command import picture
+
+    seen: list[object] = []
+    monkeypatch.setattr(picture, "predict", lambda model, images, out, **_: seen.extend([model, images, out]) or [])
+    assert main(["predict", *words.replace("MODEL", "vit_base_patch16").split()]) == 0
+    assert seen == ["vit_base_patch16", [Path("photo.png")], Path("OUT")]
+
+
+def test_an_ascii_terminal_shows_what_it_can() -> None:
+    command = [sys.executable, "-m", "zoo", "show", "mae"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert "Piotr Doll?r" in done.stdout
+
+
+def test_show_prints_a_dict_as_lines_and_parity_counts_a_case_once(capsys: pytest.CaptureFixture[str]) -> None:
+    from zoo.command import show
+
+    assert main(["show", "cifar10"]) == 0
+    assert "\nsplits:\n  train: 50000\n  test: 10000\n" in capsys.readouterr().out
+    row = {"paper": "mae", "case": "a", "function": "forward", "ok": True, "note": "", "seconds": 2.0}
+    show.print_verdicts([{**row, "output": "x"}, {**row, "output": "y"}, {**row, "case": "b", "output": "x"}])
+    assert "4.00 s" in capsys.readouterr().out
+
+
 def test_debug_shows_the_traceback(here: Path) -> None:
     with pytest.raises(ZooError, match=r"trainer\.max_epochs") as info:
         main(["fit", "toy.yaml", "--trainer.max_epoch", "1", "--debug"])

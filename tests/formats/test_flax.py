@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,38 @@ def test_what_is_no_flax_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ZooError, match="no flax checkpoint"):
         flax.read_state_dict(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("facts", [{"shape": [1 << 40]}, {"chunks": [1 << 40]}, {"shape": [1 << 40], "chunks": [1]}])
+def test_an_array_that_says_it_is_huge_is_refused(tmp_path: Path, facts: dict[str, Any]) -> None:
+    """Reading it would end the process."""
+    pytest.importorskip("tensorstore", reason="orbax checkpoints are read with tensorstore")
+    folder = tmp_path / "checkpoint_3" / "params.a"
+    folder.mkdir(parents=True)
+    plain = {"zarr_format": 2, "dtype": "<f4", "compressor": None, "fill_value": 0, "order": "C", "filters": None}
+    (folder / ".zarray").write_text(json.dumps({**plain, "shape": [2], "chunks": [2], **facts}))
+    (folder / "0").write_bytes(bytes(8))
+    with pytest.raises(
+        ZooError, match=r"checkpoint_3: not a whole checkpoint: a is said to be of shape .* more numbers"
+    ):
+        read_state_dict(tmp_path)
+
+
+def test_a_zip_that_unpacks_to_far_more_is_refused(tmp_path: Path) -> None:
+    for inside, name in (("checkpoint_3", "flax.zip"), ("run/checkpoint", "t5x.zip"), ("w.npy", "w.npz")):
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(inside, bytes(80 << 20))
+        with pytest.raises(
+            ZooError, match=rf"{name}: refused: a zip of [\d,]+ bytes that unpacks to 1 files of 83,886,080"
+        ):
+            read_state_dict(tmp_path / name)
+
+
+def test_which_parameters_of_a_training_state_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint_7"
+    path.write_bytes(_state())
+    assert _is_arrays(read_state_dict(path, use_ema=True))
+    assert _is_arrays({key: value - 1 for key, value in read_state_dict(path, use_ema=False).items()})
+    path.write_bytes(_msgpack({"params": _tree(ARRAYS)}))
+    with pytest.raises(ZooError, match="use_ema: holds no averaged parameters"):
+        read_state_dict(path, use_ema=True)

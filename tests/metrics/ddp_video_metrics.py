@@ -1,4 +1,4 @@
-"""Run by test_video_metrics.py: the metrics of video in two processes, one of which sees nothing at first.
+"""Run by test_video_metrics.py: metrics in two processes, one of which sees nothing at first.
 
 `python -m tests.metrics.ddp_video_metrics RANK PORT OUT` writes what the process computes of unequal shares that
 overlap.
@@ -10,10 +10,12 @@ import json
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from zoo.metrics import FrameMAP, MultiLabelMAP, MultiViewAccuracy
+from zoo.metrics import ARCScore, FrameMAP, ImageTextRetrieval, KNNAccuracy, MultiLabelMAP, MultiViewAccuracy
+from zoo.metrics.generation import GenerationMetrics, Statistics
 
 VIDEOS, VIEWS, CLASSES, FRAMES = 12, 3, 5, 9
 
@@ -58,6 +60,27 @@ def compute(shares: tuple[list[int], list[int]]) -> dict[str, float]:
     return found | {f"frames {name}": float(value) for name, value in frames.compute().items()}
 
 
+def others(rank: int) -> dict[str, float]:
+    """The metrics whose states' shapes are told by the samples; only the first process has any."""
+    draw = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(20, 6, generator=draw), torch.randint(3, (20,), generator=draw)
+    pictures = torch.randint(256, (20, 3, 8, 8), generator=draw, dtype=torch.uint8)
+    number = torch.arange(20)
+    knn, retrieval, arc = KNNAccuracy(3, k=5), ImageTextRetrieval((1,)), ARCScore()
+    generation = GenerationMetrics("random", ("fid",), reference=Statistics.of(torch.randn(300, 256, generator=draw)))
+    if rank == 0:
+        knn.update_bank(features[:12], labels[:12])
+        knn.update(features[12:], labels[12:])
+        retrieval.update(features, number, features.roll(1, 1), number)
+        generation.update(pictures, number)
+        arc.update([np.zeros((2, 2))], np.zeros((2, 2)))
+    found: dict[str, float] = {}
+    for metric in (knn, retrieval, generation, arc):
+        found |= {f"{type(metric).__name__} {name}": float(value) for name, value in metric.compute().items()}
+        found |= {f"{type(metric).__name__} {name} again": float(value) for name, value in metric.compute().items()}
+    return found
+
+
 def process(rank: int, port: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -67,6 +90,7 @@ def process(rank: int, port: str, out: str) -> None:
         "one empty": ((every, list(range(FRAMES))), ([], []))[rank],
     }
     results = {name: compute(share) for name, share in shares.items()}
+    results["others"] = others(rank)
     with open(f"{out}.{rank}", "w") as file:
         json.dump(results, file)
     dist.destroy_process_group()

@@ -145,6 +145,7 @@ def test_two_processes_compute_what_one_computes(tmp_path: Path) -> None:
         results = json.loads((tmp_path / f"out.{rank}").read_text())
         assert results["mixed"] == pytest.approx(alone, rel=1e-12)
         assert results["one empty"] == pytest.approx(alone, rel=1e-12)
+        assert results["others"] == pytest.approx(two.others(0), rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")

@@ -266,6 +266,13 @@ def test_pooling_takes_the_level_of_a_box_and_says_what_it_wants() -> None:
         RoIPooler([4], PoolConfig(pooling="alige"))  # type: ignore[arg-type]
 
 
+def test_regions_of_no_pictures_are_none() -> None:
+    assert rois_of([]).shape == (0, 5)
+    assert rois_of([torch.zeros(0, 4), torch.zeros(0, 4)]).shape == (0, 5)
+    pooler = RoIPooler([4, 8], PoolConfig(7))
+    assert pooler([torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 4, 4)], rois_of([])).shape == (0, 2, 7, 7)
+
+
 def test_frozen_norms_fold_into_convolutions() -> None:
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(4, 6, 3, padding=1, bias=False).double(), FrozenBatchNorm2d(6).double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import pathlib
 import zipfile
@@ -70,6 +71,7 @@ def test_plain_values_beside_the_weights_are_read(tmp_path: Path, old_format: bo
         "simple": SimpleNamespace(a=1),
         "counter": Counter("aab"),
         "ordered": OrderedDict(a=(1, 2)),
+        "times": [datetime.datetime(2026, 1, 2, 3), datetime.timedelta(1), range(3), slice(1, 2), np.dtype("f4")],
         "sets": [{1}, frozenset({2})],
         "bytes": [b"a", bytearray(b"b"), 1 + 2j, None, torch.float16, torch.Size([2])],
     }

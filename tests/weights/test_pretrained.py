@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -76,12 +77,16 @@ def convert_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass
 class Server:
-    """Serves `files` with Range and ETag; cuts short its first `cuts` answers; the first `broken` are 503."""
+    """Serves `files` with Range and (`marks`) ETag; cuts short its first `cuts` answers, or with `stall` hangs in their
+    midst; the first `broken` are 503, with the header Retry-After if `retry_after` says so."""
 
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     cuts: int = 0
     broken: int = 0
+    stall: bool = False
+    marks: bool = True
+    retry_after: str = ""
     log: list[tuple[str, str | None, int]] = field(default_factory=list)
     stop: Any = None
 
@@ -89,6 +94,7 @@ class Server:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     state = Server()
+    released = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -101,7 +107,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             body = state.files.get(name)
             if body is None or state.broken:
                 state.broken -= 1 if body is not None else 0
-                self._answer(404 if body is None else 503, {}, b"", wanted)
+                headers = {"Retry-After": state.retry_after} if state.retry_after else {}
+                self._answer(404 if body is None else 503, headers, b"", wanted)
                 return
             tag = f'"{hashlib.sha256(body).hexdigest()}"'
             start = 0
@@ -110,7 +117,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
                 if start >= len(body):
                     self._answer(416, {"Content-Range": f"bytes */{len(body)}"}, b"", wanted)
                     return
-            headers = {"ETag": tag, "X-Repo-Commit": "1" * 40}
+            headers = {"ETag": tag, "X-Repo-Commit": "1" * 40} if state.marks else {}
             if start:
                 headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
             self._answer(206 if start else 200, headers, body[start:], wanted)
@@ -126,6 +133,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             if state.cuts and body:
                 state.cuts -= 1
                 self.wfile.write(body[: len(body) // 2])
+                self.wfile.flush()
+                if state.stall:
+                    released.wait(20)
                 self.close_connection = True
             else:
                 self.wfile.write(body)
@@ -140,6 +150,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     state.url = f"http://127.0.0.1:{running.server_address[1]}"
 
     def stop() -> None:
+        released.set()
         if thread.is_alive():
             running.shutdown()
             running.server_close()
@@ -464,7 +475,7 @@ def test_a_malicious_pickle_does_not_run(papers: Card, server: Server, tmp_path:
     buffer = io.BytesIO()
     torch.save({"model": {}, "x": Bad()}, buffer, _use_new_zipfile_serialization=not old_format)
     server.files["ft.pth"] = buffer.getvalue()
-    with pytest.raises(ZooError, match=r"refused: the file wants to run code \((posix|nt)\.system\)"):
+    with pytest.raises(ZooError, match=r"refused: x is a (posix|nt)\.system"):
         create_model("tiny_vit.ft", pretrained=True)
     assert not (tmp_path / "pwned").exists()
 
@@ -575,6 +586,167 @@ def test_a_cache_that_cannot_be_written_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("marks", [True, False])
+def test_a_stalled_connection_loses_nothing(server: Server, marks: bool, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+    server.files["ft.pth"] = bytes(range(256)) * 100
+    server.cuts, server.stall, server.marks = 1, True, marks
+    got = download.fetch([f"{server.url}/ft.pth"], tmp_path / "ft.pth")
+    assert got.path.read_bytes() == server.files["ft.pth"]
+    assert [wanted for _, wanted, _ in server.log] == [None, "bytes=12800-"]
+
+
+@pytest.mark.parametrize(("asked", "waits"), [("7", 7), ("Thu, 01 Jan 2099 00:00:00 GMT", None), ("soon", 0)])
+def test_a_server_s_wish_to_wait_is_granted(
+    server: Server, monkeypatch: Any, tmp_path: Path, asked: str, waits: int | None
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(download.time, "sleep", pauses.append)
+    server.files["ft.pth"], server.broken, server.retry_after = b"weights", 1, asked
+    if waits is None:
+        with pytest.raises(ZooError, match=r"HTTP 503 .*, try again in [\d,]+ s"):
+            download.fetch([f"{server.url}/ft.pth"], tmp_path / "ft.pth")
+    else:
+        download.fetch([f"{server.url}/ft.pth"], tmp_path / "ft.pth")
+        assert pauses == [max(waits, download.BACKOFF)]
+
+
+PAGE = b"<!DOCTYPE html><title>Too many requests</title>"
+
+
+@pytest.mark.parametrize("spoilt", ["ft.pth.part.json", "ft.pth.json", "converted.json", "ft.pth", "page"])
+def test_a_spoilt_cache_mends_itself(papers: Card, server: Server, spoilt: str) -> None:
+    """Empty records beside a part, and pages kept as files with their checksum, as older versions left them."""
+    server.files["ft.pth"], state = checkpoint("tiny_vit")
+    folder = cache_dir() / "weights/tiny/tiny_vit.ft"
+    folder.mkdir(parents=True)
+    (folder / "ft.pth.part").write_bytes(server.files["ft.pth"][:100])
+    if spoilt == "page":
+        (folder / "ft.pth").write_bytes(PAGE)
+        (folder / "ft.pth.json").write_text(json.dumps({"sha256": digest(PAGE)}))
+    else:
+        (folder / spoilt).touch()
+    assert_holds(create_model("tiny_vit.ft", pretrained=True), state)
+    assert leftovers() == []
+
+
+def test_a_page_in_place_of_the_file_is_not_kept(papers: Card, server: Server) -> None:
+    server.files["ft.pth"] = PAGE
+    with pytest.raises(ZooError, match=r"cannot fetch ft\.pth: http://.*: an HTML page, not a whole file$"):
+        create_model("tiny_vit.ft", pretrained=True)
+    server.files["ft.pth"], state = checkpoint("tiny_vit")
+    assert_holds(create_model("tiny_vit.ft", pretrained=True), state)
+
+
+def test_the_hash_in_a_file_s_name_is_checked(server: Server, tmp_path: Path) -> None:
+    content = b"weights"
+    for name in (f"net-{digest(content)[:8]}.pth", "net-20210831.pth"):  # a date is no hash
+        server.files[name] = content
+        assert download.fetch([f"{server.url}/{name}"], tmp_path / name).sha256 == digest(content)
+    server.files["net-0123abcd.pth"] = content
+    with pytest.raises(ZooError, match="does not begin with 0123abcd as the name says"):
+        download.fetch([f"{server.url}/net-0123abcd.pth"], tmp_path / "net-0123abcd.pth")
+
+
+def test_a_read_only_cache_serves_what_it_holds(papers: Card, server: Server, monkeypatch: Any) -> None:
+    server.files["ft.pth"], state = checkpoint("tiny_vit")
+    create_model("tiny_vit.ft", pretrained=True)
+    create_model("tiny_vit", weights=f"{server.url}/ft.pth")
+    server.stop()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the cache was written to")
+
+    monkeypatch.setattr(download, "writable", lambda folder: False)
+    monkeypatch.setattr(download, "lock", refuse)
+    assert_holds(create_model("tiny_vit.ft", pretrained=True), state)
+    assert_holds(create_model("tiny_vit", weights=f"{server.url}/ft.pth"), state)
+    monkeypatch.setattr(pretrained, "_converter", lambda card: "of a later version")
+    assert_holds(create_model("tiny_vit.ft", pretrained=True), state)  # converted outside the cache
+
+
+# ---- raw and averaged weights ---------------------------------------------------------------------------------------
+
+TWO_SETS = {
+    "ema": lambda raw, average: {"model": raw, "ema": average, "opt": {"state": {}}},
+    "state_dict_ema": lambda raw, average: {"state_dict": raw, "state_dict_ema": average},
+    "model_ema": lambda raw, average: {"model": raw, "model_ema": {"module": average}},
+    "ema_state_dict": lambda raw, average: {
+        "pytorch-lightning_version": "2.6",
+        "state_dict": {**{f"network.{key}": value for key, value in raw.items()}, "top1.total": torch.ones(())},
+        "ema_state_dict": {f"network.{key}": value for key, value in average.items()},
+        "ema_steps": 3,
+        "ema_9996_state_dict": {f"network.{key}": value * 0 for key, value in average.items()},
+        "ema_9996_steps": 3,
+    },
+    "slow_state_dict": lambda raw, average: {"state_dict": raw, "slow_state_dict": average, "slow_steps": 3},
+}
+
+
+@pytest.mark.parametrize("kind", TWO_SETS)
+def test_of_raw_and_averaged_weights_the_chosen_ones_are_taken(
+    papers: Card, tmp_path: Path, capfd: Any, kind: str
+) -> None:
+    raw, average = checkpoint("tiny_vit")[1], checkpoint("tiny_vit", seed=1)[1]
+    torch.save(TWO_SETS[kind](raw, average), tmp_path / "mine.pth")
+    assert_holds(create_model("tiny_vit", weights=tmp_path / "mine.pth"), average)
+    assert f"mine.pth: the averaged weights ({kind}) are taken; use_ema=False takes the raw" in capfd.readouterr().err
+    assert_holds(create_model("tiny_vit", weights=tmp_path / "mine.pth", use_ema=True), average)
+    assert_holds(create_model("tiny_vit", weights=tmp_path / "mine.pth", use_ema=False), raw)
+    torch.save(TWO_SETS[kind](raw, {}), tmp_path / "raw.pth")
+    assert_holds(create_model("tiny_vit", weights=tmp_path / "raw.pth"), raw)
+    with pytest.raises(ZooError, match=r"raw\.pth: use_ema: holds no averaged weights"):
+        create_model("tiny_vit", weights=tmp_path / "raw.pth", use_ema=True)
+
+
+def test_an_average_alone_and_one_without_buffers(papers: Card, tmp_path: Path) -> None:
+    raw, average = checkpoint("tiny_vit")[1], checkpoint("tiny_vit", seed=1)[1]
+    torch.save({"ema": average}, tmp_path / "a.pth")
+    assert_holds(create_model("tiny_vit", weights=tmp_path / "a.pth"), average)
+    with pytest.raises(ZooError, match=r"use_ema=False: holds averaged weights only \(ema\)"):
+        create_model("tiny_vit", weights=tmp_path / "a.pth", use_ema=False)
+    part = {key: value for key, value in average.items() if key != "pos_embed"}
+    torch.save({"model": raw, "ema": part}, tmp_path / "b.pth")
+    assert_holds(create_model("tiny_vit", weights=tmp_path / "b.pth"), {**average, "pos_embed": raw["pos_embed"]})
+
+
+def test_the_card_says_which_weights_are_published(papers: Card, server: Server, tmp_path: Path) -> None:
+    raw, average = checkpoint("tiny_vit")[1], checkpoint("tiny_vit", seed=1)[1]
+    server.files["ft.pth"] = pack({"model": raw, "ema": average})
+    papers(use_ema=False)
+    assert_holds(create_model("tiny_vit.ft", pretrained=True), raw)
+    (tmp_path / "mine.pth").write_bytes(server.files["ft.pth"])
+    assert_holds(create_model("tiny_vit", weights=tmp_path / "mine.pth"), raw)
+    with pytest.raises(ZooError, match=r"tiny_vit\.ft is one set"):
+        create_model("tiny_vit.ft", pretrained=True, use_ema=True)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "pkl", "npz"])
+def test_weights_that_are_not_numbers_are_refused(papers: Card, tmp_path: Path, suffix: str) -> None:
+    import pickle
+
+    from safetensors.torch import save_file
+
+    path = tmp_path / f"mine.{suffix}"
+
+    def save(state: dict[str, Tensor]) -> None:
+        arrays = {key: value.numpy() for key, value in state.items()}
+        {
+            "pth": lambda: torch.save(state, path),
+            "safetensors": lambda: save_file(state, path),
+            "pkl": lambda: path.write_bytes(pickle.dumps({"model": arrays})),
+            "npz": lambda: np.savez(path, **arrays),
+        }[suffix]()
+
+    state = checkpoint("tiny_vit")[1]
+    save(state)
+    assert_holds(create_model("tiny_vit", weights=path), state)
+    for value, message in ((float("nan"), "head.bias holds NaN"), (float("inf"), "head.bias is not finite")):
+        save({**state, "head.bias": torch.full((10,), value)})
+        with pytest.raises(ZooError, match=rf"{suffix}: not usable: {message}"):
+            create_model("tiny_vit", weights=path)
+
+
 # ---- the hub --------------------------------------------------------------------------------------------------------
 
 
@@ -617,6 +789,11 @@ def test_hub_ids(papers: Card, server: Server, tmp_path: Path) -> None:
 # ---- names and preprocessing ----------------------------------------------------------------------------------------
 
 
+def _pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
 def test_wrong_names_are_one_line(papers: Card, tmp_path: Path) -> None:
     for call, message in (
         (lambda: create_model("tiny_vitt"), "unknown model 'tiny_vitt'; did you mean 'tiny_vit'"),
@@ -624,6 +801,9 @@ def test_wrong_names_are_one_line(papers: Card, tmp_path: Path) -> None:
         (lambda: create_model("tiny_vit", pretrained=True), "name one of tiny_vit.ft, tiny_vit.encoder"),
         (lambda: create_model("tiny_vit", weights="tiny_mae.full"), "another model"),
         (lambda: create_model("tiny_vit", weights=tmp_path / "no.pth"), "no weights file"),
+        (lambda: create_model("tiny_vit", weights=tmp_path), "is a folder without a checkpoint of t5x or flax"),
+        (lambda: create_model("tiny_vit", weights=_pipe(tmp_path / "pipe.pth")), "is no regular file"),
+        (lambda: pretrained.read_source(tmp_path / "pipe.pth"), "is no regular file"),
         (lambda: pretrained.verify_weights("tiny_vit.ft"), "not in the cache"),
     ):
         with pytest.raises(ZooError, match=message) as caught:
@@ -655,6 +835,32 @@ def test_preprocess_is_that_of_the_weights(papers: Card) -> None:
     torch.testing.assert_close(create_preprocess("tiny_vit.ft")(picture), out.flip(0))
     with pytest.raises(ZooError, match="differ in preprocessing"):
         create_preprocess("tiny_vit")
+
+
+def test_preprocess_takes_what_users_have(papers: Card, tmp_path: Path) -> None:
+    from PIL import Image
+
+    path = tmp_path / "photo.png"
+    Image.effect_noise((50, 40), 60).save(path)  # gray
+    prepare = create_preprocess("tiny_vit.ft")
+    wanted = prepare(path)
+    assert wanted.shape == (3, 16, 16)
+    tensor = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    for picture in (str(path), path.read_bytes(), tensor, tensor[None]):
+        torch.testing.assert_close(prepare(picture), wanted.expand(*prepare(picture).shape))
+    torch.testing.assert_close(prepare(Image.open(path)), wanted, atol=0.05, rtol=0)  # Pillow rounds between its passes
+    turned = Image.open(path).rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 270 degrees
+    turned.save(tmp_path / "turned.png", exif=exif)
+    torch.testing.assert_close(prepare(tmp_path / "turned.png"), wanted)
+    for wrong, kind in ((7, "an? int"), (tensor[0], r"a tensor \(40, 50\)"), ([tensor], "a list")):
+        with pytest.raises(
+            ZooError, match=f"preprocessing takes a path, a PIL image or a uint8 tensor .*, not {kind}$"
+        ):
+            prepare(wrong)
+    with pytest.raises(ZooError, match=r"cannot read .*no\.jpg"):
+        prepare("no.jpg")
 
 
 def test_the_record_says_where_a_file_came_from(papers: Card, server: Server) -> None:

@@ -404,7 +404,7 @@ class VARCTraining(BaseModule):
             ("loss", loss, scored),
         ):
             metrics[name].update(value, weight)  # type: ignore[operator]
-            self.log(f"{split}/{name}", metrics[name], prog_bar=split == "val")  # type: ignore[arg-type]
+            self.log(f"{split}/{name}", metrics[name], prog_bar=split == "val")
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         logits = self.network(batch["image"], batch["task"], batch["mask"])

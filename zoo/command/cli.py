@@ -6,17 +6,18 @@ This file imports no torch: `zoo list` and `zoo show` read cards only, and the o
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from zoo.errors import ZooError, unknown
 
 RUN = ("fit", "validate", "test", "predict")
 KINDS = ("papers", "models", "weights", "recipes", "datasets")
-_VALUELESS = ("-h", "--help", "--print_config")
+_VALUELESS = ("-h", "--help", "--print_config", "--json", "--use-ema", "--use_ema", "--no-use-ema", "--no-use_ema")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    for stream in (sys.stdout, sys.stderr):  # a terminal of ASCII shows "?" where it lacks a letter
+        if isinstance(stream, io.TextIOWrapper) and not _is_unicode(stream):
+            stream.reconfigure(errors="replace")
     words = [word for word in words if word != "--debug"]
     try:
         return _dispatch(words, debug)
@@ -48,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     return 2
+
+
+def _is_unicode(stream: TextIO) -> bool:
+    return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
 
 
 def _of_the_machine(error: OSError | ImportError) -> str:
@@ -140,6 +148,7 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("name", help="published weights; convert --to: also a checkpoint of yours")
     one.add_argument("-o", "--out", metavar="FILE", help="convert: the file, .safetensors, .pth or .pkl")
     one.add_argument("--to", metavar="FORMAT", help="convert: into another library's layout (detectron2, ...)")
+    _use_ema(one, "convert, of a checkpoint of yours")
     one.set_defaults(do=_weights)
 
     one = commands.add_parser("data", help="look a dataset over before a run; make its latents or statistics")
@@ -162,6 +171,11 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("shell", choices=["bash", "zsh", "fish"])
     one.set_defaults(do=_completion)
     return parser, list(commands.choices)
+
+
+def _use_ema(parser: argparse.ArgumentParser, where: str) -> None:
+    text = f"{where}: the averaged weights, or the raw ones; default: the average where the file holds one"
+    parser.add_argument("--use-ema", "--use_ema", action=argparse.BooleanOptionalAction, help=text)
 
 
 def _claim_options(one: argparse.ArgumentParser) -> None:
@@ -296,6 +310,7 @@ def _picture(words: list[str]) -> int:
     parser.add_argument("images", nargs="*", metavar="IMAGE", type=Path, help="none: a sheet of samples is drawn")
     parser.add_argument("-o", "--out", metavar="OUT", type=Path, help="a .png (one image), a folder, or a .json")
     parser.add_argument("--weights", help="a file to load instead of the published weights")
+    _use_ema(parser, "of that file")
     parser.add_argument("--seed", type=int, default=0, help="of a random mask, or of the samples")
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="of a detector: objects of a lower score are left out"
@@ -304,7 +319,7 @@ def _picture(words: list[str]) -> int:
     parser.add_argument("--count", type=int, help="of samples (16)")
     parser.add_argument("--classes", type=int, nargs="+", metavar="K", help="of samples, a row each")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_intermixed_args(words)  # options may stand before the pictures
     from zoo.command import picture
 
     labels = None
@@ -318,13 +333,20 @@ def _picture(words: list[str]) -> int:
             arguments.images,
             arguments.out,
             weights=arguments.weights,
+            use_ema=arguments.use_ema,
             seed=arguments.seed,
             threshold=arguments.threshold,
             labels=labels,
         )
     else:
         results = picture.sample(
-            arguments.model, arguments.out, arguments.weights, arguments.count or 16, arguments.classes, arguments.seed
+            arguments.model,
+            arguments.out,
+            arguments.weights,
+            arguments.count or 16,
+            arguments.classes,
+            arguments.seed,
+            use_ema=arguments.use_ema,
         )
     if arguments.json:
         return _print_json(results)
@@ -343,7 +365,7 @@ def _picture(words: list[str]) -> int:
 
 
 def _print_json(value: Any) -> int:
-    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+    print(json.dumps(value, indent=1, ensure_ascii=not _is_unicode(sys.stdout), default=str))
     return 0
 
 
@@ -501,8 +523,8 @@ def _parity_make(arguments: argparse.Namespace) -> int:
 
 
 def _weights(arguments: argparse.Namespace, extra: list[str]) -> int:
-    if (arguments.out or arguments.to) and arguments.what != "convert":
-        raise ZooError("-o and --to go with zoo weights convert")
+    if (arguments.out or arguments.to or arguments.use_ema is not None) and arguments.what != "convert":
+        raise ZooError("-o, --to and --use-ema go with zoo weights convert")
     from zoo.weights import pretrained
 
     if arguments.what == "get":
@@ -513,7 +535,7 @@ def _weights(arguments: argparse.Namespace, extra: list[str]) -> int:
         if arguments.to and not arguments.out:
             raise ZooError("--to wants the file to write: -o FILE.pkl, .pth or .safetensors")
         out = Path(arguments.out or f"{arguments.name}.safetensors")
-        print(pretrained.convert_weights(arguments.name, out, arguments.to) or out)
+        print(pretrained.convert_weights(arguments.name, out, arguments.to, arguments.use_ema) or out)
     return 0
 
 

@@ -29,6 +29,7 @@ def predict(
     top: int = 5,
     threshold: float = 0.5,
     labels: Sequence[str] | None = None,
+    use_ema: bool | None = None,
 ) -> list[dict[str, Any]]:
     """Runs a model of the catalog on picture files.
 
@@ -43,6 +44,7 @@ def predict(
             file an image. Of a detector: a ``.png`` (of one image), a folder, or a ``.json`` for the result alone. Of a
             classifier: a ``.json`` for the result, nothing by default.
         weights: load these instead of the published ones: a path, an address, or the name of other weights.
+        use_ema: of a file that holds raw weights and their average, take the average; False: the raw ones.
         seed: of what a model draws at random, such as masks.
         top: classes named an image.
         threshold: objects of a lower score are left out.
@@ -64,7 +66,7 @@ def predict(
     if kind == "encoder" and ("." in model and weights is None):
         raise ZooError(f"{model} is an encoder without a head: it neither draws nor classifies")
     prepare = create_preprocess(model)
-    net = create_model(model, pretrained=weights is None, weights=weights).eval()
+    net = create_model(model, pretrained=weights is None, weights=weights, use_ema=use_ema).eval()
     draws, free = (callable(getattr(net, name, None)) for name in ("picture", "zero_shot"))
     if labels is not None and not free:
         raise ZooError(f"{model} has classes of its own, or none: labels are for models that take any names")
@@ -103,6 +105,7 @@ def sample(
     count: int = 16,
     classes: list[int] | None = None,
     seed: int = 0,
+    use_ema: bool | None = None,
 ) -> list[dict[str, Any]]:
     """A sheet of what a generative model of the catalog samples, a row a class.
 
@@ -110,7 +113,7 @@ def sample(
         model: as in :func:`predict`; it gives ``sample``, ``noise_shape`` and ``num_classes``
             (:mod:`zoo.training.sampling`), and ``autoencoder`` where it samples latents.
         out: the ``.png``; default ``<model>.png`` here.
-        weights: as in :func:`predict`.
+        weights, use_ema: as in :func:`predict`.
         count: pictures.
         classes: labels of the rows; default the first ones.
         seed: of the noise.
@@ -128,7 +131,7 @@ def sample(
     path = out or Path(f"{model}.png")
     if path.suffix != ".png":
         raise ZooError(f"samples are drawn into a .png, not {str(path)!r}")
-    net = create_model(model, pretrained=weights is None, weights=weights).eval()
+    net = create_model(model, pretrained=weights is None, weights=weights, use_ema=use_ema).eval()
     if not callable(getattr(net, "sample", None)):
         raise ZooError(f"{model} makes nothing without pictures: zoo predict {model} IMAGE...")
     check_samples(net)

@@ -198,15 +198,21 @@ def _print_facts(facts: Mapping[str, Any]) -> None:
             console.print(Text(f"{key}:", style="bold"))
             for entry in value:
                 console.print(
-                    Text("  " + ", ".join(f"{k} {_short(v)}" for k, v in entry.items() if v not in (None, "")))
+                    Text("  " + ", ".join(f"{k} {_short(v)}" for k, v in entry.items() if v not in (None, "", [], {})))
                 )
+        elif isinstance(value, Mapping):
+            console.print(Text(f"{key}:", style="bold"))
+            for inner, entry in value.items():
+                if entry not in (None, "", [], {}):
+                    console.print(Text(f"  {inner}: {_short(entry)}"))
         else:
             console.print(Text.assemble((f"{key}: ", "bold"), _short(value)))
 
 
 def _short(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_short(entry)}" for key, entry in value.items())
+        parts = [f"{key} {_short(entry)}" for key, entry in value.items() if entry not in (None, "", [], {})]
+        return f"({', '.join(parts)})"
     if isinstance(value, list):
         shown = ", ".join(_short(entry) for entry in value[:20])
         return shown + (f", … ({len(value)})" if len(value) > 20 else "")
@@ -578,7 +584,7 @@ def print_verdicts(rows: list[dict[str, Any]]) -> None:
         verdict = Text("DIFFERS", style="bold red")
         if agreeing + skipped == len(found):
             verdict = Text("skipped", style="yellow") if skipped else Text("agrees", style="green")
-        seconds = sum(row["seconds"] for row in found)
+        seconds = sum({row["case"]: row["seconds"] for row in found}.values())  # a case's, which each output states
         body.append([paper, function, verdict, f"{agreeing}/{len(found)}", f"{seconds:.2f} s"])
     print_table(["paper", "function", "verdict", "outputs", "time"], body, numbers=("outputs", "time"))
     for row in rows:

@@ -1,14 +1,14 @@
 """Reads checkpoints of flax (JAX): ``.msgpack`` files, and what ``flax.training.checkpoints`` writes, a file or an
 orbax folder ``checkpoint_<step>``, alone, in a folder or in a zip.
 
-Names are the paths of the tree joined with "/". Of a training state the averaged parameters are taken (``ema_params``),
-else the parameters. Nothing in the files is executed. Wants msgpack, and for orbax tensorstore.
+Names are the paths of the tree joined with "/". Of a training state the averaged parameters are taken (``ema_params``)
+or the parameters. Nothing in the files is executed. Wants msgpack, and for orbax tensorstore.
 """
 
 from __future__ import annotations
 
+import math
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from zoo.errors import MissingPackage, ZooError
+from zoo.formats import zips
+from zoo.weights.download import say
 
-STATES = ("ema_params", "params")  # of a training state, what is read: the first that is there
+AVERAGED, RAW = "ema_params", "params"  # of a training state, what is read: the first that is there
 _STEP = re.compile(r"checkpoint_\d+")
 _ARRAY, _SCALAR = 1, 3  # flax's msgpack extensions: an array, and one without axes
 _CHUNKED = "__msgpack_chunked_array__"
@@ -32,34 +34,36 @@ def is_checkpoint(path: Path) -> bool:
         return _below(path) is not None
     if not path.is_file():
         return False
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+    if names := zips.names(path):
         if any(name.endswith("/data.pkl") for name in names):  # torch's own format, named after its file
             return False
         return any(_STEP.fullmatch(part) for name in names for part in PurePosixPath(name).parts)
     return path.suffix == ".msgpack" or _STEP.fullmatch(path.name) is not None
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path, use_ema: bool | None = None) -> dict[str, Tensor]:
     """The parameters of a checkpoint by their paths; of several steps, the last.
 
+    Args:
+        use_ema: of a training state, take the averaged parameters; False: the raw ones; None: the average where there
+            is one.
+
     Raises:
-        ZooError: no checkpoint, or a damaged one; msgpack or tensorstore is missing.
+        ZooError: no checkpoint, or a damaged one; not the set that `use_ema` names; msgpack or tensorstore is missing.
     """
     if path.is_dir():
         found = _below(path)
         if found is None:
             raise ZooError(f"{path}: no flax checkpoint, it has no checkpoint_<step>")
-        return _read_orbax(found) if found.is_dir() else _read_msgpack(found)
+        if found.is_dir():
+            return _read_orbax(found, use_ema)
+        if not found.is_file():
+            raise ZooError(f"{found}: is no regular file (a pipe, socket or device)")
+        return _read_msgpack(found, use_ema)
     if not zipfile.is_zipfile(path):
-        return _read_msgpack(path)
-    try:
-        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory(prefix="zoo-flax-") as name:
-            archive.extractall(name)  # leaves out "..", drives and the leading slash
-            return read_state_dict(Path(name))
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ZooError(f"{path}: not a whole zip ({_line(error)})") from error
+        return _read_msgpack(path, use_ema)
+    with zips.unpacked(path) as folder:
+        return read_state_dict(folder, use_ema)
 
 
 def _below(folder: Path) -> Path | None:
@@ -82,8 +86,14 @@ def missing(error: ImportError) -> MissingPackage:
     )
 
 
-def _chosen(names: Mapping[str, Any] | set[str]) -> str | None:
-    return next((name for name in STATES if name in names), None)
+def _chosen(names: Mapping[str, Any] | set[str], path: Path, use_ema: bool | None) -> str | None:
+    """The part of a training state that is read; None for what is no training state."""
+    if use_ema is False and AVERAGED in names and RAW not in names:
+        raise ZooError(f"{path}: use_ema=False: holds averaged parameters only ({AVERAGED})")
+    if AVERAGED in names and RAW in names and use_ema is None:
+        say(f"{path.name}: the averaged parameters ({AVERAGED}) are taken; use_ema=False takes the raw ones")
+    order = (RAW, AVERAGED) if use_ema is False else (AVERAGED, RAW)
+    return next((name for name in order if name in names), None)
 
 
 # ------------------------------------------------------------------------------------------------------------- msgpack
@@ -132,23 +142,45 @@ def leaves(
             yield from leaves(below, is_leaf, (*path, str(name)))
 
 
-def _read_msgpack(path: Path) -> dict[str, Tensor]:
-    tree = unpack(path)
+def _read_msgpack(path: Path, use_ema: bool | None) -> dict[str, Tensor]:
+    tree, averaged = unpack(path), False
     try:
-        while isinstance(tree, Mapping) and (name := _chosen(tree)) is not None:
-            tree = tree[name]
-        state = dict(leaves(tree))
-    except (KeyError, ValueError, TypeError) as error:
+        while isinstance(tree, Mapping) and (name := _chosen(tree, path, use_ema)) is not None:
+            tree, averaged = tree[name], averaged or name == AVERAGED
+        state = {key: torch.from_numpy(np.array(value, order="C")) for key, value in leaves(tree)}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ZooError(f"{path}: not a whole flax checkpoint ({_line(error)})") from error
+    if use_ema and not averaged:
+        raise ZooError(f"{path}: use_ema: holds no averaged parameters ({AVERAGED})")
     if not state:
         raise ZooError(f"{path}: holds no parameters")
-    return {key: torch.from_numpy(np.array(value, order="C")) for key, value in state.items()}
+    return state
 
 
 # --------------------------------------------------------------------------------------------------------------- orbax
 
 
-def _read_orbax(folder: Path) -> dict[str, Tensor]:
+def read_arrays(opened: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray]:
+    """The values of opened arrays of a checkpoint in `folder`.
+
+    Raises:
+        ZooError: their metadata declare more numbers than the folder can hold: tensorstore would end the process.
+    """
+    room = zips.bound(sum(path.lstat().st_size for path in folder.rglob("*")))
+    declared = 0
+    for name, array in opened.items():
+        shape, chunk = array.domain.shape, array.chunk_layout.read_chunk.shape
+        declared += math.prod(shape) * array.dtype.numpy_dtype.itemsize
+        if max(declared, math.prod(chunk) * array.dtype.numpy_dtype.itemsize) > room:
+            raise ZooError(
+                f"{folder}: not a whole checkpoint: {name} is said to be of shape {shape} in chunks of {chunk}, more "
+                "numbers than the folder holds"
+            )
+    reads = {name: array.read() for name, array in opened.items()}  # all at once, so that the waits overlap
+    return {name: read.result() for name, read in reads.items()}
+
+
+def _read_orbax(folder: Path, use_ema: bool | None) -> dict[str, Tensor]:
     """Arrays lie as zarr under their dotted paths, each in its folder or all in one store (OCDBT)."""
     try:
         import tensorstore
@@ -161,7 +193,9 @@ def _read_orbax(folder: Path) -> dict[str, Tensor]:
         metadata = ("/.zarray", "/zarr.json")
         names = {name.removesuffix(end) for name in (key.decode() for key in keys) for end in metadata
                  if name.endswith(end)}  # fmt: skip
-        chosen = _chosen({name.partition(".")[0] for name in names})
+        chosen = _chosen({name.partition(".")[0] for name in names}, folder, use_ema)
+        if use_ema and chosen != AVERAGED:
+            raise ZooError(f"{folder}: use_ema: holds no averaged parameters ({AVERAGED})")
         prefix = f"{chosen}." if chosen else ""
         version = "zarr3" if any(key.endswith(b"/zarr.json") for key in keys) else "zarr"
         opened = {}
@@ -170,9 +204,7 @@ def _read_orbax(folder: Path) -> dict[str, Tensor]:
                 where = {**store, "path": f"{store.get('path', '')}{name}/"}
                 spec = {"driver": version, "kvstore": where}
                 opened[name.removeprefix(prefix)] = tensorstore.open(spec, open=True, read=True)
-        # All are opened, then all are read, so that the waits overlap.
-        reads = {name: array.result().read() for name, array in opened.items()}
-        arrays = {name: read.result() for name, read in reads.items()}
+        arrays = read_arrays({name: array.result() for name, array in opened.items()}, folder)
     except ValueError as error:  # tensorstore's only kind
         raise ZooError(f"{folder}: not a whole orbax checkpoint ({_line(error)})") from error
     if not arrays:

@@ -9,6 +9,7 @@ refused by the place where it stands and its type. Python 2's strings are read a
 from __future__ import annotations
 
 import argparse
+import datetime
 import io
 import math
 import pickle
@@ -27,6 +28,9 @@ _TORCH_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _MAX_DEPTH = 100
 _MOST = 10_000_000  # values, each counted as often as it is reached
 _HELD = "biufcUS"  # kinds of NumPy's arrays: numbers and text
+
+
+_TIMES = (datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone)
 
 
 class Refused(pickle.UnpicklingError):
@@ -158,6 +162,9 @@ BESIDE: dict[tuple[str, str], Any] = {
     ("collections", "defaultdict"): _empty_dict,
     ("collections", "deque"): _list,
     ("builtins", "frozenset"): frozenset,
+    ("builtins", "range"): range,
+    ("builtins", "slice"): slice,
+    **{("datetime", kind.__name__): kind for kind in _TIMES},
     ("torch.torch_version", "TorchVersion"): Text,
     ("argparse", "Namespace"): argparse.Namespace,
     ("types", "SimpleNamespace"): types.SimpleNamespace,
@@ -172,6 +179,7 @@ KNOWN: dict[tuple[str, str], Any] = {
     ("builtins", "bytes"): _bytes,
     ("builtins", "bytearray"): _bytes,
     ("builtins", "set"): set,
+    ("builtins", "xrange"): range,  # as the protocols up to 2 name it
     ("builtins", "complex"): complex,
 }
 
@@ -222,7 +230,7 @@ def _check_program(content: bytes) -> None:
             raise Refused(f"place {argument} of a memo in {len(content)} bytes")
 
 
-_ATOMS = (bool, int, float, complex, str, bytes, bytearray, PurePath, np.generic)
+_ATOMS = (bool, int, float, complex, str, bytes, bytearray, range, slice, PurePath, np.generic, np.dtype, *_TIMES)
 
 
 def plain(content: Any, leaves: tuple[type, ...] = ()) -> Any:

@@ -1,8 +1,8 @@
 """Reads files of torch.save, new (a zip) and old (joined pickles), without running anything in them.
 
-A file is surveyed before torch.load sees it: its pickle is read with stand-ins (:mod:`zoo.formats.pickles`), every tensor is
-checked against its storage and every storage against the file. So what is refused is named by its place and type, and
-no file takes more memory than it is long. torch.load then reads it with ``weights_only``, always.
+A file is surveyed before torch.load sees it: its pickle is read with stand-ins (:mod:`zoo.formats.pickles`), every
+tensor is checked against its storage and every storage against the file. So what is refused is named by its place and
+type, and no file takes more memory than it is long. torch.load then reads it with ``weights_only``, always.
 """
 
 from __future__ import annotations
@@ -175,8 +175,6 @@ def read(path: Path, mmap: bool = False, map_location: Any = "cpu") -> Any:
         raise
     except Refused as error:
         raise ZooError(f"not a whole PyTorch checkpoint ({pickles.short(str(error), 200)})") from error
-    except OSError as error:
-        raise ZooError(f"cannot be read ({error.strerror or error})") from error
     except Exception as error:  # torch and pickle raise whatever they meet: RuntimeError, EOFError, KeyError ...
         wanted = re.search(r"GLOBAL `?([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         problem = f"it names {wanted[1]}" if wanted else pickles.short(str(error), 200) or type(error).__name__
@@ -207,7 +205,7 @@ def _survey_zip(path: Path) -> Any:
                        if entry.filename.startswith(folder)}  # fmt: skip
             return _Survey(archive.read(f"{root}data.pkl"), size, records).load()
     except zipfile.BadZipFile as error:
-        raise ZooError(f"not a whole zip ({pickles.short(str(error), 200)})") from error
+        raise ZooError(f"not a whole PyTorch checkpoint ({pickles.short(str(error), 200)})") from error
 
 
 def _spoilt(archive: zipfile.ZipFile, root: str) -> str | None:

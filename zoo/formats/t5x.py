@@ -10,9 +10,7 @@ Wants the extra ``jax`` (tensorstore, msgpack).
 from __future__ import annotations
 
 import os
-import tempfile
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,7 +19,8 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.formats.flax import leaves, missing, unpack
+from zoo.formats import zips
+from zoo.formats.flax import leaves, missing, read_arrays, unpack
 
 INDEX = "checkpoint"
 
@@ -31,10 +30,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     path = Path(path)
     if path.is_dir():
         return _index_below(path) is not None
-    if not (path.is_file() and zipfile.is_zipfile(path)):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return _index_in(archive) is not None
+    return path.is_file() and _index_in(zips.names(path)) is not None
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -49,18 +45,16 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if index is None:
             raise ZooError(f"{path}: no t5x checkpoint, it has no file {INDEX!r}")
         return _read(index)
-    try:
-        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory(prefix="zoo-t5x-") as name:
-            inside = _index_in(archive)
-            if inside is None:
-                raise ZooError(f"{path}: no t5x checkpoint, it has no file {INDEX!r}")
-            base = str(PurePosixPath(inside).parent)
-            start = "" if base == "." else f"{base}/"
-            wanted = [m for m in archive.namelist() if m == inside or m.startswith(f"{start}target.")]
-            archive.extractall(name, wanted)  # leaves out "..", drives and the leading slash
-            return _read(Path(name) / inside)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ZooError(f"{path}: not a whole zip ({' '.join(str(error).split())})") from error
+    inside = _index_in(zips.names(path))
+    if inside is None:
+        with zips.opened(path):  # says so where it is no zip
+            raise ZooError(f"{path}: no t5x checkpoint, it has no file {INDEX!r}")
+    base = str(PurePosixPath(inside).parent)
+    start = "" if base == "." else f"{base}/"
+    with zips.unpacked(
+        path, lambda names: [m for m in names if m == inside or m.startswith(f"{start}target.")]
+    ) as folder:
+        return _read(folder / inside)
 
 
 def _index_below(folder: Path) -> Path | None:
@@ -68,9 +62,8 @@ def _index_below(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _index_in(archive: zipfile.ZipFile) -> str | None:
-    names = sorted((name for name in archive.namelist() if PurePosixPath(name).name == INDEX), key=len)
-    return names[0] if names else None
+def _index_in(names: Sequence[str]) -> str | None:
+    return min((name for name in sorted(names) if PurePosixPath(name).name == INDEX), key=len, default=None)
 
 
 def _read(index: Path) -> dict[str, Tensor]:
@@ -82,18 +75,15 @@ def _read(index: Path) -> dict[str, Tensor]:
     try:
         target = tree["optimizer"]["target"]
         found = dict(leaves(target["params"] if set(target) == {"params"} else target, _lies_elsewhere))
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ZooError(f"{index}: not the index of a t5x checkpoint ({' '.join(str(error).split())[:200]})") from error
-    state: dict[str, Any] = {}
+    opened: dict[str, Any] = {}
     try:
         for key, leaf in found.items():
             if isinstance(leaf, Mapping):
                 where = {"driver": "file", "path": str(_place(index.parent, leaf, key))}
-                leaf = tensorstore.open({"driver": "zarr", "kvstore": where}, open=True, read=True)
-            state[key] = leaf
-        # All are opened, then all are read, so that the waits overlap.
-        reads = {key: leaf.result().read() for key, leaf in state.items() if not isinstance(leaf, np.ndarray)}
-        state |= {key: read.result() for key, read in reads.items()}
+                opened[key] = tensorstore.open({"driver": "zarr", "kvstore": where}, open=True, read=True)
+        state = found | read_arrays({key: array.result() for key, array in opened.items()}, index.parent)
     except ValueError as error:  # tensorstore's only kind
         raise ZooError(f"{index.parent}: {' '.join(str(error).split())[:300]}") from error
     return {key: _tensor(value) for key, value in state.items()}

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchmetrics
 from torch import Tensor
+
+from zoo.metrics.gathered import Gathered
 
 
 def vote(grids: Iterable[np.ndarray]) -> list[tuple[np.ndarray, int]]:
@@ -27,15 +28,14 @@ def two_answers(grids: Iterable[np.ndarray]) -> dict[str, list[list[int]]]:
     return {"attempt_1": ranked[0], "attempt_2": ranked[min(1, len(ranked) - 1)]}
 
 
-class ARCScore(torchmetrics.Metric):
+class ARCScore(Gathered):
     """pass@1, pass@2 and the oracle over all voted grids, as fractions of the tasks.
 
     `update` takes the predicted grids for one test input. A task counts as one: each of its tests weighs 1 / their
     number. `compute` returns {"pass_at_1", "pass_at_2", "oracle"}; every process gives its share of the tests.
     """
 
-    full_state_update = False
-    higher_is_better = True
+    sample = "test"
     hits: Tensor
     weight: Tensor
 
@@ -46,11 +46,13 @@ class ARCScore(torchmetrics.Metric):
 
     def update(self, grids: Iterable[np.ndarray], answer: np.ndarray, weight: float = 1.0) -> None:
         """Adds the grids predicted for a test input, its answer (H, W), and its weight."""
+        self._count()
         ranked = [np.array_equal(grid, answer) for grid, _ in vote(grids)]
         hits = [any(ranked[:1]), any(ranked[:2]), any(ranked)]
         self.hits = self.hits + weight * torch.tensor(hits, dtype=torch.float32, device=self.hits.device)
         self.weight = self.weight + weight
 
     def compute(self) -> dict[str, Tensor]:
+        self._require()
         scores = self.hits / self.weight.clamp_min(torch.finfo(torch.float32).tiny)
         return dict(zip(("pass_at_1", "pass_at_2", "oracle"), scores.unbind(), strict=True))

@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torchmetrics
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
+from zoo.metrics.gathered import Gathered
 from zoo.ops.masks import run_lengths
 
 IOU_TYPES = ("bbox", "segm", "keypoints")
@@ -75,7 +75,7 @@ def _require_masks(masks: Sequence[dict[str, Any]], image_id: int) -> None:
             raise ZooError(f"picture {image_id}: the mask of object {number} is no run lengths of {rle['size']} pixels")
 
 
-class CocoAP(torchmetrics.Metric):
+class CocoAP(Gathered):
     """COCO's numbers, in percent, of all pictures seen.
 
     `update` takes lists of dicts, one a picture, in the pixels of its file:
@@ -99,8 +99,7 @@ class CocoAP(torchmetrics.Metric):
         ZooError: an unknown IoU type or backend, or sigmas that do not fit the keypoints.
     """
 
-    full_state_update = False
-    higher_is_better = True
+    sample = "picture"
     predictions: list[Tensor]
     truth: list[Tensor]
 
@@ -113,7 +112,8 @@ class CocoAP(torchmetrics.Metric):
         backend: Literal["faster_coco_eval", "pycocotools"] = "faster_coco_eval",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        nothing = torch.zeros(0, dtype=torch.uint8)
+        super().__init__({"predictions": nothing, "truth": nothing}, **kwargs)
         for name in iou_types:
             if name not in IOU_TYPES:
                 raise unknown("IoU type", name, IOU_TYPES)
@@ -143,6 +143,7 @@ class CocoAP(torchmetrics.Metric):
         """Adds pictures; `preds` and `target` in the same order."""
         if len(preds) != len(target):
             raise ZooError(f"{len(preds)} predictions for {len(target)} pictures")
+        self._count()
         for found, true in zip(preds, target, strict=True):
             image_id = int(true["image_id"])
             self.predictions.append(self._line(self._record(found, image_id, ("scores",))))
@@ -169,9 +170,8 @@ class CocoAP(torchmetrics.Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The numbers; see the class."""
+        self._require()
         predictions, truth = _records(self.predictions), _records(self.truth)
-        if not truth:
-            raise ZooError("COCO's AP needs pictures (update) first")
         results: dict[str, float] = {}
         for kind in self.iou_types:
             results |= self._of_type(kind, predictions, truth)

@@ -22,11 +22,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torchmetrics
 from torch import Tensor, nn
 from torchmetrics.utilities import dim_zero_cat
 
 from zoo.errors import MissingPackage, ZooError, unknown
+from zoo.metrics.gathered import Gathered
 from zoo.paths import cache_dir
 
 INCEPTION_URL = (
@@ -415,7 +415,7 @@ def make_extractor(extractor: str | Extractor, **options: Any) -> Extractor:
 # -------------------------------------------------------------------------------------------------------------- metric
 
 
-class GenerationMetrics(torchmetrics.Metric):
+class GenerationMetrics(Gathered):
     """Distances of generated pictures from real ones; exact, and the same for any number of processes and batches.
 
     `update` takes pictures with the index of each; `compute` puts those of all processes in the order of their indices,
@@ -432,7 +432,7 @@ class GenerationMetrics(torchmetrics.Metric):
         seed: of NumPy's generator in IS and KID.
     """
 
-    full_state_update = False
+    sample = "generated picture"
     features: list[Tensor]
     logits: list[Tensor]
     indices: list[Tensor]
@@ -459,11 +459,18 @@ class GenerationMetrics(torchmetrics.Metric):
         for state in ("features", "logits", "indices"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
+    @property
+    def higher_is_better(self) -> bool | None:  # type: ignore[override]
+        """Whether a higher value is better; None where the metrics asked for differ in it."""
+        better = {name in ("is", "precision_recall") for name in self.metrics}
+        return better.pop() if len(better) == 1 else None
+
     @torch.no_grad()
     def update(self, images: Tensor, index: Tensor) -> None:
         """Adds generated pictures, uint8 (B, 3, H, W), with their indices (B,)."""
         if images.dtype != torch.uint8:
             raise ZooError(f"pictures are compared as bytes (to_uint8), not as {images.dtype}")
+        self._count()
         features, logits = self.extractor(images)
         self.features.append(features)
         self.indices.append(index.to(features.device))
@@ -473,8 +480,7 @@ class GenerationMetrics(torchmetrics.Metric):
             self.logits.append(logits)
 
     def compute(self) -> dict[str, Tensor]:
-        if not len(self.indices):  # a list, or one tensor once it is synchronised
-            raise ZooError("no generated pictures to compare: update comes first")
+        self._require()
         index = dim_zero_cat(self.indices)
         order = index.argsort(stable=True)
         fresh = torch.ones_like(index, dtype=torch.bool)

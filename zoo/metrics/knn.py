@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torchmetrics
 from torch import Tensor
 from torch.nn.functional import normalize
 from torchmetrics.utilities import dim_zero_cat
 
 from zoo.errors import ZooError
+from zoo.metrics.gathered import Gathered
 
 
 def knn_scores(
@@ -27,11 +27,12 @@ def knn_scores(
     return scores.scatter_add_(1, bank_labels[nearest], (cosine / temperature).exp())
 
 
-class KNNAccuracy(torchmetrics.Metric):
+class KNNAccuracy(Gathered):
     """Top-1 and top-5 accuracy (fractions) of a weighted kNN classifier.
 
     `update_bank` takes labelled features, `update` those to classify; `compute` returns {"top1", "top5"}. Under several
-    processes each gives its share: bank and queries are gathered before they meet.
+    processes each gives its share: bank and queries are gathered before they meet. A batch's value (`forward`) is of
+    the bank so far, of this process.
 
     Args:
         num_classes: K; top-5 counts min(5, K) classes.
@@ -40,8 +41,7 @@ class KNNAccuracy(torchmetrics.Metric):
         chunk: queries compared with the bank at a time.
     """
 
-    full_state_update = False
-    higher_is_better = True
+    sample = "feature"
     bank_features: list[Tensor]
     bank_labels: list[Tensor]
     query_features: list[Tensor]
@@ -51,6 +51,7 @@ class KNNAccuracy(torchmetrics.Metric):
         self, num_classes: int, k: int = 200, temperature: float = 0.07, chunk: int = 1024, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
+        self._bank: tuple[list[Tensor], list[Tensor]] | None = None
         if num_classes < 1 or k < 1 or temperature <= 0 or chunk < 1:
             raise ZooError(
                 "kNN wants num_classes, k and chunk of 1 or more and temperature > 0; got "
@@ -62,17 +63,35 @@ class KNNAccuracy(torchmetrics.Metric):
 
     def update_bank(self, features: Tensor, labels: Tensor) -> None:
         """Adds features (B, D) with labels (B,) to vote."""
+        self._computed = None  # what was computed was of another bank
         self.bank_features.append(features)
         self.bank_labels.append(labels)
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Adds features (B, D) with labels (B,) to be classified."""
+        self._count()
         self.query_features.append(features)
         self.query_labels.append(labels)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds a batch and returns its own value; the bank is not the batch's, and stays."""
+        self._bank = list(self.bank_features), list(self.bank_labels)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.bank_features, self.bank_labels = self._bank
+            self._bank = None
+
+    def reset(self) -> None:
+        """Forget queries and bank."""
+        super().reset()
+        if self._bank is not None:  # within forward
+            self.bank_features, self.bank_labels = (list(part) for part in self._bank)
+
     def compute(self) -> dict[str, Tensor]:
-        if not len(self.bank_features) or not len(self.query_features):  # lists, or tensors once synced
-            raise ZooError("kNN accuracy needs a bank (update_bank) and queries (update) first")
+        self._require()
+        if not len(self.bank_features):  # a list, or a tensor once synced
+            raise ZooError("KNNAccuracy has no bank: update_bank comes before compute")
         bank, bank_labels = dim_zero_cat(self.bank_features), dim_zero_cat(self.bank_labels)
         features, labels = dim_zero_cat(self.query_features), dim_zero_cat(self.query_labels)
         first = torch.zeros((), dtype=torch.long, device=labels.device)

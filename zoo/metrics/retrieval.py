@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torchmetrics
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from zoo.errors import ZooError
+from zoo.metrics.gathered import Gathered
 
 
 def expected_rank(scores: Tensor, positive: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def expected_rank(scores: Tensor, positive: Tensor) -> Tensor:
     return above + level / 2
 
 
-class ImageTextRetrieval(torchmetrics.Metric):
+class ImageTextRetrieval(Gathered):
     """R@k (fractions) and the median rank (from 1), from images to texts and back.
 
     An image finds any of its texts, a text its one image. Every process gives its share; features are gathered before
@@ -37,8 +37,8 @@ class ImageTextRetrieval(torchmetrics.Metric):
     Returns (compute): {"image_to_text_r1", ..., "image_to_text_median", "text_to_image_r1", ...}.
     """
 
-    full_state_update = False
-    higher_is_better = True
+    higher_is_better = None  # R@k is, the median rank is not
+    sample = "image"
     image_features: list[Tensor]
     image_numbers: list[Tensor]
     text_features: list[Tensor]
@@ -58,6 +58,7 @@ class ImageTextRetrieval(torchmetrics.Metric):
 
         All texts of an image must come in one update.
         """
+        self._count()
         self.image_features.append(images)
         self.image_numbers.append(numbers)
         self.text_features.append(texts)
@@ -67,8 +68,7 @@ class ImageTextRetrieval(torchmetrics.Metric):
         self.text_places.append(same.tril(-1).sum(dim=1))
 
     def compute(self) -> dict[str, Tensor]:
-        if isinstance(self.image_features, list) and not self.image_features:  # a tensor once synchronised
-            raise ZooError("retrieval needs images and texts (update) first")
+        self._require()
         numbers, owners = dim_zero_cat(self.image_numbers), dim_zero_cat(self.text_owners)
         places = dim_zero_cat(self.text_places)
         image_once = _first_of_each(numbers)

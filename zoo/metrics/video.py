@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torchmetrics
 from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision
 
 from zoo.errors import ZooError
+from zoo.metrics.gathered import Gathered
 
 _COMBINE = ("sum", "max")
 
@@ -28,27 +28,15 @@ def _unique_rows(*keys: Tensor) -> Tensor:
     return first.scatter_reduce_(0, inverse, torch.arange(len(rows), device=rows.device), "amin")
 
 
-class _Gathered(torchmetrics.Metric):
-    """States are lists of rows; a process that saw nothing gives none of them, instead of leaving the others waiting.
+class _Rows(Gathered):
+    """States are lists of rows, whose shapes and types are known."""
 
-    Args:
-        rows: an empty tensor of the shape and type of each state's rows, by its name.
-    """
-
-    full_state_update = False
-    higher_is_better = True
+    sample = "video"
 
     def __init__(self, rows: dict[str, Tensor], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._rows = rows
+        super().__init__(rows, **kwargs)
         for name in rows:
             self.add_state(name, default=[], dist_reduce_fx="cat")
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        for name, empty in self._rows.items():
-            if isinstance(getattr(self, name), list) and not getattr(self, name):
-                setattr(self, name, [empty.to(self.device)])
-        super().sync(*args, **kwargs)
 
     def _parts(self, name: str) -> list[Tensor]:
         state = getattr(self, name)
@@ -58,7 +46,7 @@ class _Gathered(torchmetrics.Metric):
         return torch.cat([self._rows[name].to(self.device), *self._parts(name)])
 
 
-class _ByVideo(_Gathered):
+class _ByVideo(_Rows):
     """Keeps the scores of every view; each (video, view) counts once."""
 
     def __init__(self, num_classes: int, reduce: str, label_rows: Tensor, **kwargs: Any) -> None:
@@ -82,15 +70,15 @@ class _ByVideo(_Gathered):
         """
         if scores.ndim != 2 or scores.shape[1] != self.num_classes:
             raise ZooError(f"scores must be (B, {self.num_classes}), got {tuple(scores.shape)}")
+        self._count()
         given = {"scores": scores.float(), "labels": labels, "video_id": video_id, "view": view}
         for name, rows in given.items():
             getattr(self, name).append(rows.detach().to(self._rows[name].dtype))
 
     def videos(self) -> tuple[Tensor, Tensor, Tensor]:
         """All videos seen: ids (V,), scores (V, K) float64 combined over their views, labels (V,) or (V, K)."""
+        self._require()
         video_id, view = self._all("video_id"), self._all("view")
-        if not len(video_id):
-            raise ZooError(f"{type(self).__name__} has seen no video")
         keep = torch.zeros_like(video_id, dtype=torch.bool)
         keep[_unique_rows(video_id, view)] = True
         ids, row = torch.unique(video_id, return_inverse=True)
@@ -158,7 +146,7 @@ class MultiLabelMAP(_ByVideo):
         return {"mAP": torch.stack(each).mean()}
 
 
-class FrameMAP(_Gathered):
+class FrameMAP(_Rows):
     """Frame mAP of AVA: mean over classes of the area under the precision envelope at IoU 0.5 (a fraction).
 
     Each detection is matched to the box of the class that it overlaps most on its key frame; of several that claim one
@@ -202,6 +190,7 @@ class FrameMAP(_Gathered):
         """
         if scores.ndim != 2 or scores.shape[1] != self.num_classes:
             raise ZooError(f"scores must be (D, {self.num_classes}), got {tuple(scores.shape)}")
+        self._count()
         # The third number tells the boxes of a key frame apart.
         keys = [
             torch.tensor([[int(video_id), int(second), k] for k in range(n)], device=scores.device).view(-1, 3).long()
@@ -214,6 +203,7 @@ class FrameMAP(_Gathered):
 
     def per_class(self) -> Tensor:
         """(len(classes),) float64 AP of each evaluated class, NaN where it has no ground truth."""
+        self._require()
         key, true_key = self._all("key"), self._all("true_key")
         keep, true_keep = _unique_rows(*key.unbind(1)), _unique_rows(*true_key.unbind(1))
         scores, boxes, key = self._all("scores")[keep], self._all("boxes")[keep], key[keep]

@@ -4,22 +4,24 @@ Parameter names are those of timm and of the official MAE, MoCo v3 and DeiT rele
 bias, exact GELU (JAX's releases have the tanh approximation).
 """
 
-from __future__ import annotations
-
+# The annotations are evaluated here: TorchScript reads those of traced networks.
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.fx
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import dropout, linear
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import ZooError
 from zoo.ops.attention import attention
 
 NORM_EPS = 1e-6
+torch.fx.wrap("attention")  # a tracer leaves the choice of the path to the call
 
 
 class Attention(nn.Module):
@@ -36,13 +38,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:
         """Tokens (B, N, D) to (B, N, D); with `last`, only the outputs (B, last, D) of the last tokens."""
         batch, length, dim = x.shape
-        heads = (self.num_heads, dim // self.num_heads)
+        heads = self.num_heads
+        width = dim // heads
         if last is None:
-            q, k, v = self.qkv(x).reshape(batch, length, 3, *heads).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = self.qkv(x).reshape(batch, length, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
         else:
             weights, biases = self.qkv.weight.split([dim, 2 * dim]), self.qkv.bias.split([dim, 2 * dim])
-            q = linear(x[:, -last:], weights[0], biases[0]).reshape(batch, last, *heads).transpose(1, 2)
-            k, v = linear(x, weights[1], biases[1]).reshape(batch, length, 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
+            q = linear(x[:, -last:], weights[0], biases[0]).reshape(batch, last, heads, width).transpose(1, 2)
+            both = linear(x, weights[1], biases[1]).reshape(batch, length, 2, heads, width)
+            k, v = both.permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -100,6 +104,8 @@ class PatchEmbed(nn.Module):
 
     def check(self, images: Tensor) -> None:
         """Raises ZooError unless images are (B, in_chans, img_size, img_size)."""
+        if isinstance(images, torch.fx.Proxy):  # a trace is of any images
+            return
         wanted = (self.in_chans, self.img_size, self.img_size)
         if tuple(images.shape[1:]) != wanted:
             raise ZooError(
@@ -109,7 +115,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to tokens (B, L, D)."""
-        self.check(images)
+        if not torch.jit.is_scripting():
+            self.check(images)
         return self.proj(images).flatten(2).transpose(1, 2)
 
     def embed_patches(self, patches: Tensor) -> Tensor:
@@ -127,10 +134,13 @@ class VisionTransformer(nn.Module):
         img_size: side of the square images, in pixels.
         num_classes: 0 for no head (logits are the pooled features).
         global_pool: "avg" takes the mean of the patch tokens through `fc_norm` (MAE's fine-tuning), "token" the class
-            token after `norm`.
+            token after `norm`, "" all tokens after `norm`.
+        drop_rate: dropout of the features before the head.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
         grad_checkpointing: recompute activations in the backward pass.
     """
+
+    __constants__ = ("norms_pooled", "norms_tokens")  # for TorchScript, which leaves out what is not there
 
     def __init__(
         self,
@@ -142,25 +152,29 @@ class VisionTransformer(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
-        global_pool: Literal["avg", "token"] = "avg",
+        global_pool: Literal["avg", "token", ""] = "avg",
         drop_path_rate: float = 0.0,
         grad_checkpointing: bool = False,
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if global_pool not in ("avg", "token"):
-            raise ZooError(f"global_pool must be 'avg' or 'token', not {global_pool!r}")
-        self.embed_dim = self.num_features = embed_dim
-        self.global_pool, self.grad_checkpointing = global_pool, grad_checkpointing
+        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
+        self.grad_checkpointing, self.drop_rate = grad_checkpointing, drop_rate
         # Registered in the order of the official models, by which optimisers group parameters.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, (img_size // patch_size) ** 2 + 1, embed_dim))
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
-        if global_pool == "token":
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
+        ]
+        self.norms_pooled = global_pool == "avg"
+        self.norms_tokens = not self.norms_pooled
+        if self.norms_tokens:
             self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
-        self.reset_classifier(num_classes)
-        if global_pool == "avg":
+        self.reset_classifier(num_classes, global_pool)
+        if self.norms_pooled:
             self.fc_norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.apply(_init_linear)
         for token in (self.cls_token, self.pos_embed):
@@ -171,6 +185,7 @@ class VisionTransformer(nn.Module):
         """Layers for layer-wise learning rates: embedding, blocks, head."""
         return len(self.blocks) + 2
 
+    @torch.jit.ignore
     def layer_id(self, name: str) -> int:
         """The layer of parameter `name`: 0 for tokens, positions and patches, block i is i + 1, the rest the top."""
         if name.startswith(("cls_token", "pos_embed", "patch_embed.")):
@@ -179,36 +194,136 @@ class VisionTransformer(nn.Module):
             return int(name.split(".")[1]) + 1
         return self.num_layer_ids - 1
 
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {"cls_token", "pos_embed"}
 
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that group the parameters by layer for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a fresh one for `num_classes` classes (0: none)."""
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a fresh one for `num_classes` classes (0: none), and the pooling if given; the norms stay
+        as the network was built."""
+        if global_pool is not None:
+            if global_pool not in ("avg", "token", ""):
+                raise ZooError(f"global_pool must be 'avg', 'token' or '', not {global_pool!r}")
+            self.global_pool = global_pool
         self.num_classes = num_classes
         self.head: nn.Module = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
         self.head.apply(_init_linear)
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to tokens (B, 1 + L, D), class token first; normalised where "token" is pooled."""
+    def _embed(self, images: Tensor) -> Tensor:
         x = self.patch_embed(images)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        x = run_blocks(self.blocks, x, self.grad_checkpointing)
-        return self.norm(x) if self.global_pool == "token" else x
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+
+    @torch.jit.unused
+    def _recomputed(self, x: Tensor) -> Tensor:
+        return run_blocks(self.blocks, x, True)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to tokens (B, 1 + L, D), class token first; normalised but where "avg" is pooled."""
+        x = self._embed(images)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = self._recomputed(x)
+        else:
+            for block in self.blocks:
+                x = block(x)
+        return self.norm(x) if self.norms_tokens else x
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, 1 + L, D) to logits (B, num_classes), or to the pooled features (B, D) with `pre_logits`."""
-        pooled = tokens[:, 0] if self.global_pool == "token" else self.fc_norm(tokens[:, 1:].mean(dim=1))
-        return pooled if pre_logits else self.head(pooled)
+        """Tokens (B, 1 + L, D) to logits (B, num_classes), or to the pooled features (B, D) with `pre_logits`; without
+        pooling both are of every token."""
+        x = tokens
+        if self.global_pool == "avg":
+            x = tokens[:, 1:].mean(dim=1)
+        elif self.global_pool == "token":
+            x = tokens[:, 0]
+        if self.norms_pooled:
+            x = self.fc_norm(x)
+        if self.drop_rate > 0.0:
+            x = dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes)."""
         return self.forward_head(self.forward_features(images))
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Outputs of the blocks, as timm gives them, and the final tokens as of :meth:`forward_features`.
+
+        Args:
+            x: images (B, C, H, W).
+            indices: of which blocks; the last n for a number, all for None.
+            return_prefix_tokens: pairs of the patches' output and the class token's (B, 1, D).
+            norm: through the final norm, where the network has one.
+            stop_early: compute no more than is asked for.
+            output_fmt: "NCHW": (B, D, h, w); "NLC": (B, L, D).
+            intermediates_only: the outputs alone, without the final tokens before them.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ZooError(f"output_fmt must be 'NCHW' or 'NLC', not {output_fmt!r}")
+        wanted = self._indices(indices)
+        found: list[Any] = []
+        x = self._embed(x)
+        for i, block in enumerate(self.blocks[: max(wanted) + 1] if stop_early else self.blocks):
+            x = run_blocks(nn.ModuleList([block]), x, self.grad_checkpointing)
+            if i in wanted:
+                tokens = self.norm(x) if norm and self.norms_tokens else x
+                patches = tokens[:, 1:]
+                if output_fmt == "NCHW":
+                    patches = patches.transpose(1, 2).unflatten(2, self.patch_embed.grid).contiguous()
+                found.append((patches, tokens[:, :1]) if return_prefix_tokens else patches)
+        return found if intermediates_only else (self.norm(x) if self.norms_tokens else x, found)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the intermediates `indices` do not need; returns them counted from the front."""
+        wanted = self._indices(indices)
+        self.blocks = self.blocks[: max(wanted) + 1]
+        if prune_norm and self.norms_tokens:
+            self.norms_tokens = False
+            del self.norm
+        if prune_head:
+            if self.norms_pooled:
+                self.norms_pooled = False
+                del self.fc_norm
+            self.reset_classifier(0, "")
+        return wanted
+
+    @torch.jit.ignore
+    def _indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        count = len(self.blocks)
+        if indices is None or isinstance(indices, int):
+            indices = range(count - (count if indices is None else indices), count)
+        if not indices or not all(-count <= i < count for i in indices):
+            raise ZooError(f"there are blocks 0 to {count - 1}, not {list(indices)}")
+        return sorted({i % count for i in indices})
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -7,9 +7,6 @@ from torch import Tensor
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 
-# Above this many scores a head the N x M matrix costs more memory than the written form saves time.
-_MOST_SCORES = 1024**2
-
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q (B, H, N, D) and k, v (B, H, M, D): (B, H, N, D).
@@ -21,7 +18,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropo
     its gradient torch's kernel took 1.5 to 8 times as long there (torch 2.14, AVX512-BF16, N from 17 to 785).
     """
     half = q.dtype in (torch.bfloat16, torch.float16)
-    if q.device.type == "cpu" and half and q.shape[-2] * k.shape[-2] <= _MOST_SCORES:
+    # Above 1024^2 scores a head the N x M matrix costs more memory than the written form saves time.
+    if q.device.type == "cpu" and half and q.shape[-2] * k.shape[-2] <= 1024 * 1024:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.functional import dropout, pad, relu
 
@@ -178,6 +179,7 @@ class ResidualUnit(nn.Module):
         scale_f: float = 1.0,
         gate_bias: float = 0.0,
         dropout: float = 0.5,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         for what, name, known in (
@@ -218,6 +220,7 @@ class ResidualUnit(nn.Module):
             raise ZooError(f"shortcut type A pads channels: it cannot lead from {in_chans} to {self.out_chans}")
         gated = shortcut.endswith("gating")
         self.gate = _conv(in_chans, self.out_chans, 1, self.stride, bias=True) if gated else None
+        self.drop_path = DropPath(drop_path) if drop_path else None
 
     def _shaped(self, x: Tensor) -> Tensor:
         """The shortcut's input in the shape of the unit's output."""
@@ -254,6 +257,8 @@ class ResidualUnit(nn.Module):
         if self.drops:
             kept = dropout(kept, self.dropout, self.training)
         gate = self.gate(x) if self.gate is not None else None
+        if self.drop_path is not None:
+            f = self.drop_path(f)
         kept, f = shortcut_and_branch(kept, f, self.shortcut, gate, self.scale_x, self.scale_f)
         y = f.add_(kept) if self.overwrites else f + kept
         if self.after_bn:
@@ -279,6 +284,8 @@ class PreActResNet(nn.Module):
         stem_width: output channels of the stem.
         num_classes: 0 for no classifier (logits are the pooled features).
         global_pool: "avg", or "" for none (then without a classifier).
+        drop_rate: dropout of the features before the classifier.
+        drop_path_rate: stochastic depth of the last unit; it rises linearly from 0 at the first.
         grad_checkpointing: keep only the units' inputs for the backward pass, and compute the rest again.
     """
 
@@ -301,6 +308,8 @@ class PreActResNet(nn.Module):
         num_classes: int = 10,
         global_pool: str = "avg",
         grad_checkpointing: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
         for what, name, known in (
@@ -315,7 +324,7 @@ class PreActResNet(nn.Module):
             raise ZooError(f"depths and widths must be positive, one a stage; got {list(depths)} and {list(widths)}")
         order = UNITS[unit]
         imagenet = stem == "imagenet"
-        self.grad_checkpointing = grad_checkpointing
+        self.grad_checkpointing, self.drop_rate = grad_checkpointing, drop_rate
         self.conv1 = _conv(in_chans, stem_width, 7 if imagenet else 3, 2 if imagenet else 1)
         # What a pre-activation unit does first, the stem leaves to it; but for ImageNet the pooling comes in between.
         normalised = imagenet or "bn" not in order.before
@@ -326,7 +335,8 @@ class PreActResNet(nn.Module):
         basic = block == "basic"
         channels, reduction = stem_width, 4 if imagenet else 1
         self.feature_info = [{"num_chs": stem_width, "reduction": 2 if imagenet else 1, "module": "conv1"}]
-        stages = []
+        stages: list[nn.Module] = []
+        rates = iter([drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))])
         for s, (depth, width) in enumerate(zip(depths, widths, strict=True)):
             outs = (width, width) if basic else (width, width, 4 * width)
             units = []
@@ -351,6 +361,7 @@ class PreActResNet(nn.Module):
                         scale_f,
                         gate_bias,
                         dropout,
+                        next(rates),
                     )
                 )
                 channels = outs[-1]
@@ -436,6 +447,8 @@ class PreActResNet(nn.Module):
         """Features (B, D, h, w) to logits (B, num_classes), or to pooled features (B, D) with `pre_logits`."""
         if self.global_pool:
             x = x.mean(dim=(2, 3))
+        if self.drop_rate > 0.0:
+            x = dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from zoo.errors import ZooError
-from zoo.formats import pytorch
+from zoo.formats import flax, pickles, pytorch, t5x, torch7, zips
+from zoo.weights.download import page, say
+
+# Where files keep weights: those that an optimiser moved, and their averages. Of each the first that is there counts.
+RAW = ("state_dict", "model", "model_state", "model_state_dict", "module", "params", "blobs")
+AVERAGED = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_params", "ema", "params_ema", "ema_model")
+PREFIXES = ("module.", "_orig_mod.", "model.", "network.")  # of DataParallel, torch.compile, Lightning modules
 
 
 def check_file(path: Path) -> None:
@@ -32,19 +43,7 @@ def check_file(path: Path) -> None:
     if not head:
         raise ZooError(f"{path}: not a whole file of weights: it is empty")
     if kind := page(head):
-        raise ZooError(f"{path}: not a file of weights but {kind}")
-
-
-def page(head: bytes) -> str | None:
-    """What a server gives in place of a file, told by the first bytes: a page, or a pointer to where the file lies."""
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:64].lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<!--", b"<body")):
-        return "an HTML page"
-    if start.startswith((b"<?xml", b"<error")):
-        return "an XML page"
-    if start.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS; fetch the file itself with `git lfs pull`"
-    return None
+        raise ZooError(f"{path}: {kind}, not a whole file of weights")
 
 
 def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
@@ -67,3 +66,184 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     if missing:
         raise ZooError(f"{path}: weights, not a checkpoint of a run: it holds no {missing[0]!r}")
     return content
+
+
+def read_state_dict(path: str | os.PathLike[str], use_ema: bool | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, by name: safetensors, PyTorch, out of wrappers such as ``{"model": ...}``,
+    pickled NumPy arrays of Caffe2, Detectron and detectron2 (``.pkl``), ``.npz``, Torch7 (``.t7``), by place, a folder
+    or zip of t5x, or flax (``.msgpack``, or a zip of ``checkpoint_<step>``), by path.
+
+    A prefix that every key carries (``module.``, ``model.``) is taken off; of a checkpoint of ours, the network is
+    taken (``network.``), not the metrics beside it. Nothing in the file is executed.
+
+    Args:
+        use_ema: of a file that holds raw weights and their average (``{"model": ..., "ema": ...}``, ``{"state_dict":
+            ..., "state_dict_ema": ...}``, a checkpoint of ours), take the average; False: the raw ones; None: the
+            average where there is one. Which was taken of two is told.
+
+    Raises:
+        ZooError: not a file, not a whole checkpoint, no tensors in it, something that weights do not hold, NaN among
+            the weights, or not the set that `use_ema` names.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        check_file(path)
+    try:
+        state = _read(path, use_ema)
+    except ZooError:
+        raise
+    except MemoryError as error:
+        raise ZooError(f"{path}: not a whole file of weights: it declares more numbers than there is memory") from error
+    except Exception as error:  # the readers' own errors are told above; a spoilt file makes libraries raise anything
+        problem = pickles.short(str(error), 200) or type(error).__name__
+        raise ZooError(f"{path}: not a whole file of weights ({problem})") from error
+    if spoilt := [key for key, value in state.items() if _has_nan(value)]:
+        more = f" and {len(spoilt) - 1} more of {len(state)}" if spoilt[1:] else ""
+        raise ZooError(f"{path}: not usable: {pickles.short(spoilt[0])}{more} holds NaN")
+    return state
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ZooError: not a whole one.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # SafetensorError, OSError, and of kinds of numbers that torch has not, KeyError
+        raise ZooError(f"{path}: not a whole safetensors file ({pickles.short(str(error), 200)})") from error
+
+
+def is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(9)
+    return path.suffix == ".safetensors" or (len(head) == 9 and head[8:] == b"{" and head[2:8] == bytes(6))
+
+
+def _read(path: Path, use_ema: bool | None) -> dict[str, Tensor]:
+    if t5x.is_checkpoint(path):
+        return _only(t5x.read_state_dict(path), path, use_ema)
+    if flax.is_checkpoint(path):
+        return flax.read_state_dict(path, use_ema)
+    if path.is_dir():
+        raise ZooError(f"{path}: is a folder without a checkpoint of t5x or flax")
+    if is_safetensors(path):
+        return _without_prefix(_only(read_safetensors(path), path, use_ema))
+    if path.suffix == ".t7":
+        return _only(torch7.read_state_dict(path), path, use_ema)
+    if path.suffix == ".npz":
+        return _only(_read_npz(path), path, use_ema)
+    if pickles.is_array_pickle(path):
+        return _unwrap(pickles.read(path), path, use_ema)
+    try:
+        content = pytorch.read(path, mmap=True)
+    except ZooError as error:
+        raise ZooError(f"{path}: {error}") from error
+    return _unwrap(content, path, use_ema)
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    with zips.opened(path) as archive:
+        zips.check(archive, path)
+    arrays = {}
+    with np.load(path, allow_pickle=False) as content:
+        for key in content.files:
+            try:
+                arrays[key] = content[key]
+            except ValueError as error:  # objects, which are pickles
+                if "allow_pickle" not in str(error):
+                    raise
+                raise ZooError(f"{path}: {pickles.refusal((key,), 'numpy.ndarray of objects')}") from error
+    state = _tensors(arrays)
+    if not state:
+        raise ZooError(f"{path}: holds no tensors by name")
+    return state
+
+
+def _unwrap(content: Any, path: Path, use_ema: bool | None) -> dict[str, Tensor]:
+    """Descends from the top of a file to the dict whose values are tensors; entries beside tensors are left."""
+    is_run = isinstance(content, Mapping) and "pytorch-lightning_version" in content
+    average: dict[str, Tensor] = {}
+    named = ""
+    while isinstance(content, Mapping):
+        if not named and (named := next((key for key in _averages(content) if _below(content[key])), "")):
+            average = _below(content[named])
+        inner = next((key for key in RAW if _below(content.get(key))), None)
+        if inner is None:
+            break
+        content = content[inner]
+    raw = {} if isinstance(content, Mapping) and content.get(named) else _below(content)
+    if not raw and not average:
+        keys = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        raise ZooError(f"{path}: holds no tensors by name (top: {pickles.short(keys, 200)})")
+    raw, average = (_without_prefix(_network(state) if is_run else state) for state in (raw, average))
+    if use_ema is True and not average:
+        raise ZooError(f"{path}: use_ema: holds no averaged weights")
+    if use_ema is False and not raw:
+        raise ZooError(f"{path}: use_ema=False: holds averaged weights only ({named})")
+    if not average or use_ema is False:
+        return raw
+    if raw:
+        say(f"{path.name}: the averaged weights ({named}) are taken; use_ema=False takes the raw ones")
+        if average.keys() < raw.keys():  # an average of parameters alone: buffers are those of the raw weights
+            average = {**raw, **average}
+    return average
+
+
+def _averages(content: Mapping[Any, Any]) -> list[str]:
+    """The keys of averages in a file, the first that counts in front; ours stand beside the count of their steps."""
+    ours = [
+        key for key in content if str(key).endswith("_state_dict") and f"{key[: -len('_state_dict')]}_steps" in content
+    ]
+    return [key for key in AVERAGED if key in content] + [key for key in ours if key not in AVERAGED]
+
+
+def _below(content: Any) -> dict[str, Tensor]:
+    """The tensors in a dict, or in the wrappers inside it."""
+    for _ in range(len(RAW)):
+        if not isinstance(content, Mapping):
+            break
+        inner = next((content[key] for key in RAW if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            return _tensors(content)
+        content = inner
+    return {}
+
+
+def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    state = {}
+    for key, value in content.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+            state[str(key)] = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
+        elif isinstance(value, Tensor):
+            state[str(key)] = value.detach()
+    return state
+
+
+def _network(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a checkpoint of ours, the network alone."""
+    return {key: value for key, value in state.items() if key.startswith("network.")} or state
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in PREFIXES:
+        if state and all(key.startswith(prefix) for key in state):
+            return _without_prefix({key.removeprefix(prefix): value for key, value in state.items()})
+    return state
+
+
+def _only(state: dict[str, Tensor], path: Path, use_ema: bool | None) -> dict[str, Tensor]:
+    """`state`, of a format that holds one set of weights."""
+    if use_ema:
+        raise ZooError(f"{path}: use_ema: this format holds one set of weights")
+    return state
+
+
+def _has_nan(value: Tensor) -> bool:
+    if not value.is_floating_point() or not value.numel():
+        return False
+    wide = value.float() if value.itemsize == 1 else value  # the eight-bit kinds have no minimum
+    return bool(wide.amin().isnan())

@@ -10,7 +10,7 @@ the record of its checksum, and ``converted.safetensors`` with the record of its
 
 from __future__ import annotations
 
-import argparse
+import atexit
 import contextlib
 import fnmatch
 import hashlib
@@ -21,9 +21,10 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
+import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -38,22 +39,23 @@ from torch import Tensor, nn
 from zoo import __version__, catalog
 from zoo.catalog import PaperCard, Preprocess, Weight
 from zoo.errors import ZooError, unknown
-from zoo.formats import flax, pickles, t5x, torch7
+from zoo.formats import pytorch
 from zoo.paths import cache_dir
 from zoo.weights import download
+from zoo.weights.files import read_safetensors, read_state_dict
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2
 
 ADAPTABLE = ("img_size", "num_classes", "in_chans")  # overrides that weights of another value are adapted to
-WRAPPERS = (
-    "state_dict", "model", "model_state", "model_state_dict", "model_ema", "ema_params", "ema", "params", "blobs",
-)  # fmt: skip
-PREFIXES = ("module.", "_orig_mod.", "model.", "network.")  # of DataParallel, torch.compile, Lightning modules
 
 
 def create_model(
-    name: str, pretrained: bool = False, weights: str | os.PathLike[str] | None = None, **overrides: Any
+    name: str,
+    pretrained: bool = False,
+    weights: str | os.PathLike[str] | None = None,
+    use_ema: bool | None = None,
+    **overrides: Any,
 ) -> nn.Module:
     """A model of the catalog.
 
@@ -63,6 +65,8 @@ def create_model(
         pretrained: load the published weights; without a tag, the model must have exactly one set of them.
         weights: load these instead: the name of published weights, a path, an http(s) address or a hub id
             (``hf://org/repo/file``), in the official layout or in ours.
+        use_ema: of a file given by `weights` that holds raw weights and their average, take the average; False: the
+            raw ones. None: what the paper's card says of its files, else the average where there is one.
         overrides: further arguments of the model. With weights, ``num_classes`` and ``in_chans`` start anew just the
             parameters whose shape they change (a warning names them), and ``img_size`` resizes position tables.
 
@@ -82,13 +86,17 @@ def create_model(
     if weights is not None:
         known = [entry for entry in card.weights if entry.model == model.name]
         converter = known[0].converter if known else "convert_official"
-        state = _convert(card, read_state_dict(_file_of(weights)), os.fspath(weights), converter)
+        if use_ema is None and known:
+            use_ema = known[0].use_ema
+        state = _convert(card, read_state_dict(_file_of(weights), use_ema), os.fspath(weights), converter)
         fresh, spare = [key for e in known for key in e.fresh], [key for e in known for key in e.spare]
         _load(net, state, architecture, overrides, os.fspath(weights), fresh, spare)
     elif pretrained and entry is not None:
+        if use_ema is not None:
+            raise ZooError(f"use_ema chooses within a file given by `weights`; {entry.name} is one set")
         path = fetch_weights(entry.name)
         try:
-            _load(net, _read_safetensors(path), architecture, overrides, entry.name, entry.fresh, entry.spare)
+            _load(net, read_safetensors(path), architecture, overrides, entry.name, entry.fresh, entry.spare)
         except ZooError:
             if not entry.sha256 and not (overrides.keys() - set(ADAPTABLE)):
                 forget_weights(entry.name)  # the address gave something else than what the card says
@@ -97,7 +105,8 @@ def create_model(
 
 
 def create_preprocess(name: str, size: int | None = None) -> v2.Compose:
-    """The transform that weights expect: PIL image or uint8 tensor (..., 3, H, W) to float (..., 3, size, size).
+    """The transform that weights expect: a picture to float (..., 3, size, size). It takes the path of a file, its
+    bytes, a PIL image, or a uint8 tensor (..., 3, H, W); pictures are turned upright as their EXIF orientation says.
 
     A detector's keeps the picture's proportions: (3, H, W) to (3, h, w). `size` replaces the published size, for a
     model created with another ``img_size``. For a model named without tag, all its weights must agree.
@@ -131,10 +140,32 @@ def _transform(facts: Preprocess, size: int) -> v2.Compose:
     else:
         short_side = int(size / facts.crop_pct + 1e-6)
         sized = [v2.Resize(short_side, v2.InterpolationMode(facts.interpolation), antialias=True), v2.CenterCrop(size)]
-    steps: list[Any] = [v2.ToImage(), *sized, v2.ToDtype(torch.float32, scale=True)]
+    steps: list[Any] = [_Picture(), *sized, v2.ToDtype(torch.float32, scale=True)]
     if facts.channels == "bgr":
         steps.append(_FlipChannels())
     return v2.Compose([*steps, v2.Normalize(facts.mean, facts.std), v2.ToPureTensor()])
+
+
+class _Picture(nn.Module):
+    """What users have at hand as an image tensor, RGB."""
+
+    def forward(self, picture: Any) -> Tensor:
+        from PIL import Image, ImageOps
+        from torchvision.transforms.v2 import functional
+
+        from zoo.data.sources import decode_image, read_image
+
+        if isinstance(picture, Image.Image):
+            picture = ImageOps.exif_transpose(picture)
+            picture = picture if picture.mode == "RGB" else picture.convert("RGB")
+        elif isinstance(picture, str | os.PathLike):
+            picture = read_image(picture, upright=True)
+        elif isinstance(picture, bytes):
+            picture = decode_image(picture, upright=True)
+        elif not isinstance(picture, Tensor) or picture.ndim < 3 or picture.shape[-3] != 3:
+            kind = f"a tensor {tuple(picture.shape)}" if isinstance(picture, Tensor) else f"a {type(picture).__name__}"
+            raise ZooError(f"preprocessing takes a path, a PIL image or a uint8 tensor (..., 3, H, W), not {kind}")
+        return functional.to_image(picture)
 
 
 class _ShortestEdge(nn.Module):
@@ -167,6 +198,13 @@ def fetch_weights(name: str) -> Path:
     converted = folder / "converted.safetensors"
     if _is_right(converted, card, entry):  # before the lock: a cache may be shared read-only
         return converted
+    if not download.writable(folder) and (held := download.held(folder / _file_name(entry), _published(entry))):
+        copy = _scratch() / name / converted.name  # the cache cannot take it, and is served as it is
+        if not copy.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            state = _convert(card, read_state_dict(held.path, entry.use_ema), name, entry.converter)
+            _write_safetensors(state, copy)
+        return copy
     with download.lock(converted):
         if _is_right(converted, card, entry):  # another process was first
             return converted
@@ -174,7 +212,7 @@ def fetch_weights(name: str) -> Path:
             download.say(f"{converted} is older than the code, or was changed since it was stored; converting anew")
         original = download.fetch(entry.urls, folder / _file_name(entry), _published(entry))
         try:
-            state = _convert(card, read_state_dict(original.path), name, entry.converter)
+            state = _convert(card, read_state_dict(original.path, entry.use_ema), name, entry.converter)
         except ZooError:
             if not entry.sha256:  # what was recorded at first use is no checkpoint: do not hold on to it
                 download.forget(folder / _file_name(entry))
@@ -186,9 +224,17 @@ def fetch_weights(name: str) -> Path:
     return converted
 
 
+@cache
+def _scratch() -> Path:
+    """A folder that goes with this process."""
+    folder = tempfile.mkdtemp(prefix="zoo-weights-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def _is_right(converted: Path, card: PaperCard, entry: Weight) -> bool:
     """Whether the converted copy is there, unchanged, from the published file, and by the present code."""
-    record = _read_record(converted.with_suffix(".json"))
+    record = download.read_json(converted.with_suffix(".json"))
     return (
         converted.is_file()
         and record.get("converter") == _converter(card)
@@ -205,7 +251,7 @@ def verify_weights(name: str) -> str:
     card, entry = catalog.weight(name)
     folder = _folder(card, entry)
     original, converted = folder / _file_name(entry), folder / "converted.safetensors"
-    record = _read_record(folder / "converted.json")
+    record = download.read_json(folder / "converted.json")
     if not converted.is_file():
         raise ZooError(f"{name}: not in the cache ({folder}); `zoo weights get {name}` fetches it")
     if original.is_file():
@@ -216,7 +262,7 @@ def verify_weights(name: str) -> str:
         raise ZooError(f"{name}: the cached copy does not come from the published file; `zoo weights get` mends it")
     if _sha256(converted) != record.get("sha256"):
         raise ZooError(f"{converted}: changed since it was stored; `zoo weights get {name}` mends it")
-    state = _read_safetensors(converted)
+    state = read_safetensors(converted)
     architecture = Architecture(card, entry.model, dict(entry.overrides))
     if report := mismatch(state, shapes(architecture.on_meta())):
         raise ZooError(f"{name} does not match {entry.model}: {report}")
@@ -224,7 +270,7 @@ def verify_weights(name: str) -> str:
     return f"sha256 {record['source_sha256']} as {against}; {len(state)} tensors match {entry.model} key for key"
 
 
-def convert_weights(name: str, out: str | os.PathLike[str], to: str | None = None) -> Path:
+def convert_weights(name: str, out: str | os.PathLike[str], to: str | None = None, use_ema: bool | None = None) -> Path:
     """Writes published weights, or those of a checkpoint of a task of ours, for use elsewhere; returns the path.
 
     Args:
@@ -232,6 +278,8 @@ def convert_weights(name: str, out: str | os.PathLike[str], to: str | None = Non
         out: the file, ``.safetensors``. With `to` also ``.pth``, or ``.pkl`` with NumPy arrays, as in detectron2's
             model zoo; these two can hold more than tensors by name.
         to: a format among the EXPORTS of the paper's module; None: our own layout.
+        use_ema: of a checkpoint of ours, take the averaged weights; False: the raw ones; None: the average if it holds
+            one.
 
     Raises:
         ZooError: unknown weights or format, or a file that cannot hold it.
@@ -241,9 +289,11 @@ def convert_weights(name: str, out: str | os.PathLike[str], to: str | None = Non
         kinds = ".safetensors, .pth or .pkl" if to else ".safetensors"
         raise ZooError(f"{os.fspath(out)!r}: converted weights are written as {kinds}")
     if Path(name).is_file():
-        module, state = _module_of_checkpoint(Path(name)), read_state_dict(name)
+        module, state = _module_of_checkpoint(Path(name)), read_state_dict(name, use_ema)
     else:
-        module, state = paper_module(catalog.weight(name)[0]), _read_safetensors(fetch_weights(name))
+        if use_ema is not None:
+            raise ZooError(f"use_ema chooses within a checkpoint file; {name!r} is none")
+        module, state = paper_module(catalog.weight(name)[0]), read_safetensors(fetch_weights(name))
     content: dict[str, Any] = state
     if to is not None:
         exports = getattr(module, "EXPORTS", {})
@@ -257,7 +307,12 @@ def convert_weights(name: str, out: str | os.PathLike[str], to: str | None = Non
 
 def _module_of_checkpoint(path: Path) -> ModuleType:
     """The module that defines the task which a checkpoint of ours was saved from."""
-    content = {} if _is_safetensors(path) else _unpickle(path)
+    content: Any = {}
+    if pytorch.is_checkpoint(path):
+        try:
+            content = pytorch.read(path, mmap=True)
+        except ZooError as error:
+            raise ZooError(f"{path}: {error}") from error
     kind = str(content.get("zoo_task", "")) if isinstance(content, Mapping) else ""
     if not kind.startswith("zoo."):
         raise ZooError(f"{path}: not a checkpoint of a task of the zoo; name published weights instead")
@@ -311,14 +366,6 @@ def _published(entry: Weight) -> download.Published:
 def _is_published(record: Mapping[str, str], entry: Weight) -> bool:
     """Whether a converted copy was made from the very file that the card names."""
     return entry.sha256 is None or record.get("source_sha256") == entry.sha256
-
-
-def _read_record(path: Path) -> dict[str, str]:
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _converter(card: PaperCard) -> str:
@@ -419,38 +466,6 @@ def shapes(net: nn.Module) -> dict[str, torch.Size]:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, by name: safetensors, PyTorch, out of wrappers such as ``{"model": ...}``,
-    pickled NumPy arrays of Caffe2, Detectron and detectron2 (``.pkl``), Torch7 (``.t7``), by place, a folder or zip of
-    t5x, or flax (``.msgpack``, or a zip of ``checkpoint_<step>``), by path.
-
-    A prefix that every key carries (``module.``, ``model.``) is taken off; of a checkpoint of ours, the network is
-    taken (``network.``), not the metrics beside it. Nothing in the file is executed.
-
-    Raises:
-        ZooError: not a file, not a whole checkpoint, no tensors in it, or a pickle that wants to run code.
-    """
-    path = Path(path)
-    if t5x.is_checkpoint(path):
-        return t5x.read_state_dict(path)
-    if flax.is_checkpoint(path):
-        return flax.read_state_dict(path)
-    if not path.is_file():
-        raise ZooError(f"no weights file {str(path)!r}")
-    if _is_safetensors(path):
-        return _without_prefix(_read_safetensors(path))
-    if path.suffix == ".t7":
-        return torch7.read_state_dict(path)
-    if pickles.is_array_pickle(path):
-        return _without_prefix(_unwrap(pickles.read(path), path))
-    content = _unpickle(path)
-    state = _unwrap(content, path)
-    if "pytorch-lightning_version" in content:
-        network = {key: value for key, value in state.items() if key.startswith("network.")}
-        state = network or state
-    return _without_prefix(state)
-
-
 def read_source(source: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors that a task is to be initialised from, before conversion: a checkpoint of ours (.ckpt), a published
     file, or the converted copy of published weights given by name.
@@ -459,7 +474,7 @@ def read_source(source: str | os.PathLike[str]) -> dict[str, Tensor]:
         ZooError: no such file or name, or nothing that can be read.
     """
     path = Path(source)
-    if not path.is_file() and not t5x.is_checkpoint(path):
+    if not path.exists():
         if path.suffix in (".ckpt", ".pth", ".pt", ".pkl", ".safetensors") or len(path.parts) > 1:
             raise ZooError(f"init_from: no file {os.fspath(source)!r}")
         path = fetch_weights(os.fspath(source))
@@ -507,8 +522,8 @@ def load_published(
         card, entry = catalog.weight(name)
         _check_pictures(entry, data)
         path = fetch_weights(name)
-        state, candidates = _read_safetensors(path), [entry]
-        sha256 = _read_record(path.with_suffix(".json")).get("source_sha256")
+        state, candidates = read_safetensors(path), [entry]
+        sha256 = download.read_json(path.with_suffix(".json")).get("source_sha256")
     else:
         path = _file_of(source)
         raw, sha256 = read_state_dict(path), _sha256(path) if path.is_file() else None
@@ -546,22 +561,6 @@ def _check_pictures(entry: Weight, data: Any) -> None:
             raise ZooError(f"{entry.name} expects pictures of {key} {theirs}; the recipe's data give {given}")
 
 
-def _is_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(9)
-    return path.suffix == ".safetensors" or (len(head) == 9 and head[8:] == b"{" and head[2:8] == bytes(6))
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ZooError(f"{path}: not a whole safetensors file ({_one_line(error)})") from error
-
-
 def _write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -576,54 +575,12 @@ def _write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
         save_file(own, file)
 
 
-def _unpickle(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL `?([\w.]+)", str(error))
-        if wanted:
-            problem = f"refused: the file wants to run code ({wanted[1]}); weights hold tensors and plain values only"
-        else:
-            problem = "not a whole PyTorch checkpoint, or one that holds more than tensors and plain values"
-        raise ZooError(f"{path}: {problem}") from error
-    except (
-        Exception
-    ) as error:  # torch raises whatever its readers meet: RuntimeError, EOFError, KeyError, ValueError ...
-        raise ZooError(f"{path}: not a whole PyTorch checkpoint ({_one_line(error)[:200]})") from error
-
-
-def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    """Descends from the top of a file to the dict whose values are tensors; entries beside tensors are left."""
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            tensors = {
-                str(key): torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-                for key, value in content.items()
-                if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf")
-            }
-            if tensors:
-                return tensors
-            break
-        content = inner
-    keys = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-    raise ZooError(f"{path}: holds no tensors by name (top: {keys[:200]})")
-
-
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in PREFIXES:
-        if state and all(key.startswith(prefix) for key in state):
-            return _without_prefix({key.removeprefix(prefix): value for key, value in state.items()})
-    return state
-
-
 def _file_of(weights: str | os.PathLike[str]) -> Path:
     """The local file of weights given by path, address or hub id."""
     source = os.fspath(weights)
     if not re.match(r"(https?|hf|file)://", source):
         path = Path(source).expanduser()
-        if not path.is_file() and not t5x.is_checkpoint(path):
+        if not path.exists():  # what else lies there is told when it is read
             if path.suffix or os.sep in source:
                 raise ZooError(f"no weights file {source!r}")
             raise unknown("weights", source, catalog.list_weights())
@@ -669,6 +626,8 @@ def _load(
             hint = f"; these are weights of {' or '.join(map(repr, others))}" if others else ""
             raise ZooError(f"{name} does not match {architecture.model}: {report}{hint}")
         state = adapt(state, net, name)
+    if spoilt := [key for key, _ in net.named_parameters() if not state[key].isfinite().all()]:
+        raise ZooError(f"{name}: not usable: {_few(spoilt)} {'is' if len(spoilt) == 1 else 'are'} not finite")
     net.load_state_dict(state, strict=True)
 
 

@@ -602,7 +602,9 @@ class RoIHeads(nn.Module):
 
 
 def rois_of(boxes: Sequence[Tensor]) -> Tensor:
-    """The boxes (N, 4) of each image as one tensor (R, 5): image, box."""
+    """The boxes (N, 4) of each image as one tensor (R, 5): image, box; of no images, (0, 5)."""
+    if not boxes:
+        return torch.zeros(0, 5)
     counts = torch.tensor([len(found) for found in boxes], device=boxes[0].device)
     image = torch.arange(len(boxes), device=boxes[0].device).repeat_interleave(counts)
     joined = torch.cat(list(boxes))
