@@ -149,7 +149,7 @@ class MoCo(nn.Module):
                 "MoCo wants dim and queue_size of 1 or more, momentum in [0, 1] and temperature > 0; got"
                 f" {dim}, {queue_size}, {momentum} and {temperature}"
             )
-        self.momentum, self.temperature = momentum, temperature
+        self.momentum, self.temperature, self.bn_splits = momentum, temperature, bn_splits
         self.encoder_q = resnet(arch, dim, layers, width, small_images, bn_splits)
         self.encoder_q.fc = self.head(self.encoder_q.fc)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
@@ -260,50 +260,34 @@ class MoCoPretraining(BaseModule):
     1/sqrt(C): 1 where they fill the sphere, 0 where they collapse.
 
     Args:
-        arch, dim, queue_size, momentum, temperature, layers, width, small_images, bn_splits: of the network.
         symmetric: each view is query and key in turn, and the losses add up (the official CIFAR-10 demo).
         feature: what `features` gives to probes: the pooled features of the "trunk", or the "embedding" of the head.
         optim: optimiser and schedule.
+        network: of :class:`MoCo`.
     """
-
-    network_class: type[MoCo] = MoCo
 
     def __init__(
         self,
-        arch: str = "resnet50",
-        dim: int = 128,
-        queue_size: int = 65536,
-        momentum: float = 0.999,
-        temperature: float = 0.07,
-        layers: list[int] | None = None,
-        width: int = 64,
-        small_images: bool = False,
-        bn_splits: int = 1,
         symmetric: bool = False,
         feature: Literal["trunk", "embedding"] = "trunk",
         optim: Optim = _V1,
+        **network: Any,
     ) -> None:
         super().__init__(optim)
         self.save_hyperparameters()
-        self.network = self.network_class(
-            arch=arch,
-            dim=dim,
-            queue_size=queue_size,
-            momentum=momentum,
-            temperature=temperature,
-            layers=layers,
-            width=width,
-            small_images=small_images,
-            bn_splits=bn_splits,
-        )
-        self.bn_splits, self.symmetric, self.feature = bn_splits, symmetric, feature
+        self.network = self.build(**network)
+        self.symmetric, self.feature = symmetric, feature
         self._waiting: list[Tensor] = []  # keys of an accumulation window that is still open
+
+    def build(self, **network: Any) -> MoCo:
+        """The network that this task trains."""
+        return MoCo(**network)
 
     def trainable(self) -> nn.Module:
         return self.network.encoder_q
 
     def on_train_start(self) -> None:
-        if self.trainer.world_size == 1 and self.bn_splits == 1:
+        if self.trainer.world_size == 1 and self.network.bn_splits == 1:
             rank_zero_warn(
                 "one process with model.bn_splits 1: queries and keys share their BatchNorm statistics, by which the"
                 " network can cheat; set model.bn_splits (8 for a batch of 256) or use several devices"
@@ -358,35 +342,29 @@ class MoCoPretraining(BaseModule):
 class MoCoV2Pretraining(MoCoPretraining):
     """Pre-training of version 2: :class:`MoCoV2`, T 0.2, cosine schedule. Arguments as MoCoPretraining's."""
 
-    network_class = MoCoV2
-
     def __init__(self, temperature: float = 0.2, optim: Optim = _V2, **options: Any) -> None:
         super().__init__(temperature=temperature, optim=optim, **options)
+
+    def build(self, **network: Any) -> MoCo:
+        return MoCoV2(**network)
 
 
 class MoCoLinearProbe(LinearClassification):
     """Linear classification of frozen features (section 4.1): SGD without decay, lr 30, the trunk in eval mode.
 
     Args:
-        arch, layers, width, small_images: of the trunk.
         num_classes: taken from the data module by a recipe.
         init_from: a checkpoint of :class:`MoCoPretraining`, a published file, or the name of published weights.
         optim: optimiser and schedule.
+        trunk: of :func:`zoo.nn.resnet.resnet`.
     """
 
     network: ResNet
 
     def __init__(
-        self,
-        arch: str = "resnet50",
-        layers: list[int] | None = None,
-        width: int = 64,
-        small_images: bool = False,
-        num_classes: int = 1000,
-        init_from: str | None = None,
-        optim: Optim = _PROBE,
+        self, num_classes: int = 1000, init_from: str | None = None, optim: Optim = _PROBE, **trunk: Any
     ) -> None:
-        network = resnet(arch, 0, layers, width, small_images)
+        network = resnet(num_classes=0, bn_splits=1, **trunk)  # splits change nothing in eval mode
         head = nn.Linear(network.num_features, num_classes)
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
