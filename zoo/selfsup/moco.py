@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from zoo.errors import ZooError
+from zoo.nn.batchnorm import SplitBatchNorm
 from zoo.nn.resnet import detectron2_trunk, resnet, torchvision_trunk
 from zoo.ops.collective import from_first, gather, world
 from zoo.training import BaseModule, LinearClassification, Optim
@@ -117,12 +118,11 @@ class MoCo(nn.Module):
     """Query encoder, key encoder and queue.
 
     Args:
-        arch: a name in :data:`zoo.nn.resnet.RESNETS`.
         dim: C, of the embeddings.
         queue_size: K, a multiple of the global batch.
         momentum: m of the key encoder.
         temperature: T of the softmax.
-        layers, width, small_images, bn_splits: of :func:`zoo.nn.resnet.resnet`.
+        encoder: of :func:`zoo.nn.resnet.resnet`.
 
     Raises:
         ZooError: an unknown architecture, or a number out of range.
@@ -133,15 +133,11 @@ class MoCo(nn.Module):
 
     def __init__(
         self,
-        arch: str = "resnet50",
         dim: int = 128,
         queue_size: int = 65536,
         momentum: float = 0.999,
         temperature: float = 0.07,
-        layers: Sequence[int] | None = None,
-        width: int = 64,
-        small_images: bool = False,
-        bn_splits: int = 1,
+        **encoder: Any,
     ) -> None:
         super().__init__()
         if dim < 1 or queue_size < 1 or not 0 <= momentum <= 1 or temperature <= 0:
@@ -149,8 +145,8 @@ class MoCo(nn.Module):
                 "MoCo wants dim and queue_size of 1 or more, momentum in [0, 1] and temperature > 0; got"
                 f" {dim}, {queue_size}, {momentum} and {temperature}"
             )
-        self.momentum, self.temperature, self.bn_splits = momentum, temperature, bn_splits
-        self.encoder_q = resnet(arch, dim, layers, width, small_images, bn_splits)
+        self.momentum, self.temperature = momentum, temperature
+        self.encoder_q = resnet(num_classes=dim, **encoder)
         self.encoder_q.fc = self.head(self.encoder_q.fc)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.register_buffer("queue", normalize(torch.randn(dim, queue_size), dim=0))
@@ -287,7 +283,7 @@ class MoCoPretraining(BaseModule):
         return self.network.encoder_q
 
     def on_train_start(self) -> None:
-        if self.trainer.world_size == 1 and self.network.bn_splits == 1:
+        if self.trainer.world_size == 1 and not any(isinstance(m, SplitBatchNorm) for m in self.network.modules()):
             rank_zero_warn(
                 "one process with model.bn_splits 1: queries and keys share their BatchNorm statistics, by which the"
                 " network can cheat; set model.bn_splits (8 for a batch of 256) or use several devices"
