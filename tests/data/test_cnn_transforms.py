@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import permutations
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from zoo.data import ImageDataModule
 from zoo.data.transforms import (
+    EvalResizeCrop,
     InceptionTrain,
+    MAEPretrain,
     PadCropTrain,
     ScaleTrain,
     TenCrop,
@@ -165,6 +168,68 @@ def test_views_reach_the_batch() -> None:
     assert [tuple(view.shape) for view in batch["views"]] == [(4, 3, 28, 28)] * 10
     assert batch["views"][0].dtype == torch.float32
     assert batch["label"].shape == (4,)
+
+
+def _cubic(row: list[float], size: int, kernel: str) -> list[float]:
+    """A row resized pixel by pixel, as the two libraries say it."""
+    length, out = len(row), []
+    for k in range(size):
+        if kernel == "torch7":  # the polynomial through four points, those beyond the ends on a line
+            at = k * (length - 1) / max(1, size - 1)
+            i = min(int(at), length - 2)
+            x, p1, p2 = at - i, row[i], row[i + 1]
+            p0 = row[i - 1] if i > 0 else 2 * p1 - p2
+            p3 = row[i + 2] if i + 2 < length else 2 * p2 - p1
+            rest = 2 * p0 - 5 * p1 + 4 * p2 - p3 + x * (3 * (p1 - p2) + p3 - p0)
+            out.append(p1 + 0.5 * x * (p2 - p0 + x * rest))
+        else:
+            at, weights = (k + 0.5) * length / size - 0.5, {}
+            for i in range(math.floor(at) - 1, math.floor(at) + 3):
+                d = abs(at - i)
+                near, far = (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2
+                weights |= {i: near if d <= 1 else far} if 0 <= i < length else {}
+            out.append(sum(row[i] * w for i, w in weights.items()) / sum(weights.values()))
+    return out
+
+
+@pytest.mark.parametrize("kernel", ["torch7", "tensorflow"])
+@pytest.mark.parametrize("size", [(9, 7), (5, 30), (29, 40), (23, 12), (17, 2)])
+def test_resizes_of_other_libraries(kernel: str, size: tuple[int, int]) -> None:
+    image = torch.randint(0, 256, (3, 17, 23), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    across = torch.tensor([[_cubic(row, size[1], kernel) for row in plane] for plane in image.tolist()])
+    expected = torch.tensor([[_cubic(column, size[0], kernel) for column in plane.T.tolist()] for plane in across])
+    got = resize(image, size, "bicubic", kernel)
+    assert got.dtype == torch.uint8
+    assert (got - expected.transpose(1, 2).clamp(0, 255)).abs().max() <= 0.501
+    assert torch.equal(resize(torch.stack([image, image]), size, "bicubic", kernel)[1], got)
+    assert (got.float() - resize(image, size).float()).abs().max() > 10  # not what an antialiased one gives
+
+
+def test_transforms_take_another_librarys_resize() -> None:
+    noise = torch.randint(0, 256, (3, 64, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for kernel in ("torch7", "tensorflow"):
+        expected = resize(noise, (20, 30), "bicubic", kernel)
+        assert torch.equal(EvalResizeCrop(16, 0.8, kernel=kernel)(noise), expected[:, 2:18, 7:23])
+        assert torch.equal(TenCrop(16, 0.8, kernel=kernel)(noise)[1], expected[:, :16, :16])
+        square = noise[:, :, :64]
+        whole = resize(square, (16, 16), "bicubic", kernel)
+        cut = InceptionTrain(16, (1.0, 1.0), (1.0, 1.0), 0.0, 0.0, kernel=kernel)(square)
+        assert torch.equal(cut, whole) or torch.equal(cut.flip(-1), whole)
+        torch.manual_seed(0)
+        one = MAEPretrain(16, kernel=kernel)
+        alone = one(noise)
+        torch.manual_seed(0)
+        draws = torch.rand(1, 41)
+        assert torch.equal(one.batch(noise[None], draws)[0], alone)
+        assert not torch.equal(MAEPretrain(16).batch(noise[None], draws)[0], alone)
+    with pytest.raises(ZooError, match="did you mean 'torch7'"):
+        TenCrop(kernel="torch")
+    with pytest.raises(ZooError, match="no interpolation bilinear"):
+        EvalResizeCrop(interpolation="bilinear", kernel="torch7")
+
+
+def test_ten_crops_truncate_the_long_side() -> None:
+    assert int(TenCrop(8, 1.0)(_picture(30, 41))[2][1].max()) == int(resize(_picture(30, 41), (8, 10))[1].max())
 
 
 def test_short_sides() -> None:
