@@ -81,7 +81,7 @@ def trainer(devices: int, callbacks: list[L.Callback], precision: Any) -> L.Trai
 def fit(devices: int, out: str, micro_batch: int | None = None) -> None:
     L.seed_everything(0, verbose=False)
     optim = Optim(name="sgd", lr=0.5, weight_decay=0.01, schedule="constant")
-    module, gradients = FLIPPretraining(None, **SIZES, micro_batch=micro_batch, optim=optim).double(), Gradients()
+    module, gradients = FLIPPretraining(**SIZES, micro_batch=micro_batch, optim=optim).double(), Gradients()
     run = trainer(devices, [gradients], "64-true")
     run.fit(module, Data())
     if run.is_global_zero:
@@ -97,7 +97,7 @@ def metric(devices: int, out: str) -> None:
     data = ImageTextDataModule(
         "shapes", batch_size=8, eval_batch_size=7, image_size=32, tokenizer="shapes", context_length=6
     )
-    module = FLIPPretraining(None, **{**SIZES, "vocab_size": 125}, optim=Optim(lr=1e-3))
+    module = FLIPPretraining(**{**SIZES, "vocab_size": 125}, optim=Optim(lr=1e-3))
     run = trainer(devices, [], "32-true")
     run.limit_val_batches = 3 if devices > 1 else 6  # 42 of the pictures, whatever the number of processes
     run.validate(module, data, verbose=False)

@@ -159,10 +159,8 @@ def test_wrong_arguments_are_named() -> None:
         (lambda: network(images, text, 1.0), "mask_ratio"),
         (lambda: network(images[..., :16], text), "images of shape"),
         (lambda: flip.FLIP(**SIZES, image_pool="max"), "image_pool"),
-        (lambda: flip.FLIPPretraining("flip_large_patch61"), "did you mean 'flip_large_patch16'"),
-        (lambda: flip.FLIPPretraining(None, **IMAGE), "text_embed_dim"),
-        (lambda: flip.FLIPPretraining(None, **SIZES, mask_ratio=0.97), "at least one"),
-        (lambda: flip.FLIPPretraining(None, **SIZES, micro_batch=0), "micro_batch"),
+        (lambda: flip.FLIPPretraining(**SIZES, mask_ratio=0.97), "at least one"),
+        (lambda: flip.FLIPPretraining(**SIZES, micro_batch=0), "micro_batch"),
     ):
         with pytest.raises(ZooError, match=message):
             call()
@@ -185,7 +183,7 @@ def _trainer(**options: Any) -> L.Trainer:
 
 def _task(**options: Any) -> flip.FLIPPretraining:
     L.seed_everything(0, verbose=False)
-    return flip.FLIPPretraining(None, **SIZES, **{"optim": Optim(lr=1e-3), **options})
+    return flip.FLIPPretraining(**SIZES, **{"optim": Optim(lr=1e-3), **options})
 
 
 def test_it_trains_classifies_and_retrieves() -> None:
@@ -232,7 +230,7 @@ def test_accumulated_batches_are_refused() -> None:
 
 def test_a_vocabulary_larger_than_the_models_is_refused() -> None:
     L.seed_everything(0, verbose=False)
-    module = flip.FLIPPretraining(None, **{**SIZES, "vocab_size": 100}, optim=Optim(lr=1e-3))
+    module = flip.FLIPPretraining(**{**SIZES, "vocab_size": 100}, optim=Optim(lr=1e-3))
     with pytest.raises(ZooError, match=r"model\.vocab_size to 125"):
         _trainer().validate(module, _data(), verbose=False)
 
@@ -246,12 +244,12 @@ def test_unmasked_tuning_starts_from_a_checkpoint(tmp_path: Path) -> None:
     for key, value in module.network.state_dict().items():
         assert torch.equal(tuned.network.state_dict()[key], value), key
     # Another resolution makes the fixed table anew.
-    larger = flip.FLIPPretraining(None, **{**SIZES, "img_size": 40}, init_from=str(tmp_path / "pre.ckpt"))
+    larger = flip.FLIPPretraining(**{**SIZES, "img_size": 40}, init_from=str(tmp_path / "pre.ckpt"))
     table = larger.network.visual.pos_embed.clone()
     larger.setup("fit")
     assert torch.equal(larger.network.visual.pos_embed, table)
     assert torch.equal(larger.network.visual.cls_token, module.network.visual.cls_token)
-    narrow = flip.FLIPPretraining(None, **{**SIZES, "proj_dim": 4}, init_from=str(tmp_path / "pre.ckpt"))
+    narrow = flip.FLIPPretraining(**{**SIZES, "proj_dim": 4}, init_from=str(tmp_path / "pre.ckpt"))
     with pytest.raises(ZooError, match="visual_proj"):
         narrow.setup("fit")
 
@@ -327,7 +325,7 @@ def test_published_layouts_convert_key_for_key(shared: Path, file: str, model: s
     published = json.loads((shared / "statedicts" / "flip" / f"flip_{file}_laion2b_v2.json").read_text())
     with torch.device("meta"):
         state = {key: torch.empty(shape) for key, shape in published["keys"].items()}
-        network = flip.MODELS[model]()
+        network = getattr(flip, model)()
     converted = flip.convert_official(state)
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in network.state_dict().items()}
     assert sum(p.numel() for p in network.parameters()) == published["params"]
@@ -380,7 +378,7 @@ def test_t5x_checkpoints_load_from_folder_and_zip(tmp_path: Path, driver: str) -
                 archive.write(path, Path("flip_v2") / path.relative_to(folder))
     other = create_model("flip_base_patch16", weights=tmp_path / "flip.zip", **sizes)
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), network.parameters(), strict=True))
-    tuned = flip.FLIPPretraining(None, **sizes, mask_ratio=0.0, init_from=str(tmp_path / "run"))
+    tuned = flip.FLIPPretraining(**sizes, mask_ratio=0.0, init_from=str(tmp_path / "run"))
     tuned.setup("fit")
     assert torch.equal(tuned.network.logit_scale, network.logit_scale)
 
@@ -417,7 +415,7 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_card_counts_the_parameters_right() -> None:
     for entry in catalog.paper("flip").models:
         with torch.device("meta"):
-            network = flip.MODELS[entry.name]()
+            network = getattr(flip, entry.name)()
         assert sum(p.numel() for p in network.parameters()) == entry.params, entry.name
 
 
