@@ -16,6 +16,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -120,7 +121,9 @@ class Setting:
         words = ["fit", self.recipe, *SMALL[self.recipe].split(), *COMMON.split(), *WAYS[self.way].split()]
         words += [_callbacks(*MORE.get(self.recipe, []))]
         if self.ranks > 1:
+            batch = int(re.findall(r"--data.batch_size=(\d+)", SMALL[self.recipe])[0])
             words += [f"--trainer.devices={self.ranks}", "--trainer.strategy=ddp"]
+            words += [f"--data.batch_size={batch // self.ranks}"]
         return words + (["--ckpt_path", "last"] if resume else [])
 
 
@@ -193,7 +196,7 @@ def _start(folder: Path, setting: Setting, other: str, trap: Callable[[], None] 
     return [_fork(folder, words, environment | rank, trap if not int(rank["RANK"]) else None) for rank in ranks]
 
 
-def _wait(children: list[int], seconds: float = 300) -> list[int]:
+def _wait(children: list[int], seconds: float = 120) -> list[int]:
     """Exit codes, negative for a signal; after `seconds` what is left is killed."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + seconds
@@ -301,7 +304,7 @@ def killed(
             targets = [draw.choice(children)] if kind == "kill" else children
             for child in targets:
                 os.kill(child, number_of)
-        codes = _wait(children)
+        codes = _wait(children, 10 if kind == "kill" else 120)  # as torchrun ends the ranks that are left
         if not any(codes):
             break
         wanted = {"term": (143, -signal.SIGTERM), "int": (130,)}.get(kind, (-signal.SIGKILL,))
@@ -343,7 +346,7 @@ def outcome(folder: Path, setting: Setting) -> dict[str, Any]:
 
 def _leaves(value: Any, place: str) -> list[tuple[str, Any]]:
     if isinstance(value, dict):
-        named = [(str(key).rpartition("/")[2], entry) for key, entry in value.items()]  # paths differ
+        named = [(Path(key).name if str(key)[:1] == "/" else key, entry) for key, entry in value.items()]
         return [leaf for key, entry in named for leaf in _leaves(entry, f"{place}.{key}")]
     if isinstance(value, list | tuple):
         return [leaf for key, entry in enumerate(value) for leaf in _leaves(entry, f"{place}.{key}")]

@@ -16,7 +16,7 @@ from tests.command.test_cli import CONFIG
 from zoo import catalog
 from zoo.command import verdict
 from zoo.command.cli import main
-from zoo.command.recipes import run_name
+from zoo.command.reading import run_name
 
 ROW: dict[str, Any] = {"dataset": "toy", "metric": "top1", "model": "tiny", "where": "Table 1", "recipe": "toy.yaml"}
 CARD: dict[str, Any] = {

@@ -245,8 +245,9 @@ class LinearProbe(L.Callback):
             accuracy = topk_accuracy(head(held["features"]), held["label"])
         if trainer.is_global_zero:
             print(
-                f"linear probe on {split}: top-1 {accuracy['top1']:.2%}, top-5 {accuracy['top5']:.2%}"
-                f" ({classes} classes, {len(train['label'])} train and {len(held['label'])} {split} samples)",
+                f"linear probe on {split}: top-1 {accuracy['top1']:.2%}"
+                + (f", top-5 {accuracy['top5']:.2%}" if classes > 5 else "")
+                + f" ({classes} classes, {len(train['label'])} train and {len(held['label'])} {split} samples)",
                 flush=True,
             )
         return {f"probe_{name}": value for name, value in accuracy.items()}
