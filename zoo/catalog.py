@@ -75,7 +75,11 @@ class Preprocess(Facts):
     With `longest`, as detectors want it, nothing is cropped: the short side becomes `size` pixels, or fewer where the
     long one would have more than `longest`. With `canvas`, which networks for ARC want, a grid of colours is laid on a
     canvas of `size` pixels instead. `mean` and `std` are of the `channels` in their order. `kernel` is whose resize it
+<<<<<<< HEAD
     is (:func:`zoo.data.transforms.resize`).
+=======
+    is (:func:`zoo.data.transforms.resize`); by the `crop_mode` "square" the middle is cut out before the resize.
+>>>>>>> flip
     """
 
     size: int
@@ -83,7 +87,8 @@ class Preprocess(Facts):
     canvas: bool = False
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
-    kernel: Literal["pillow", "torch7", "tensorflow"] = "pillow"
+    kernel: Literal["pillow", "torch7", "tensorflow", "tensorflow_v1"] = "pillow"
+    crop_mode: Literal["center", "square"] = "center"
     mean: list[float] = [0.485, 0.456, 0.406]
     std: list[float] = [0.229, 0.224, 0.225]
     channels: Literal["rgb", "bgr"] = "rgb"

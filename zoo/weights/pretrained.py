@@ -133,10 +133,10 @@ def _transform(facts: Preprocess, size: int) -> v2.Compose:
         return v2.Compose([Canvas(size)])
     if facts.longest is not None:
         sized: list[Any] = [_ShortestEdge(size, facts.longest)]
-    elif facts.kernel != "pillow":
+    elif facts.kernel != "pillow" or facts.crop_mode != "center":
         from zoo.data.transforms import EvalResizeCrop
 
-        sized = [EvalResizeCrop(size, facts.crop_pct, facts.interpolation, kernel=facts.kernel)]
+        sized = [EvalResizeCrop(size, facts.crop_pct, facts.interpolation, facts.crop_mode, facts.kernel)]
     else:
         short_side = int(size / facts.crop_pct + 1e-6)
         sized = [v2.Resize(short_side, v2.InterpolationMode(facts.interpolation), antialias=True), v2.CenterCrop(size)]
