@@ -75,11 +75,7 @@ class Preprocess(Facts):
     With `longest`, as detectors want it, nothing is cropped: the short side becomes `size` pixels, or fewer where the
     long one would have more than `longest`. With `canvas`, which networks for ARC want, a grid of colours is laid on a
     canvas of `size` pixels instead. `mean` and `std` are of the `channels` in their order. `kernel` is whose resize it
-<<<<<<< HEAD
-    is (:func:`zoo.data.transforms.resize`).
-=======
     is (:func:`zoo.data.transforms.resize`); by the `crop_mode` "square" the middle is cut out before the resize.
->>>>>>> flip
     """
 
     size: int

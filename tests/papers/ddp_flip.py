@@ -88,23 +88,6 @@ def fit_in_pieces(devices: int, out: str) -> None:
     fit(devices, out, micro_batch=3)
 
 
-<<<<<<< HEAD
-def metric(devices: int, out: str) -> None:
-    L.seed_everything(0, verbose=False)
-    data = ImageTextDataModule(
-        "shapes", batch_size=8, eval_batch_size=7, image_size=32, tokenizer="shapes", context_length=6
-    )
-    module = FLIPPretraining(None, **{**SIZES, "vocab_size": 125}, optim=Optim(lr=1e-3))
-    run = trainer(devices, [], "32-true")
-    run.limit_val_batches = 6  # 42 of the pictures, whatever the number of processes
-    run.validate(module, data, verbose=False)
-    if run.is_global_zero:
-        found = {key: float(value) for key, value in run.callback_metrics.items()}
-        Path(out).write_text(json.dumps(found))
-
-
-=======
->>>>>>> flip
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {"fit": fit, "fit_in_pieces": fit_in_pieces}[sys.argv[1]](int(sys.argv[2]), sys.argv[3])
