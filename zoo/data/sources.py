@@ -840,11 +840,44 @@ def hub_splits(repository: str, revision: str | None, config: str | None) -> dic
     """
     import datasets
 
-    try:
-        loaded = datasets.load_dataset(repository, config, revision=revision)
-    except Exception as error:
-        raise ZooError(f"cannot load hf://{repository}: {reason(error)}") from error
+    with _hub_or_cache() as reachable:
+        try:
+            loaded = datasets.load_dataset(repository, config, revision=revision)
+        except Exception as error:
+            detail = reason(error)
+            if not reachable:
+                detail = (
+                    "no connection to the hub, and it is not in its cache; where it lies on this machine, name its"
+                    " folder: --data.data_dir FOLDER, or --data.dataset FOLDER"
+                )
+            raise ZooError(f"cannot load hf://{repository}: {detail}") from error
     return dict(loaded)
+
+
+@contextlib.contextmanager
+def _hub_or_cache() -> Iterator[bool]:
+    """Whether the hub answers. Where not, its libraries, which would retry for minutes, use their cache only."""
+    import datasets
+    import huggingface_hub
+
+    constants: Any = huggingface_hub.constants
+    config: Any = datasets.config
+    if constants.HF_HUB_OFFLINE:
+        yield False
+        return
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the library's transport raises
+        settings = ((constants, constants.HF_HUB_OFFLINE), (config, config.HF_HUB_OFFLINE))
+        for owner, _ in settings:
+            owner.HF_HUB_OFFLINE = True
+        try:
+            yield False
+        finally:
+            for owner, before in settings:
+                owner.HF_HUB_OFFLINE = before
+        return
+    yield True
 
 
 def _at_path(

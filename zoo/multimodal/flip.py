@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
 from zoo.data.text import WordPiece, prompts
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 from zoo.metrics.retrieval import ImageTextRetrieval
 from zoo.metrics.zero_shot import class_features, unit
 from zoo.nn.vit import NORM_EPS, Block, PatchEmbed, init_as_linear, run_blocks
@@ -276,8 +276,6 @@ class FLIPPretraining(BaseModule):
     the data module's `class_prompts` (K, T, L).
 
     Args:
-        model: a published size, or null for one made of the sizes that follow. A size given overrides `model`'s.
-        img_size: side of the images; taken from the data module by a recipe.
         mask_ratio: share of patches that are left out in training.
         init_from: where :meth:`setup` takes the weights from: a checkpoint of this task, a published file, or the name
             of published weights; null trains from scratch.
@@ -286,6 +284,7 @@ class FLIPPretraining(BaseModule):
         monitor: what the best checkpoint is chosen by; null: none is.
         compile: compile the encoders with torch.compile.
         optim: optimiser and schedule.
+        network: of :class:`FLIP`.
     """
 
     batch_keys = ("image", "text")
@@ -293,45 +292,17 @@ class FLIPPretraining(BaseModule):
 
     def __init__(
         self,
-        model: str | None = "flip_large_patch16",
-        img_size: int | None = None,
-        patch_size: int | None = None,
-        in_chans: int | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        vocab_size: int | None = None,
-        context_length: int | None = None,
-        text_embed_dim: int | None = None,
-        text_depth: int | None = None,
-        text_num_heads: int | None = None,
-        proj_dim: int | None = None,
         mask_ratio: float = 0.5,
         init_from: str | None = None,
         micro_batch: int | None = None,
-        grad_checkpointing: bool = False,
         monitor: str | None = "val/top1",
         compile: bool = False,
         optim: Optim = Optim(base_lr=4e-6, weight_decay=0.2, warmup_epochs=40),  # noqa: B008 (frozen)
+        **network: Any,
     ) -> None:
         super().__init__(optim)
         self.save_hyperparameters()
-        sizes = {
-            "img_size": img_size,
-            "patch_size": patch_size,
-            "in_chans": in_chans,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "vocab_size": vocab_size,
-            "context_length": context_length,
-            "text_embed_dim": text_embed_dim,
-            "text_depth": text_depth,
-            "text_num_heads": text_num_heads,
-            "proj_dim": proj_dim,
-        }
-        self.network = _network(model, {key: size for key, size in sizes.items() if size is not None})
-        self.network.set_grad_checkpointing(grad_checkpointing)
+        self.network = FLIP(**network)
         patches = self.network.num_patches
         if not (0 <= mask_ratio < 1 and int(patches * (1 - mask_ratio)) >= 1):
             raise ZooError(f"mask_ratio {mask_ratio} of {patches} patches must leave at least one")
@@ -457,19 +428,6 @@ class FLIPPretraining(BaseModule):
         return self.network.pool_image(self.network.visual(images))
 
 
-def _network(name: str | None, options: dict[str, Any]) -> FLIP:
-    """The network `name` with `options`, or one of sizes given in `options` alone."""
-    if name is None:
-        image, text = ("embed_dim", "depth", "num_heads"), ("text_embed_dim", "text_depth", "text_num_heads")
-        needed = ("patch_size", *image, "vocab_size", *text, "proj_dim")
-        if missing := [key for key in needed if key not in options]:
-            raise ZooError(f"model: null wants the network's sizes; missing: {', '.join(missing)}")
-        return FLIP(**options)
-    if name not in MODELS:
-        raise unknown("model", name, MODELS)
-    return MODELS[name](**options)
-
-
 # ---------------------------------------------------------------------------------------------------------- 3. models
 
 
@@ -493,10 +451,6 @@ def flip_huge_patch14(**overrides: Any) -> FLIP:
     text = {"text_embed_dim": 1024, "text_depth": 24, "text_num_heads": 16, "proj_dim": 1024}
     return FLIP(**{**image, **text, **overrides})
 
-
-MODELS: dict[str, Callable[..., FLIP]] = {
-    f.__name__: f for f in (flip_base_patch16, flip_large_patch16, flip_huge_patch14)
-}
 
 # ------------------------------------------------------------------------------------------------ 4. official weights
 

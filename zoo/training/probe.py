@@ -298,8 +298,9 @@ class LinearProbe(L.Callback):
             accuracy = topk_accuracy(head(held["features"]), held["label"])
         if trainer.is_global_zero:
             print(
-                f"linear probe on {split}: top-1 {accuracy['top1']:.2%}, top-5 {accuracy['top5']:.2%}"
-                f" ({classes} classes, {len(train['label'])} train and {len(held['label'])} {split} samples)",
+                f"linear probe on {split}: top-1 {accuracy['top1']:.2%}"
+                + (f", top-5 {accuracy['top5']:.2%}" if classes > 5 else "")
+                + f" ({classes} classes, {len(train['label'])} train and {len(held['label'])} {split} samples)",
                 flush=True,
             )
         return {f"probe_{name}": value for name, value in accuracy.items()}
@@ -322,7 +323,8 @@ class LinearProbe(L.Callback):
 
 
 class KNNProbe(L.Callback):
-    """Logs `knn_top1` and `knn_top5` of the task's features on the validation split, train features as the bank.
+    """Logs `knn_top1` and `knn_top5` of the task's features on the validation split, in a test on the test split, with
+    train features as the bank.
 
     Args:
         k: neighbours.
@@ -344,6 +346,12 @@ class KNNProbe(L.Callback):
             trainer.state.fn == TrainerFn.FITTING and (trainer.current_epoch + 1) % self.every_n_epochs
         ):
             return
+        self._measure(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._measure(trainer, pl_module, "test")
+
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, held: str) -> None:
         with evaluation_weights(trainer, pl_module):
             bank, query = (
                 gather_samples(
@@ -352,7 +360,7 @@ class KNNProbe(L.Callback):
                         trainer, pl_module, _loader(trainer, split, count), f"kNN: {split} features, batch"
                     ),
                 )
-                for split, count in (("train", self.train_samples), ("val", None))
+                for split, count in (("train", self.train_samples), (held, None))
             )
         # Gathered already (without repeats), so every process computes the same.
         metric = KNNAccuracy(
