@@ -74,7 +74,7 @@ SMALL = {
     " --model.optim.global_batch=8",
     "moco/pocket": f"{_MOCO} {_IMAGES} --model.optim.global_batch=8",
     "moco_v2/pocket": f"{_MOCO} {_IMAGES} --model.optim.global_batch=16",  # two batches a step
-    "preact_resnet/pocket": f"{_IMAGES} --model.depth=8 --model.widths=[8,8,8] --model.optim.global_batch=8",
+    "preact_resnet/pocket": f"{_IMAGES} --model.depths=[1,1,1] --model.widths=[8,8,8] --model.optim.global_batch=8",
     "flip/pocket": f"{_VIT} {_IMAGES} --model.text_embed_dim=16 --model.text_depth=1 --model.text_num_heads=2"
     " --model.proj_dim=8 --data.eval_batch_size=8 --model.optim.global_batch=8",
     "varc/pocket": f"{_VIT} --model.mlp_dim=16 --data.batch_size=4 --data.eval_batch_size=4"
