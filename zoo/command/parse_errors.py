@@ -111,8 +111,13 @@ def _unknown_key(prefix: str, key: str, owner: str | None, parser: Any) -> str:
                 kind = inner
                 if word == words[0]:
                     base.append(words.pop(0))
-        owner, names = kind.__name__ if kind else owner, _parameters(kind)
-        near = difflib.get_close_matches(words[0], names, n=1, cutoff=0.3)
+        owner, dotted = kind.__name__ if kind else owner, _parameters(kind)
+        names = list(dict.fromkeys(name.partition(".")[0] for name in dotted))
+        if len(base) > 1 and base[-1] in names:  # a dataclass among what is handed on as **kwargs
+            words.insert(0, base.pop())
+        within = [name for name in dotted if name.startswith(f"{words[0]}.")] if len(words) > 1 else []
+        near = difflib.get_close_matches(".".join(words), within, n=1, cutoff=0.3)
+        near = near or difflib.get_close_matches(words[0], names, n=1, cutoff=0.3)
         near = [".".join([*base, *near])] if near else []
         known = names
     where = f" of {owner}" if owner else ""
@@ -129,11 +134,12 @@ def _load(class_path: str) -> Any:
 
 
 def _parameters(kind: Any) -> list[str]:
-    """The arguments of a class, those that it hands on as ``**kwargs`` included."""
+    """The arguments of a class, those that it hands on as ``**kwargs`` included, and the dotted ones of dataclasses."""
     if kind is None:
         return []
-    found = ArgumentParser(exit_on_error=False).add_class_arguments(kind, "kind", fail_untyped=False)
-    return list(dict.fromkeys(key.split(".")[1] for key in found))
+    parser = ArgumentParser(exit_on_error=False)
+    found = parser.add_class_arguments(kind, "kind", fail_untyped=False)
+    return [key.removeprefix("kind.") for key in (*found, *parser.get_defaults().keys())]
 
 
 def _argument_class(kind: Any, argument: str) -> Any:
