@@ -1,4 +1,4 @@
-"""The speed of Mask R-CNN, on sizes for a test."""
+"""The speed of Mask R-CNN beside its peers, tried in a tiny form."""
 
 from __future__ import annotations
 

@@ -461,6 +461,7 @@ class DetectionSet(Dataset):
     def __getitems__(self, keys: Sequence[int | Key]) -> Batch:
         """The batch of some keys; see :class:`DetectionDataModule`."""
         parts = key_parts(keys)
+        places = torch.from_numpy(parts[:, 0].copy())
         index = self.indices[parts[:, 0]]
         parts[:, 0] = index
         images: list[Tensor] = []
@@ -483,6 +484,7 @@ class DetectionSet(Dataset):
             "original_size": torch.tensor(original).view(-1, 2),
             "target": targets,
             "path": [record.path for record in records],
+            "index": places,
         }
 
     def _scene(self, record: Record) -> Scene:
