@@ -99,15 +99,9 @@ TOY: dict[str, Any] = {
         "train": {
             "recipe": "preact_resnet/pocket",
             "options": {
-<<<<<<< HEAD
-                **{"model.depths": [1, 1, 1], "model.widths": [4, 4, 4]},
-                **{"data.train_samples": 32, "data.batch_size": 8},
-                **{"data.eval_batch_size": 8, "trainer.limit_val_batches": 1, "trainer.max_steps": 4},
-=======
                 **{"model.depths": [1, 1, 1], "model.widths": [4, 4, 4], "data.train_samples": 32},
                 **{"data.batch_size": 8, "data.eval_batch_size": 8},
                 **{"trainer.limit_val_batches": 1, "trainer.max_steps": 4},
->>>>>>> preact_resnet
                 "model.optim": {"global_batch": 8},
             },
             "measure": {"loss": "last_loss", "top1": "val/top1", "step": "step_processor_seconds"},
