@@ -74,7 +74,8 @@ class Preprocess(Facts):
 
     With `longest`, as detectors want it, nothing is cropped: the short side becomes `size` pixels, or fewer where the
     long one would have more than `longest`. With `canvas`, which networks for ARC want, a grid of colours is laid on a
-    canvas of `size` pixels instead. `mean` and `std` are of the `channels` in their order.
+    canvas of `size` pixels instead. `mean` and `std` are of the `channels` in their order. `kernel` is whose resize it
+    is (:func:`zoo.data.transforms.resize`); by the `crop_mode` "square" the middle is cut out before the resize.
     """
 
     size: int
@@ -82,6 +83,8 @@ class Preprocess(Facts):
     canvas: bool = False
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    kernel: Literal["pillow", "torch7", "tensorflow", "tensorflow_v1"] = "pillow"
+    crop_mode: Literal["center", "square"] = "center"
     mean: list[float] = [0.485, 0.456, 0.406]
     std: list[float] = [0.229, 0.224, 0.225]
     channels: Literal["rgb", "bgr"] = "rgb"
@@ -196,6 +199,15 @@ class Claim(Facts):
     result: str
 
 
+class InitialLoss(Facts):
+    """What theory says of a recipe's first training loss, made small by the contract of pocket recipes: log K of K
+    classes, and the like."""
+
+    value: float
+    tolerance: float
+    because: str
+
+
 class PaperCard(Facts):
     """All that is known about a paper; ``zoo/<field>/<slug>.yaml``.
 
@@ -218,6 +230,8 @@ class PaperCard(Facts):
     leaderboard: list[Row] = []
     ledger: list[LedgerEntry] = []
     claim: Claim | None = None
+    # By the recipe's name without the paper's: {pocket: ...}.
+    initial_loss: dict[str, InitialLoss] = {}
     _path: Path = PrivateAttr(default=Path())
 
     @model_validator(mode="after")

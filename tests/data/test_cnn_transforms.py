@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import permutations
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from zoo.data import ImageDataModule
 from zoo.data.transforms import (
+    EvalResizeCrop,
     InceptionTrain,
+    MAEPretrain,
     PadCropTrain,
     ScaleTrain,
     TenCrop,
@@ -165,6 +168,91 @@ def test_views_reach_the_batch() -> None:
     assert [tuple(view.shape) for view in batch["views"]] == [(4, 3, 28, 28)] * 10
     assert batch["views"][0].dtype == torch.float32
     assert batch["label"].shape == (4,)
+
+
+def _cubic(row: list[float], size: int, kernel: str) -> list[float]:
+    """A row resized pixel by pixel, as the libraries say it."""
+    length, out = len(row), []
+    for k in range(size):
+        if kernel == "torch7":  # the polynomial through four points, those beyond the ends on a line
+            at = k * (length - 1) / max(1, size - 1)
+            i = min(int(at), length - 2)
+            x, p1, p2 = at - i, row[i], row[i + 1]
+            p0 = row[i - 1] if i > 0 else 2 * p1 - p2
+            p3 = row[i + 2] if i + 2 < length else 2 * p2 - p1
+            rest = 2 * p0 - 5 * p1 + 4 * p2 - p3 + x * (3 * (p1 - p2) + p3 - p0)
+            out.append(p1 + 0.5 * x * (p2 - p0 + x * rest))
+        else:
+            at = k * length / size if kernel == "tensorflow_v1" else (k + 0.5) * length / size - 0.5
+            a, begin, pairs = -0.75 if kernel == "tensorflow_v1" else -0.5, math.floor(at), []
+            t = round((at - begin) * 1024) / 1024
+            for i, d in zip(range(begin - 1, begin + 3), (1 + t, t, 1 - t, 2 - t), strict=True):
+                near = ((a + 2) * d - (a + 3)) * d * d + 1
+                weight = near if d <= 1 else ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+                if kernel == "tensorflow_v1" or 0 <= i < length:
+                    pairs.append((row[min(max(i, 0), length - 1)], weight))
+            out.append(sum(pixel * weight for pixel, weight in pairs) / sum(weight for _, weight in pairs))
+    return out
+
+
+@pytest.mark.parametrize("kernel", ["torch7", "tensorflow", "tensorflow_v1"])
+@pytest.mark.parametrize("size", [(9, 7), (5, 30), (29, 40), (23, 12), (17, 2)])
+def test_resizes_of_other_libraries(kernel: str, size: tuple[int, int]) -> None:
+    image = torch.randint(0, 256, (3, 17, 23), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    across = torch.tensor([[_cubic(row, size[1], kernel) for row in plane] for plane in image.tolist()])
+    expected = torch.tensor([[_cubic(column, size[0], kernel) for column in plane.T.tolist()] for plane in across])
+    got = resize(image, size, "bicubic", kernel)
+    assert got.dtype == torch.uint8
+    assert (got - expected.transpose(1, 2).clamp(0, 255)).abs().max() <= 0.501
+    assert torch.equal(resize(torch.stack([image, image]), size, "bicubic", kernel)[1], got)
+    assert (got.float() - resize(image, size).float()).abs().max() > 10  # not what an antialiased one gives
+
+
+def test_resizes_of_a_row_by_hand() -> None:
+    row = torch.tensor([0, 100, 200, 30], dtype=torch.uint8).expand(1, 1, 4)
+    # Halved, a pixel lies in the middle of two: weights -1, 9, 9, -1, of which those beyond the ends do not count:
+    # (9 * 0 + 9 * 100 - 200) / 17 and (-100 + 9 * 200 + 9 * 30) / 17.
+    assert resize(row, (1, 2), "bicubic", "tensorflow").flatten().tolist() == [41, 116]
+    # Version 1 takes every other pixel; three of two lie at 0, 2/3 and 4/3, where a = -3/4 weighs -1/18, 10/27, 43/54
+    # and -1/9, and the same from behind; the second pixel stands for all that follow: 100 * (43/54 - 1/9), 100 * 10/9.
+    assert resize(row, (1, 2), "bicubic", "tensorflow_v1").flatten().tolist() == [0, 200]
+    assert resize(row[..., :2], (1, 3), "bicubic", "tensorflow_v1").flatten().tolist() == [0, 69, 111]
+
+
+def test_the_square_middle_is_cut_before_the_resize() -> None:
+    noise = torch.randint(0, 256, (3, 65, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    expected = resize(noise[..., 16:81], (20, 20), "bicubic", "tensorflow_v1")
+    assert torch.equal(EvalResizeCrop(20, 1.0, crop_mode="square", kernel="tensorflow_v1")(noise), expected)
+    assert torch.equal(
+        EvalResizeCrop(20, 0.5, crop_mode="square")(noise.mT), resize(noise.mT[:, 32:64, 17:49], (20, 20))
+    )
+
+
+def test_transforms_take_another_librarys_resize() -> None:
+    noise = torch.randint(0, 256, (3, 64, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for kernel in ("torch7", "tensorflow"):
+        expected = resize(noise, (20, 30), "bicubic", kernel)
+        assert torch.equal(EvalResizeCrop(16, 0.8, kernel=kernel)(noise), expected[:, 2:18, 7:23])
+        assert torch.equal(TenCrop(16, 0.8, kernel=kernel)(noise)[1], expected[:, :16, :16])
+        square = noise[:, :, :64]
+        whole = resize(square, (16, 16), "bicubic", kernel)
+        cut = InceptionTrain(16, (1.0, 1.0), (1.0, 1.0), 0.0, 0.0, kernel=kernel)(square)
+        assert torch.equal(cut, whole) or torch.equal(cut.flip(-1), whole)
+        torch.manual_seed(0)
+        one = MAEPretrain(16, kernel=kernel)
+        alone = one(noise)
+        torch.manual_seed(0)
+        draws = torch.rand(1, 41)
+        assert torch.equal(one.batch(noise[None], draws)[0], alone)
+        assert not torch.equal(MAEPretrain(16).batch(noise[None], draws)[0], alone)
+    with pytest.raises(ZooError, match="did you mean 'torch7'"):
+        TenCrop(kernel="torch")
+    with pytest.raises(ZooError, match="no interpolation bilinear"):
+        EvalResizeCrop(interpolation="bilinear", kernel="torch7")
+
+
+def test_ten_crops_truncate_the_long_side() -> None:
+    assert int(TenCrop(8, 1.0)(_picture(30, 41))[2][1].max()) == int(resize(_picture(30, 41), (8, 10))[1].max())
 
 
 def test_short_sides() -> None:

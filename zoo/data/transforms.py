@@ -26,25 +26,75 @@ from zoo.errors import ZooError, unknown
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
-_CROP_MODES = ("center", "squash", "border")
+_KERNELS = ("pillow", "torch7", "tensorflow", "tensorflow_v1")
+_CROP_MODES = ("center", "squash", "border", "square")
 
 
 # ------------------------------------------------------------------------------------------------------- pure functions
 
 
-def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
-    """Resize uint8 (..., C, H, W) pictures to (height, width), antialiased as Pillow does; (..., C, *size) uint8."""
+def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic", kernel: str = "pillow") -> Tensor:
+    """Resize uint8 (..., C, H, W) pictures to (height, width); (..., C, *size) uint8.
+
+    Args:
+        kernel: whose resize it is. "pillow" is antialiased; "torch7", "tensorflow" and "tensorflow_v1" are bicubic
+            without antialiasing (:func:`cubic_taps`).
+    """
     if tuple(image.shape[-2:]) == tuple(size):
         return image
-    antialias, several = interpolation != "nearest", image.ndim > 3
-    resized = interpolate(image if several else image[None], size=size, mode=interpolation, antialias=antialias)
-    return resized if several else resized[0]
+    if kernel == "pillow":
+        antialias, several = interpolation != "nearest", image.ndim > 3
+        resized = interpolate(image if several else image[None], size=size, mode=interpolation, antialias=antialias)
+        return resized if several else resized[0]
+    pixels = image.to(torch.float32)
+    for axis in (-1, -2):
+        if pixels.shape[axis] != size[axis]:
+            places, weights = cubic_taps(pixels.shape[axis], size[axis], kernel)
+            shape = (-1, 1) if axis == -2 else (-1,)
+            taps = zip(places.unbind(1), weights.unbind(1), strict=True)
+            pixels = sum(pixels.index_select(axis, at) * weight.view(shape) for at, weight in taps)  # type: ignore[assignment]
+    return pixels.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def crop_resize(image: Tensor, box: Sequence[int], size: int, interpolation: str = "bicubic") -> Tensor:
+def cubic_taps(length: int, size: int, kernel: str) -> tuple[Tensor, Tensor]:
+    """Which four pixels of a row of `length` make each of `size` pixels, (size, 4), and their weights, (size, 4).
+
+    Keys' cubic convolution (1981), not widened where the picture shrinks. "torch7" is Torch7's ``image.scale``: the
+    middles of the outermost pixels stay where they are, a row goes on linearly beyond its ends, a = -1/2. "tensorflow"
+    is ``tf.image.resize``: the edges stay where they are, what lies beyond has no weight, a = -1/2. "tensorflow_v1" is
+    ``tf.compat.v1.image.resize_bicubic``: the middle of the first pixel stays where it is, the outermost pixels are
+    repeated, a = -3/4. Both read their weights from a table of 1,024 steps between pixels.
+    """
+    steps = torch.arange(size, dtype=torch.float64)
+    if kernel == "torch7":
+        at = steps * ((length - 1) / max(1, size - 1))
+        at[-1] = length - 1
+        first = at.floor().clamp(max=max(0, length - 2))
+    else:
+        at = (steps + 0.5) * (length / size) - 0.5 if kernel == "tensorflow" else steps * (length / size)
+        first = at.floor()
+        at = first + ((at - first) * 1024).round() / 1024
+    places = first[:, None].long() + torch.arange(-1, 3)
+    away, a = (at[:, None] - places).abs(), -0.75 if kernel == "tensorflow_v1" else -0.5
+    near, far = ((a + 2) * away - (a + 3)) * away * away + 1, a * (((away - 5) * away + 8) * away - 4)
+    weights = torch.where(away < 1, near, far)
+    outside = (places < 0) | (places >= length)
+    if kernel == "torch7":
+        before, behind = weights[:, 0] * outside[:, 0], weights[:, 3] * outside[:, 3]
+        weights[:, 1] += 2 * before - behind
+        weights[:, 2] += 2 * behind - before
+    if kernel != "tensorflow_v1":
+        weights = weights.masked_fill(outside, 0)
+        weights = weights / weights.sum(dim=1, keepdim=True)
+    return places.clamp(0, length - 1), weights.to(torch.float32)
+
+
+def crop_resize(
+    image: Tensor, box: Sequence[int], size: int, interpolation: str = "bicubic", kernel: str = "pillow"
+) -> Tensor:
     """Cut (top, left, height, width) out of a (C, H, W) picture and resize it to a square; (C, size, size)."""
     i, j, h, w = box
-    return resize(image[..., i : i + h, j : j + w], (size, size), interpolation)
+    return resize(image[..., i : i + h, j : j + w], (size, size), interpolation, kernel)
 
 
 def random_resized_crop_params(
@@ -106,6 +156,8 @@ def one_draw_crop_params(
 class ImageTransform(nn.Module):
     """Base of the transforms here: a square output of `size` pixels, or of what :meth:`bind` sets where it is None.
 
+    `kernel` is whose resize it is, as of :func:`resize`.
+
     Attributes:
         random: False when the output is a function of the picture alone.
         foreign_random: True when it also draws from Python's or NumPy's generators.
@@ -116,14 +168,18 @@ class ImageTransform(nn.Module):
     foreign_random = False
     draws: int | None = None
 
-    def __init__(self, size: int | None = None, interpolation: str = "bicubic") -> None:
+    def __init__(self, size: int | None = None, interpolation: str = "bicubic", kernel: str = "pillow") -> None:
         super().__init__()
         if interpolation not in _INTERPOLATIONS:
             raise unknown("interpolation", interpolation, _INTERPOLATIONS)
+        if kernel not in _KERNELS:
+            raise unknown("kernel", kernel, _KERNELS)
+        if kernel != "pillow" and interpolation != "bicubic":
+            raise ZooError(f"kernel {kernel} is bicubic: it has no interpolation {interpolation}")
         if size is not None and size < 1:
             raise ZooError(f"size of a transform must be positive, got {size}")
         self.size = size
-        self.interpolation = interpolation
+        self.interpolation, self.kernel = interpolation, kernel
         self.mean: Sequence[float] = IMAGENET_MEAN
 
     def bind(self, size: int, mean: Sequence[float]) -> None:
@@ -150,7 +206,7 @@ class ImageTransform(nn.Module):
         return None
 
     def extra_repr(self) -> str:
-        return f"size={self.size}, interpolation={self.interpolation!r}"
+        return f"size={self.size}, interpolation={self.interpolation!r}, kernel={self.kernel!r}"
 
 
 class MAEPretrain(ImageTransform):
@@ -159,22 +215,31 @@ class MAEPretrain(ImageTransform):
     draws = 41
 
     def __init__(
-        self, size: int | None = None, scale: tuple[float, float] = (0.2, 1.0), interpolation: str = "bicubic"
+        self,
+        size: int | None = None,
+        scale: tuple[float, float] = (0.2, 1.0),
+        interpolation: str = "bicubic",
+        kernel: str = "pillow",
     ) -> None:
-        super().__init__(size, interpolation)
+        super().__init__(size, interpolation, kernel)
         self.scale = scale
 
     def forward(self, image: Tensor) -> Tensor:
         draws = torch.rand(41).tolist()
         rows = [draws[k : k + 4] for k in range(0, 40, 4)]
         box = random_resized_crop_params(image.shape[-2], image.shape[-1], self.scale, (3 / 4, 4 / 3), rows)
-        image = crop_resize(image, box, self.side, self.interpolation)
+        image = crop_resize(image, box, self.side, self.interpolation, self.kernel)
         return image.flip(-1) if draws[40] < 0.5 else image
 
     def batch(self, images: Tensor, draws: Tensor) -> Tensor:
         rows, (height, width) = draws[:, :40].reshape(-1, 10, 4), images.shape[-2:]
         boxes = batches.resized_crop_boxes(height, width, self.scale, (3 / 4, 4 / 3), rows)
-        return batches.flip(batches.crop_resize(images, boxes, self.side, self.interpolation), draws[:, 40] < 0.5)
+        if self.kernel == "pillow":
+            crops = batches.crop_resize(images, boxes, self.side, self.interpolation)
+        else:
+            cuts = zip(images, boxes.tolist(), strict=True)
+            crops = torch.stack([crop_resize(one, box, self.side, kernel=self.kernel) for one, box in cuts])
+        return batches.flip(crops, draws[:, 40] < 0.5)
 
 
 class LinearProbeTrain(ImageTransform):
@@ -275,9 +340,10 @@ class EvalResizeCrop(ImageTransform):
     Args:
         size: side of the output in pixels.
         crop_pct: share of the resized picture's side that is kept; 224/256 by habit, 1.0 at larger sizes.
-        interpolation: of the resize.
+        interpolation, kernel: of the resize.
         crop_mode: "center": the short side becomes size / crop_pct; "squash": both sides do, whatever the shape;
-            "border": the long side does, and the rest is filled with the mean colour. As timm names them.
+            "border": the long side does, and the rest is filled with the mean colour. As timm names them. "square": the
+            middle is cut out before the resize, a square of crop_pct of the short side, as TensorFlow's pipelines do.
     """
 
     random = False
@@ -289,8 +355,9 @@ class EvalResizeCrop(ImageTransform):
         crop_pct: float = 224 / 256,
         interpolation: str = "bicubic",
         crop_mode: str = "center",
+        kernel: str = "pillow",
     ) -> None:
-        super().__init__(size, interpolation)
+        super().__init__(size, interpolation, kernel)
         if crop_mode not in _CROP_MODES:
             raise unknown("crop_mode", crop_mode, _CROP_MODES)
         if not 0 < crop_pct <= 1:
@@ -299,6 +366,10 @@ class EvalResizeCrop(ImageTransform):
 
     def forward(self, image: Tensor) -> Tensor:
         side, (height, width) = self.side, image.shape[-2:]
+        if self.crop_mode == "square":
+            length = max(1, int(self.crop_pct * min(height, width)))
+            box = ((height - length + 1) // 2, (width - length + 1) // 2, length, length)
+            return crop_resize(image, box, side, self.interpolation, self.kernel)
         target = int(side / self.crop_pct)
         if self.crop_mode == "squash":
             new = (target, target)
@@ -306,7 +377,7 @@ class EvalResizeCrop(ImageTransform):
             new = (target, max(1, int(target * width / height)))
         else:
             new = (max(1, int(target * height / width)), target)
-        image = resize(image, new, self.interpolation)
+        image = resize(image, new, self.interpolation, self.kernel)
         short = (max(0, side - new[0]), max(0, side - new[1]))
         if any(short):
             top, left = short[0] // 2, short[1] // 2
@@ -691,7 +762,7 @@ class InceptionTrain(ImageTransform):
         ratio: bounds of the root of its width / height, or of the inverse.
         jitter: brightness, contrast and saturation are blended by factors in [1 - jitter, 1 + jitter].
         lighting: standard deviation of the noise along the principal components of colour (AlexNet).
-        interpolation: of the crop.
+        interpolation, kernel: of the crop.
     """
 
     # Of ImageNet's colours: eigenvalues and, in columns, eigenvectors of RGB in [0, 1].
@@ -707,8 +778,9 @@ class InceptionTrain(ImageTransform):
         jitter: float = 0.4,
         lighting: float = 0.1,
         interpolation: str = "bicubic",
+        kernel: str = "pillow",
     ) -> None:
-        super().__init__(size, interpolation)
+        super().__init__(size, interpolation, kernel)
         if not 0 <= jitter <= 1 or lighting < 0:
             raise ZooError(f"jitter must lie in [0, 1] and lighting must not be negative, got {jitter} and {lighting}")
         self.scale, self.ratio, self.jitter, self.lighting = scale, ratio, jitter, lighting
@@ -721,7 +793,7 @@ class InceptionTrain(ImageTransform):
         if box is None:
             short = min(height, width)
             box = ((height - short) // 2, (width - short) // 2, short, short)
-        image = crop_resize(image, box, self.side, self.interpolation)
+        image = crop_resize(image, box, self.side, self.interpolation, self.kernel)
         factors = [1 + self.jitter * (2 * draw - 1) for draw in draws[50:53]]
         if self.jitter or self.lighting:
             image = self.coloured(image, factors, torch.randn(3) * self.lighting)
@@ -749,21 +821,28 @@ class TenCrop(ImageTransform):
     Args:
         size: side of the views in pixels.
         crop_pct: `size` over the short side of the resized picture.
-        interpolation: of the resize.
+        interpolation, kernel: of the resize.
     """
 
     random = False
 
-    def __init__(self, size: int | None = None, crop_pct: float = 224 / 256, interpolation: str = "bicubic") -> None:
-        super().__init__(size, interpolation)
+    def __init__(
+        self,
+        size: int | None = None,
+        crop_pct: float = 224 / 256,
+        interpolation: str = "bicubic",
+        kernel: str = "pillow",
+    ) -> None:
+        super().__init__(size, interpolation, kernel)
         if not 0 < crop_pct <= 1:
             raise ZooError(f"crop_pct must lie in (0, 1], got {crop_pct}")
         self.crop_pct = crop_pct
 
     def forward(self, image: Tensor) -> list[Tensor]:
         side = self.side
-        height, width = short_side_to(image.shape[-2], image.shape[-1], int(side / self.crop_pct))
-        image = resize(image, (height, width), self.interpolation)
+        scale = int(side / self.crop_pct) / min(image.shape[-2:])
+        height, width = (int(length * scale + 1e-6) for length in image.shape[-2:])
+        image = resize(image, (height, width), self.interpolation, self.kernel)
         down, right = height - side, width - side
         places = ((math.ceil(down / 2), math.ceil(right / 2)), (0, 0), (0, right), (down, 0), (down, right))
         both = (image, image.flip(-1))
