@@ -284,7 +284,7 @@ def test_optimizers_and_transforms_of_timm_take_them() -> None:
 
 def test_pretrained_weights_come_by_the_zoo_s_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.formats.test_torch7 import write
-    from tests.papers.test_preact_resnet import official_tree, run_tree
+    from tests.formats.torch7_resnets import official_tree, run_tree
 
     torch.manual_seed(0)
     tree = official_tree("imagenet", 2, "B", (4, 8, 16, 32), 1000)

@@ -199,6 +199,15 @@ class Claim(Facts):
     result: str
 
 
+class InitialLoss(Facts):
+    """What theory says of a recipe's first training loss, made small by the contract of pocket recipes: log K of K
+    classes, and the like."""
+
+    value: float
+    tolerance: float
+    because: str
+
+
 class PaperCard(Facts):
     """All that is known about a paper; ``zoo/<field>/<slug>.yaml``.
 
@@ -221,6 +230,8 @@ class PaperCard(Facts):
     leaderboard: list[Row] = []
     ledger: list[LedgerEntry] = []
     claim: Claim | None = None
+    # By the recipe's name without the paper's: {pocket: ...}.
+    initial_loss: dict[str, InitialLoss] = {}
     _path: Path = PrivateAttr(default=Path())
 
     @model_validator(mode="after")

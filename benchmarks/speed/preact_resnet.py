@@ -56,13 +56,12 @@ def _trainer(name: str, version: str, network: nn.Module, optimizer: torch.optim
 
 def ours(size: Size, setting: Setting) -> Trainer:
     import zoo
-    from zoo.recognition.preact_resnet import PreActResNetClassification
     from zoo.training import optim
 
-    task = PreActResNetClassification(size.zoo, num_classes=1000).to(setting.device)
+    network = zoo.create_model(size.zoo).to(setting.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     declared = optim.Optim(name="sgd", lr=LR, nesterov=True, weight_decay=WEIGHT_DECAY, no_decay="none")
-    optimizer = optim.make_optimizer(optim.param_groups(task.network, declared), declared, LR, fused=True)
-    return _trainer("zoo", zoo.__version__, task, optimizer, "zoo.recognition.preact_resnet: its task's fused SGD")
+    optimizer = optim.make_optimizer(optim.param_groups(network, declared), declared, LR, fused=True)
+    return _trainer("zoo", zoo.__version__, network, optimizer, "zoo.recognition.preact_resnet: its task's fused SGD")
 
 
 def _peer(name: str, network: nn.Module, about: str, setting: Setting) -> Trainer:

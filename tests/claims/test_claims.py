@@ -99,7 +99,8 @@ TOY: dict[str, Any] = {
         "train": {
             "recipe": "preact_resnet/pocket",
             "options": {
-                **{"model.depth": 8, "model.widths": [4, 4, 4], "data.train_samples": 32, "data.batch_size": 8},
+                **{"model.depths": [1, 1, 1], "model.widths": [4, 4, 4]},
+                **{"data.train_samples": 32, "data.batch_size": 8},
                 **{"data.eval_batch_size": 8, "trainer.limit_val_batches": 1, "trainer.max_steps": 4},
                 "model.optim": {"global_batch": 8},
             },
@@ -108,7 +109,7 @@ TOY: dict[str, Any] = {
         "again": {
             "recipe": "preact_resnet/pocket",
             "options": {
-                **{"model.depth": 8, "model.widths": [4, 4, 4], "data.eval_batch_size": 8},
+                **{"model.depths": [1, 1, 1], "model.widths": [4, 4, 4], "data.eval_batch_size": 8},
                 "trainer.limit_val_batches": 1,
             },
             "run": ["validate"],
@@ -141,7 +142,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"recipe": "mae/pocket"}, "a claim has a recipe, or stages"),
         ({"arms": {"thin": {}}}, "two or more"),
         ({"arms": {"thin": {"trian": {}}, "flat": {}}}, "no stage 'trian'"),
-        ({"arms": {"thin": {"train": {"depth": 8}}, "flat": {}}}, "'depth' is no option"),
+        ({"arms": {"thin": {"train": {"depths": 8}}, "flat": {}}}, "'depths' is no option"),
         ({"claims": [{**TOY["claims"][0], "effect": "thin.los - flat.loss"}]}, "did you mean 'loss'?"),
         ({"claims": [{**TOY["claims"][0], "effect": "fat.loss"}]}, "did you mean 'flat'?"),
         ({"claims": [{**TOY["claims"][0], "effect": "flat.again_loss"}]}, "unknown metric of flat"),

@@ -74,7 +74,7 @@ SMALL = {
     " --model.optim.global_batch=8",
     "moco/pocket": f"{_MOCO} {_IMAGES} --model.optim.global_batch=8",
     "moco_v2/pocket": f"{_MOCO} {_IMAGES} --model.optim.global_batch=16",  # two batches a step
-    "preact_resnet/pocket": f"{_IMAGES} --model.depth=8 --model.widths=[8,8,8] --model.optim.global_batch=8",
+    "preact_resnet/pocket": f"{_IMAGES} --model.depths=[1,1,1] --model.widths=[8,8,8] --model.optim.global_batch=8",
     "flip/pocket": f"{_VIT} {_IMAGES} --model.text_embed_dim=16 --model.text_depth=1 --model.text_num_heads=2"
     " --model.proj_dim=8 --data.eval_batch_size=8 --model.optim.global_batch=8",
     "varc/pocket": f"{_VIT} --model.mlp_dim=16 --data.batch_size=4 --data.eval_batch_size=4"
@@ -106,7 +106,13 @@ COMMON = (
     "--trainer.limit_val_batches=2 --trainer.num_sanity_val_steps=1 --trainer.log_every_n_steps=1"
     " --trainer.precision=32-true --trainer.accelerator=cpu --trainer.enable_progress_bar=false"
 )
-RECIPES = sorted(SMALL)
+# Test-time training keeps the answers to each task; a test begun again goes on with the tasks that are left.
+TTT = "varc/pocket_ttt"
+TTT_WORDS = (
+    f"test {TTT} {_VIT} --model.mlp_dim=16 --model.permutations=2 --model.views=1 --data.limit=4"
+    " --model.optim.warmup_epochs=0 --trainer.max_epochs=2 --trainer.precision=32-true --trainer.accelerator=cpu"
+)
+RECIPES = [*sorted(SMALL), TTT]
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,14 @@ class Setting:
     way: int = 0
     ranks: int = 1
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """How it can be ended; test-time training writes no checkpoints."""
+        return KINDS[:3] if self.recipe == TTT else KINDS
+
     def words(self, resume: bool) -> list[str]:
+        if self.recipe == TTT:
+            return TTT_WORDS.split()
         words = ["fit", self.recipe, *SMALL[self.recipe].split(), *COMMON.split(), *WAYS[self.way].split()]
         words += [_callbacks(*MORE.get(self.recipe, []))]
         if self.ranks > 1:
@@ -130,12 +143,9 @@ class Setting:
 def warm() -> None:
     """Imports what runs import, so that forked processes need not."""
     torch.set_num_threads(1)  # a fork keeps no threads
-    import zoo.command.recipes
-    import zoo.data.detection
-    import zoo.training
 
     for name in RECIPES:
-        zoo.command.recipes._check_recipe(catalog.recipe_path(name))
+        catalog.recipe_path(name)
     from zoo.beyond import varc  # noqa: F401
     from zoo.detection import mask_rcnn  # noqa: F401
     from zoo.generation import meanflow  # noqa: F401
@@ -270,7 +280,9 @@ def uninterrupted(folder: Path, setting: Setting, other: str) -> tuple[dict[str,
 
 
 def _rows(folder: Path, setting: Setting) -> int:
-    """The rows that the newest run in `folder` has logged."""
+    """The rows that the newest run in `folder` has logged, or the tasks it has answered."""
+    if setting.recipe == TTT:
+        return len(list(folder.glob("runs/varc_ttt/**/*.json")))
     found = sorted(folder.glob(f"runs/{setting.recipe}/*/metrics.csv"), key=lambda path: path.stat().st_mtime)
     return found[-1].read_text().count("\n") if found else 0
 
@@ -287,7 +299,7 @@ def killed(
     folder.mkdir(parents=True)
     ends: list[str] = []
     for number in range(draw.choice([1, 2, 3])):
-        kind = first if first and not number else draw.choice(KINDS)
+        kind = first if first and not number else draw.choice(setting.kinds)
         trap = None
         if kind == "writing":
             trap = _trap_writing(draw.randrange(1, 400))
@@ -320,11 +332,15 @@ def killed(
 
 def outcome(folder: Path, setting: Setting) -> dict[str, Any]:
     """All that a finished run ended with, but for times and paths."""
-    runs = [path.parent for path in folder.glob(f"runs/{setting.recipe}/*/result.json")]
-    if len(runs) != 1:
+    runs = sorted(path.parent for path in folder.glob(f"runs/{setting.recipe}/*/result.json"))
+    if not runs or (len(runs) > 1 and setting.recipe != TTT):
         raise Failed(f"{len(runs)} finished runs\n{_log(folder)}")
-    (run,) = runs
+    run = runs[-1]
     found: dict[str, Any] = {}
+    if setting.recipe == TTT:
+        metrics = json.loads((run / "result.json").read_text())["metrics"]
+        answers = {path.name: path.read_text() for path in folder.glob("runs/varc_ttt/**/*.json")}
+        return metrics | {name: text for name, text in answers.items() if name != "settings.json"}
     for name in ("last", "best"):
         path = run / "checkpoints" / f"{name}.ckpt"
         if path.exists():
@@ -364,25 +380,33 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return sorted(name for name in a.keys() | b.keys() if name not in a or name not in b or not same(a[name], b[name]))
 
 
-def trials(count: int, seed: int, folder: Path, recipes: list[str], report: Callable[[str], None]) -> dict[str, int]:
-    """Runs `count` trials over the recipes in turn; how many of each ended bit-identical, and of all how many began."""
+def trials(
+    count: int, seed: int, folder: Path, recipes: list[str], report: Callable[[str], None], first: int = 0
+) -> dict[str, int]:
+    """Runs `count` trials over the recipes in turn, from number `first` on.
+
+    Returns:
+        how many of each recipe ended bit-identical, and under "ends" how often runs were ended.
+    """
     draw = random.Random(seed)
     shared = Path("/dev/shm")
     other = tempfile.mkdtemp(dir=shared if shared.is_dir() else None)
     references: dict[Setting, tuple[dict[str, Any], int]] = {}
     good: dict[str, int] = {}
     try:
-        for trial in range(count):
+        for trial in range(first, first + count):
             recipe = recipes[trial % len(recipes)]
             turn = trial // len(recipes)
             setting = Setting(recipe, turn % len(WAYS), 2 if turn % 5 == 4 else 1)
+            if recipe == TTT:
+                setting = Setting(recipe)
             place = folder / f"trial{trial}"
-            first = "kill" if setting.ranks > 1 else KINDS[turn % len(KINDS)]
+            kind = "kill" if setting.ranks > 1 else setting.kinds[turn % len(setting.kinds)]
             try:
                 if setting not in references:
                     references[setting] = uninterrupted(folder / f"alone{trial}", setting, other)
                 reference, rows = references[setting]
-                found, ends = killed(place, setting, other, draw, rows, first)
+                found, ends = killed(place, setting, other, draw, rows, kind)
                 differing = compare(reference, found)
             except Failed as error:
                 ends, differing = [], [str(error)]
@@ -403,13 +427,21 @@ def trials(count: int, seed: int, folder: Path, recipes: list[str], report: Call
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first trial, which says its settings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--keep", help="a folder for the runs; kept")
     arguments = parser.parse_args()
     warm()
     folder = Path(arguments.keep or tempfile.mkdtemp())
-    good = trials(arguments.trials, arguments.seed, folder, arguments.recipes, lambda text: print(text, flush=True))
+    good = trials(
+        arguments.trials,
+        arguments.seed,
+        folder,
+        arguments.recipes,
+        lambda text: print(text, flush=True),
+        arguments.first,
+    )
     ends = good.pop("ends", 0)
     for recipe, count in good.items():
         print(f"{recipe}: {count}")

@@ -12,7 +12,6 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
@@ -296,24 +295,6 @@ def test_from_pretraining_to_the_linear_probe(tmp_path: Path) -> None:
 
     with pytest.raises(ZooError, match="does not fit the model"):
         moco.MoCoLinearProbe(**{**sizes, "width": 16}, init_from=str(tmp_path / "pre.ckpt")).setup("fit")
-
-
-def test_killed_and_resumed_the_queue_is_the_same(tmp_path: Path) -> None:
-    def run(folder: str, **options: Any) -> moco.MoCoPretraining:
-        task = _task()
-        saving = ModelCheckpoint(tmp_path / folder, "{step}", every_n_train_steps=4, save_top_k=-1)
-        trainer = _trainer(tmp_path, max_epochs=2, callbacks=[saving], enable_checkpointing=True, limit_val_batches=0)
-        trainer.fit(task, datamodule=Data(batch_size=8), **options)
-        return task
-
-    whole = run("whole")
-    resumed = run("resumed", ckpt_path=tmp_path / "whole" / "step=4.ckpt", weights_only=True)
-    assert whole.state_dict().keys() == resumed.state_dict().keys()
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
-    kept = torch.load(tmp_path / "whole" / "step=4.ckpt", weights_only=True)["state_dict"]
-    assert kept["network.queue_ptr"].item() == 4 * 8 % 16
-    assert not torch.equal(kept["network.queue"], whole.network.queue)
 
 
 def test_under_accumulation_the_key_encoder_and_the_queue_move_once_an_update(tmp_path: Path) -> None:

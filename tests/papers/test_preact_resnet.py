@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
 
 import zoo
-from tests.conftest import ROOT
-from tests.formats.test_torch7 import module, write
-from tests.papers import ddp_preact_resnet
+from tests.formats.test_torch7 import write
+from tests.formats.torch7_resnets import official_tree, run_tree
 from zoo import catalog
+from zoo.data.transforms import resize
 from zoo.errors import ZooError
-from zoo.formats.torch7 import Torch7Object
 from zoo.recognition import preact_resnet as pr
 from zoo.training import Optim, lr_at
 from zoo.weights.pretrained import read_state_dict
 
 UNITS, SHORTCUTS = tuple(pr.UNITS), pr.SHORTCUTS
-SMALL = {"widths": (4, 8, 16), "stem_width": 4}
+SMALL = {"widths": (4, 8, 16)}
 
 
 def _images(count: int = 4, side: int = 16) -> Tensor:
@@ -150,8 +144,7 @@ def test_gradients_reach_every_parameter(unit: str, block: str) -> None:
 
 def test_imagenet_networks_of_all_units() -> None:
     for unit in UNITS:
-        torch.manual_seed(0)
-        network = pr.preact_resnet18(unit=unit, widths=(4, 8, 8, 8), stem_width=4, num_classes=3)
+        network = pr.preact_resnet18(unit=unit, widths=(4, 8, 8, 8), num_classes=3)
         network(_images(2, 64)).square().sum().backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters()), unit
         assert (network.norm is None) == (unit != "full_preact")
@@ -164,12 +157,8 @@ def test_the_maximum_before_the_relu_changes_nothing() -> None:
     expected = network.maxpool(torch.relu(network.bn1(network.conv1(images))))
     torch.testing.assert_close(seen, expected)
     weight = torch.randn_like(seen)
-    for a, b in zip(
-        torch.autograd.grad((seen * weight).sum(), network.conv1.weight),
-        torch.autograd.grad((expected * weight).sum(), network.conv1.weight),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
+    grads = [torch.autograd.grad((x * weight).sum(), network.conv1.weight)[0] for x in (seen, expected)]
+    torch.testing.assert_close(*grads)
 
 
 def test_initial_weights_are_the_papers() -> None:
@@ -227,14 +216,6 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(block: str) -> N
     assert all(norm.momentum == 0.1 for norm in network.modules() if isinstance(norm, nn.BatchNorm2d))
 
 
-def test_channels_last_and_compilation_change_no_number() -> None:
-    network, images = _small(20, "bottleneck").double(), _images().double()
-    expected = network.eval()(images)
-    torch.testing.assert_close(torch.compile(network, backend="aot_eager", fullgraph=True)(images), expected)
-    network.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(network(images.contiguous(memory_format=torch.channels_last)), expected)
-
-
 def test_mistakes_are_named() -> None:
     for call, message in (
         (lambda: pr.preact_resnet_cifar(111), "6n.*nearest is 110"),
@@ -248,100 +229,13 @@ def test_mistakes_are_named() -> None:
         (lambda: _small().reset_classifier(3, "max"), "global_pool"),
         (lambda: _small(global_pool=""), "wants global_pool 'avg'"),
         (lambda: _small().forward_intermediates(_images(), [9]), "intermediates 0 to 3"),
-        (lambda: pr.PreActResNetClassification("preact_resnet21_cifar"), "did you mean 'preact_resnet"),
-        (lambda: pr.PreActResNetClassification(None), "wants a depth"),
-        (lambda: pr.PreActResNetClassification(depth=20), "has its own depth"),
+        (lambda: pr.PreActResNetClassification(depths=[1], widths=[4, 8]), "one a stage"),
     ):
         with pytest.raises(ZooError, match=message):
             call()
 
 
 # --------------------------------------------------------------------------------------------- official layouts, files
-
-
-def official_tree(layout: str, n: int, kind: str, widths: tuple[int, ...], classes: int) -> Torch7Object:
-    """A Torch7 network with random weights, nested as the official files nest theirs."""
-
-    def conv(a: int, b: int, k: int, stride: int = 1) -> Torch7Object:
-        return module("cudnn.SpatialConvolution", weight=torch.randn(b, a, k, k) / math.sqrt(a * k * k), stride=stride)
-
-    def norm(a: int) -> Torch7Object:
-        facts = {"weight": torch.rand(a) + 0.5, "bias": torch.randn(a) / 10}
-        facts |= {"running_mean": torch.randn(a) / 10, "running_var": torch.rand(a) + 0.5}
-        return module("nn.SpatialBatchNormalization", **facts)
-
-    def plain(name: str) -> Torch7Object:
-        return module(f"nn.{name}")
-
-    bottleneck = layout == "resnet-pre-act"
-    imagenet = layout == "imagenet"
-    kernels = (1, 3, 1) if bottleneck else (3, 3)
-
-    def unit(a: int, width: int, stride: int, place: str) -> Torch7Object:
-        outs = (width, width, 4 * width) if bottleneck else (width, width)
-        shared = a != outs[-1] if bottleneck else place == "first" and not (imagenet and width == widths[0])
-        bare = imagenet and width == widths[0] and place == "first"
-        activation = [] if bare else [norm(a), plain("ReLU")]
-        branch, channels = [], a
-        for i, (out, kernel) in enumerate(zip(outs, kernels, strict=True)):
-            branch += [norm(channels), plain("ReLU")] if i else []
-            branch.append(conv(channels, out, kernel, stride if i == 0 else 1))
-            channels = out
-        if kind == "C" or (kind == "B" and a != channels):
-            shortcut = module("nn.Sequential", conv(a, channels, 1, stride))
-        elif a != channels:
-            parts = module("nn.Concat", plain("Identity"), plain("MulConstant"))
-            shortcut = module("nn.Sequential", module("nn.SpatialAveragePooling", stride=stride), parts)
-        else:
-            shortcut = plain("Identity")
-        lead, inner = (activation, branch) if shared else ([], activation + branch)
-        table = module("nn.ConcatTable", module("nn.Sequential", *inner), shortcut)
-        return module("nn.Sequential", *lead, table, plain("CAddTable"))
-
-    stem = [conv(3, widths[0], 7, 2), norm(widths[0]), plain("ReLU"), plain("SpatialMaxPooling")]
-    parts = stem if imagenet else stem[:1]
-    parts[0] = conv(3, widths[0], 7 if imagenet else 3, 2 if imagenet else 1)
-    a = widths[0]
-    for s, width in enumerate(widths):
-        units = []
-        for u in range(n):
-            units.append(unit(a, width, 2 if s and not u else 1, "first" if not u else "other"))
-            a = width * (4 if bottleneck else 1)
-        parts.append(module("nn.Sequential", *units))
-    head = module("nn.Linear", weight=torch.randn(classes, a) / math.sqrt(a), bias=torch.randn(classes))
-    return module("nn.Sequential", *parts, norm(a), plain("ReLU"), plain("SpatialAveragePooling"), plain("View"), head)
-
-
-def run_tree(node: Torch7Object, x: Tensor, imagenet: bool = False) -> Tensor:
-    """What Torch7 computes from a tree in evaluation."""
-    name, fields = node.kind.partition(".")[2], node.fields
-    parts = [fields["modules"][float(i)] for i in range(1, len(fields["modules"]) + 1)] if "modules" in fields else []
-    if name == "Sequential":
-        for part in parts:
-            x = run_tree(part, x)
-        return x
-    if name == "ConcatTable":
-        return [run_tree(part, x) for part in parts]  # type: ignore[return-value]
-    functional = nn.functional
-    return {
-        "Concat": lambda: torch.cat([run_tree(part, x) for part in parts], dim=1),
-        "CAddTable": lambda: sum(x),
-        "SpatialConvolution": lambda: functional.conv2d(
-            x, fields["weight"], stride=fields["stride"], padding=fields["weight"].shape[-1] // 2
-        ),
-        "SpatialBatchNormalization": lambda: functional.batch_norm(
-            x, fields["running_mean"], fields["running_var"], fields["weight"], fields["bias"]
-        ),
-        "ReLU": lambda: torch.relu(x),
-        "Identity": lambda: x,
-        "MulConstant": lambda: 0 * x,
-        "SpatialMaxPooling": lambda: functional.max_pool2d(x, 3, 2, 1),
-        "SpatialAveragePooling": lambda: (
-            functional.avg_pool2d(x, 1, fields["stride"]) if "stride" in fields else x.mean((2, 3), keepdim=True)
-        ),
-        "View": lambda: x.flatten(1),
-        "Linear": lambda: functional.linear(x, fields["weight"], fields["bias"]),
-    }[name]()
 
 
 @pytest.mark.parametrize(
@@ -352,21 +246,15 @@ def test_torch7_networks_compute_the_same(layout: str, kind: str, tmp_path: Path
     torch.manual_seed(0)
     widths = (4, 8, 16, 32) if layout == "imagenet" else (4, 8, 16)
     tree = official_tree(layout, 2, kind, widths, 5)
-    options: dict[str, Any] = {"widths": widths, "stem_width": 4, "num_classes": 5, "shortcut_type": kind}
-    if layout == "imagenet":
-        name, network = "preact_resnet18", pr.preact_resnet18(**options)
-    else:
-        bottleneck = layout == "resnet-pre-act"
-        network = pr.preact_resnet_cifar(20 if bottleneck else 14, "bottleneck" if bottleneck else "basic", **options)
+    options: dict[str, Any] = {"widths": widths, "num_classes": 5, "shortcut_type": kind}
+    size = {"imagenet": (18,), "cifar": (14, "basic"), "resnet-pre-act": (20, "bottleneck")}[layout]
+    create: Any = pr.preact_resnet_imagenet if layout == "imagenet" else pr.preact_resnet_cifar
+    network = create(*size, **options)
     state = read_state_dict(write(tmp_path / "net.t7", tree, cuda=True))
     network.load_state_dict(pr.convert_official(state), strict=True)
     images = _images(2, 32)
     expected = run_tree(tree, images)
     torch.testing.assert_close(network.eval()(images), expected, rtol=1e-4, atol=1e-4)
-    if layout == "imagenet":  # the same by the public face, and once more from our own names
-        path = tmp_path / "net.t7"
-        made = zoo.create_model(name, weights=path, **{**options, "num_classes": 5}).eval()
-        torch.testing.assert_close(made(images), expected, rtol=1e-4, atol=1e-4)
     assert pr.convert_official(network.state_dict()).keys() == network.state_dict().keys()
 
 
@@ -385,8 +273,10 @@ def test_published_weights_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     images = _images(1, 32)
     torch.testing.assert_close(network(images), run_tree(tree, images), rtol=1e-4, atol=1e-4)
     assert (pretrained.fetch_weights(entry.name)).name == "converted.safetensors"
-    prepared = zoo.create_preprocess("preact_resnet200.fb_in1k")(torch.zeros(3, 300, 400, dtype=torch.uint8))
-    assert prepared.shape == (3, 224, 224)
+    photo = torch.randint(0, 256, (3, 300, 401), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    seen, facts = resize(photo, (256, 342), kernel="torch7")[:, 16:240, 59:283] / 255, entry.preprocess
+    expected = (seen - torch.tensor(facts.mean)[:, None, None]) / torch.tensor(facts.std)[:, None, None]
+    torch.testing.assert_close(zoo.create_preprocess("preact_resnet200.fb_in1k")(photo), expected)
 
 
 def test_the_published_layout_is_taken_whole(shared: Path) -> None:
@@ -405,11 +295,8 @@ def test_the_published_layout_is_taken_whole(shared: Path) -> None:
     ["9.weight", "4.0.weight", "8.0.0.0.0.weight", "4.1.0.0.1.weight", "4.1.3.0.0.weight", "4.1.0.0.2.gamma", "x"],
 )
 def test_foreign_keys_are_refused(key: str) -> None:
-    tree = official_tree("imagenet", 2, "B", (2, 2, 2, 2), 2)
-    state = {"12.weight": torch.ones(2, 2), "12.bias": torch.ones(2), key: torch.ones(2)}
-    assert tree.kind == "nn.Sequential"
     with pytest.raises(ZooError, match=f"unknown key '{key}'"):
-        pr.convert_official(state)
+        pr.convert_official({"12.weight": torch.ones(2, 2), "12.bias": torch.ones(2), key: torch.ones(2)})
     with pytest.raises(ZooError, match="unknown keys, such as 'x'"):
         pr.convert_official({"conv1.weight": torch.ones(1), "x": torch.ones(1)})
 
@@ -417,121 +304,72 @@ def test_foreign_keys_are_refused(key: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------- task
 
 
-def _data(views: int = 0, count: int = 8) -> DataLoader:
-    images = _images(count)
-    crops = {"views": [images[:, :, : 16 - k, : 16 - k] for k in range(views)]}
-    samples = [
-        {"label": i % 3, **({"views": [v[i] for v in crops["views"]]} if views else {"image": images[i]})}
-        for i in range(count)
-    ]
-    return DataLoader(samples, batch_size=4)
+def _written(recipe: str) -> tuple[dict[str, Any], dict[str, Any], Optim]:
+    """The network's options, the data module's, and the optimiser of a recipe."""
+    content = yaml.safe_load(catalog.recipe_path(recipe).read_text())
+    network = content["model"]["init_args"]
+    return network, content["data"]["init_args"], Optim(**network.pop("optim"))
 
 
-def _trainer(tmp_path: Path, **options: Any) -> L.Trainer:
-    return L.Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"max_epochs": 1, "enable_checkpointing": False, **options},
-    )
+def test_the_task_hands_its_options_to_the_network() -> None:
+    sizes: dict[str, Any] = {"depths": [1, 1, 1], "widths": [4, 8, 16], "num_classes": 3, "unit": "original"}
+    task = pr.PreActResNetClassification(label_smoothing=0.1, channels_last=False, **sizes)
+    again = pr.PreActResNetClassification(**task.hparams)
+    again.load_state_dict(task.state_dict())
+    assert again.label_smoothing == 0.1
+    torch.testing.assert_close(again.eval()(_images()), task.eval()(_images()))
+    assert again.features(_images()).shape == (4, 16)
+    assert pr.convert_official(task.network.state_dict()).keys() == task.network.state_dict().keys()
+    with pytest.raises(TypeError, match="depth"):
+        pr.PreActResNetClassification(depth=20)
 
 
-def test_the_task_trains_evaluates_and_comes_back(tmp_path: Path) -> None:
-    optim = Optim(name="sgd", lr=0.01, nesterov=True, weight_decay=1e-4, no_decay="none", schedule="constant")
-    options: dict[str, Any] = {"model": None, "depth": 8, "widths": [4, 8, 16], "num_classes": 3, "optim": optim}
-    task = pr.PreActResNetClassification(**options, label_smoothing=0.1, mixup=0.2, cutmix=1.0)
-    trainer = _trainer(tmp_path)
-    trainer.fit(task, _data(), _data())
-    assert {"val/top1", "val/top5", "val/loss"} <= trainer.callback_metrics.keys()
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    again = pr.PreActResNetClassification.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True).eval()
-    images = _images()
-    torch.testing.assert_close(again(images), task.eval()(images))
-    assert again.features(images).shape == (4, 16)
-    (optimizer,) = trainer.optimizers
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4]
-    assert optimizer.param_groups[0]["nesterov"]
-    state = read_state_dict(tmp_path / "x.ckpt")
-    assert pr.convert_official(state).keys() == task.network.state_dict().keys()
-
-
-def test_crops_are_averaged_by_their_logits(tmp_path: Path) -> None:
-    task = pr.PreActResNetClassification(None, depth=8, widths=[4, 8, 16], num_classes=3).eval()
-    (scores,) = _trainer(tmp_path).test(task, _data(views=3), verbose=False)
-    images, labels = _images(8), torch.arange(8) % 3
-    with torch.no_grad():
-        logits = sum(task(images[:, :, : 16 - k, : 16 - k]) for k in range(3)) / 3
-        whole = task(images)
-    assert scores["test/loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-5)
-    assert scores["test/top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
-    probabilities = torch.cat(_trainer(tmp_path).predict(task, _data(views=3)))
-    torch.testing.assert_close(probabilities, logits.softmax(1))
-    torch.testing.assert_close(torch.cat(_trainer(tmp_path).predict(task, _data())), whole.softmax(1))
-
-
-def test_channels_last_is_only_an_order_in_memory() -> None:
-    tasks = []
-    for order in (True, False):
-        torch.manual_seed(0)
-        tasks.append(pr.PreActResNetClassification(None, depth=8, widths=[4, 8, 16], channels_last=order).eval())
-    torch.testing.assert_close(tasks[0](_images()), tasks[1](_images()), rtol=1e-4, atol=1e-5)
-    assert tasks[0].network.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    assert tasks[1].network.conv1.weight.is_contiguous()
-
-
-def test_two_processes_update_as_one_that_accumulates(tmp_path: Path) -> None:
-    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
-    threads = torch.get_num_threads()
-    ddp_preact_resnet.run(1, str(one))
-    torch.set_num_threads(threads)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.papers.ddp_preact_resnet", "2", str(two)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
-    expected, got = torch.load(one, weights_only=True), torch.load(two, weights_only=True)
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_the_schedules_of_paper_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    cpu = {"trainer.accelerator": "cpu", "trainer.devices": 1}
-
-    def optim(recipe: str) -> Optim:
-        with torch.device("meta"):
-            return zoo.load_recipe(f"preact_resnet/{recipe}", cpu)[0].optim
-
-    paper, steps = optim("train_preact_resnet110_cifar10"), 50_000 // 128
+def test_the_schedules_of_paper_and_code() -> None:
+    (*_, paper), steps = _written("preact_resnet/train_cifar10"), 50_000 // 128
     rates = {k: lr_at(paper, k / steps, 165, 0.1, 400 / steps) for k in (0, 399, 400, 31_999, 32_000, 47_999, 48_000)}
     assert list(rates.values()) == pytest.approx([0.01, 0.01, 0.1, 0.1, 0.01, 0.01, 0.001])
-    code = optim("train_preact_resnet1001_batch64_cifar10")
-    assert [lr_at(code, e - 1, 200, 0.1) for e in (80, 81, 121, 122)] == pytest.approx([0.1, 0.01, 0.01, 0.001])
-    imagenet = optim("train_preact_resnet200_aspect_imagenet1k")
-    assert [lr_at(imagenet, e - 1, 90, 0.1) for e in (30, 31, 60, 61)] == pytest.approx([0.1, 0.01, 0.01, 0.001])
+    for name, epochs in (("batch64_cifar10", (80, 121)), ("imagenet1k", (30, 60)), ("aspect_imagenet1k", (30, 60))):
+        *_, code = _written(f"preact_resnet/train_{name}")
+        at = [lr_at(code, e - 1 + k, 200, 0.1) for e in epochs for k in (0, 1)]
+        assert at == pytest.approx([0.1, 0.01, 0.01, 0.001])
+        assert code.nesterov == (name != "imagenet1k")
+        assert code.no_decay == "none"
 
 
-def test_every_row_s_options_build_the_network_it_speaks_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of an ablation names a recipe and one line of options: they must parse, and mean what the row says."""
-    monkeypatch.chdir(tmp_path)
-    rows = [row for row in catalog.paper("preact_resnet").leaderboard if "options" in row.protocol]
-    assert len(rows) > 20
-    # One row of each kind: the same options with another number parse alike.
-    kinds = {(row.recipe, re.sub(r"-?[\d.]+( |$)", "# ", row.protocol["options"])): row for row in rows}
-    for row in kinds.values():
-        words = row.protocol["options"].split()
-        overrides = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
-        with torch.device("meta"):
-            module_, data, _ = zoo.load_recipe(
-                row.recipe, {"trainer.accelerator": "cpu", "trainer.devices": 1, **overrides}
+def test_rows_are_what_they_speak_of() -> None:
+    """The published size or the ablation of it, the row's data, and the kernel of the released weights' resize."""
+    rows = [row for row in catalog.paper("preact_resnet").leaderboard if row.recipe is not None]
+    assert len(rows) == 42
+    seen = set()
+    for row in rows:
+        network, data, _ = _written(row.recipe)
+        for key, value in row.options.items():
+            *place, leaf = key.split(".")
+            part = network if place == ["model"] else data
+            for name in place[1:]:
+                part = part[name]["init_args"]
+            part[leaf] = value
+        assert data["dataset"] == row.dataset
+        released = row.weights is not None
+        assert ("Torch7" in row.protocol.get("resize", "")) == released
+        for name in ("train_transform", "eval_transform"):
+            assert data.get(name, {}).get("init_args", {}).get("kernel", "pillow") == (
+                "torch7" if released else "pillow"
             )
-        unit = module_.network.stages[0][0]
-        for key, value in overrides.items():
-            option = key.rpartition(".")[2]
-            if option in ("shortcut", "scale_x", "scale_f", "gate_bias", "dropout"):
-                assert str(getattr(unit, option)).removesuffix(".0") == value.removesuffix(".0"), row.id
-            elif option == "unit":
-                assert unit.order == pr.UNITS[value], row.id
-            elif option == "eval_transform":
-                assert type(data.eval_transform).__name__ == "TenCrop"
+        if row.dataset == "imagenet1k":
+            assert data["eval_transform"]["init_args"].get("size", 224) == row.protocol["test_crop"]
+            assert data["eval_transform"]["class_path"].endswith("TenCrop") == (row.protocol["crops"] == 10)
+        plain = (
+            network.get("unit", "full_preact") == "full_preact" and network.get("shortcut", "identity") == "identity"
+        )
+        if "1001" in row.model:
+            assert (network["depths"], network["block"]) == ([111] * 3, "bottleneck")
+        elif plain and (row.recipe, row.model) not in seen:
+            seen.add((row.recipe, row.model))
+            with torch.device("meta"):
+                made, published = pr.PreActResNet(**network, num_classes=7), zoo.create_model(row.model, num_classes=7)
+            shapes = [{key: value.shape for key, value in net.state_dict().items()} for net in (made, published)]
+            assert shapes[0] == shapes[1], row.id
+            assert str(made) == str(published), row.id
+        elif not plain:
+            assert row.protocol.get("unit", network["unit"]) == network["unit"]

@@ -24,7 +24,7 @@ SMALL = {
     "trainer.limit_val_batches": 1,
 }
 RESNET = {
-    **{"model.depth": 14, "model.widths": [4, 4, 4], "data.batch_size": 8, "data.eval_batch_size": 12},
+    **{"model.depths": [2, 2, 2], "model.widths": [4, 4, 4], "data.batch_size": 8, "data.eval_batch_size": 12},
     **{"data.train_samples": 32, "model.optim": {"global_batch": 8}},
 }
 

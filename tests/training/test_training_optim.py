@@ -348,3 +348,16 @@ def test_decay_may_spare_normalisation_layers_alone() -> None:
     assert (spared["weight_decay"], decayed["weight_decay"]) == (0, 0.1)
     assert spared["names"] == ["1.weight", "1.bias", "2.weight", "2.bias"]
     assert decayed["names"] == ["0.weight", "0.bias", "3.weight", "3.bias"]
+
+
+def test_the_warm_up_ends_on_the_cosine_that_counts_from_the_start() -> None:
+    optim = Optim(name="sgd", lr=0.1, schedule_from="start", warmup_epochs=34, warmup_start_lr=0.01)
+    rates = [lr_at(optim, epoch, 196, 0.1) for epoch in (0, 17, 33.999999, 34, 98, 196)]
+    end = 0.05 * (1 + math.cos(math.pi * 34 / 196))
+    assert rates == pytest.approx([0.01, (0.01 + end) / 2, end, end, 0.05, 0.0], abs=1e-7)
+    steps = Optim(lr=1.0, schedule="step", schedule_from="start", milestones=(2, 4), factors=(0.5, 0.02))
+    assert [lr_at(steps, epoch, 5, 1.0) for epoch in (0, 1.9, 2, 4)] == [1.0, 1.0, 0.5, 0.02]
+    inside = Optim(lr=1.0, schedule="step", schedule_from="start", milestones=(2,), warmup_epochs=4)
+    assert lr_at(inside, 2, 8, 1.0) == pytest.approx(0.05), "halfway up to the value behind the step"
+    with pytest.raises(ZooError, match=r"optim.factors are 1, one a milestone would be 2"):
+        Optim(milestones=(1, 2), factors=(0.1,))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from zoo import files
 from zoo.errors import ZooError, unknown
 
 RUN = ("fit", "validate", "test", "predict")
@@ -419,7 +420,7 @@ def _leaderboard(arguments: argparse.Namespace, extra: list[str]) -> int:
         return _print_json(rows)
     for path, render in ((arguments.markdown, show.markdown), (arguments.html, show.html)):
         if path:
-            Path(path).write_text(render(rows), encoding="utf-8")
+            files.write_text(path, render(rows))
             print(f"{path}: {len(rows)} rows")
             return 0
     show.print_leaderboard(rows)

@@ -30,6 +30,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import zoo
 from zoo import catalog, files
+from zoo.command import predictions
 from zoo.command.logs import MetricsFile
 from zoo.command.parse_errors import explain_parse_error, innermost
 from zoo.command.progress import BarProgress, Interrupt, PlainProgress, numbers, scalars, telling
@@ -202,6 +203,8 @@ class RecipeCLI(LightningCLI):
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if self.what == "fit":
             callbacks += self._fit_callbacks(config, callbacks)
+        if self.what == "predict":
+            callbacks += predictions.callbacks(self.model, callbacks, self.folder)
         callbacks = [self.interrupt, *callbacks]
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(BarProgress(leave=False) if self.rich else PlainProgress())
@@ -532,7 +535,6 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
     metrics = {key: float(value) for key, value in scalars({**known, **cli.trainer.callback_metrics}).items()}
     cli.folder.mkdir(parents=True, exist_ok=True)
     if cli.what == "predict":
-        files.save(outputs, cli.folder / "predictions.pt")
         print(f"predictions: {cli.folder / 'predictions.pt'}")
     else:
         said = telling(metrics, getattr(cli.datamodule, "num_classes", None))

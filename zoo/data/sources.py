@@ -193,6 +193,9 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": read_image(str(self.paths[index])), "label": int(self.labels[index])}
 
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
 
 class MemorySource:
     """Pictures held in memory as (N, C, H, W) uint8, C 1 or 3."""
@@ -305,6 +308,12 @@ class ArrowSource(ArrowPictures):
         return {"image": self.row(index)[0], "label": int(self.labels[index])}
 
 
+def file_of(source: Any, index: int) -> str | None:
+    """The file of a source's sample, where it has one."""
+    name = getattr(source, "name", None)
+    return name(index) if callable(name) else None
+
+
 class Part:
     """Some samples of another source, in the order given."""
 
@@ -324,6 +333,10 @@ class Part:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.source[int(self.indices[index])]
+
+    def name(self, index: int) -> str | None:
+        """The file of a sample, where it has one."""
+        return file_of(self.source, int(self.indices[index]))
 
     def _read_many(self, indices: Sequence[int]) -> dict[str, Tensor]:
         assert isinstance(self.source, ManyReader)

@@ -28,14 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
-from torchmetrics import MeanMetric
 
 from zoo.data.text import WordPiece, prompts
 from zoo.errors import ZooError
 from zoo.metrics.retrieval import ImageTextRetrieval
 from zoo.metrics.zero_shot import class_features, unit
 from zoo.nn.vit import NORM_EPS, Block, PatchEmbed, init_as_linear, run_blocks
-from zoo.ops.collective import gather
+from zoo.ops.collective import gather_objects
 from zoo.ops.contrastive import clip_loss
 from zoo.ops.masking import random_masking, take_tokens, tokens_at
 from zoo.ops.patches import patchify
@@ -288,6 +287,9 @@ class FLIPPretraining(BaseModule):
         network: of :class:`FLIP`.
     """
 
+    batch_keys = ("image", "text")
+    meets = True
+
     def __init__(
         self,
         mask_ratio: float = 0.5,
@@ -309,10 +311,7 @@ class FLIPPretraining(BaseModule):
         self.mask_ratio, self.init_from, self.micro_batch = mask_ratio, init_from, micro_batch
         self.monitor = None if monitor is None else (monitor, "max")
         self._encode = torch.compile(self.network.forward) if compile else self.network.forward
-        kinds = {"top1": MeanMetric, "top5": MeanMetric, "retrieval": ImageTextRetrieval}
-        self.metrics = nn.ModuleDict(
-            {f"{split}_{name}": kind() for split in ("val", "test") for name, kind in kinds.items()}
-        )
+        self.retrieval = nn.ModuleDict({split: ImageTextRetrieval() for split in ("val", "test")})
         self._classes: Tensor | None = None
 
     def trainable(self) -> nn.Module:
@@ -349,7 +348,7 @@ class FLIPPretraining(BaseModule):
         """The features (B, P) of a training batch's images, masked, and texts."""
         images, text, noise = batch["image"], batch["text"], batch.get("mask_noise")
         if noise is None and self.mask_ratio:  # drawn here, so that a compiled or repeated pass sees the same masks
-            noise = torch.rand(len(images), self.network.num_patches, device=images.device)
+            noise = self.draws(batch, "mask_noise", self.network.num_patches)
         if self.micro_batch is None or self.micro_batch >= len(images):
             return self._encode(images, text, self.mask_ratio, noise)
         pieces = [
@@ -390,11 +389,11 @@ class FLIPPretraining(BaseModule):
         if self._classes is not None and "label" in batch:
             logits = image @ self._classes.float().T
             hits = logits.topk(min(5, logits.shape[1])).indices == batch["label"][:, None]
-            self.metrics[f"{split}_top1"].update(hits[:, 0].float())  # type: ignore[operator]
-            self.metrics[f"{split}_top5"].update(hits.any(dim=1).float())  # type: ignore[operator]
+            self.tally(f"{split}/top1", hits[:, 0])
+            self.tally(f"{split}/top5", hits.any(dim=1))
         if "text" in batch:
             text = self.network.encode_text(batch["text"]).float()
-            self.metrics[f"{split}_retrieval"].update(image, batch["index"], text, batch["owner"])  # type: ignore[operator]
+            self.retrieval[split].update(image, batch["index"], text, batch["owner"])  # type: ignore[operator]
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -403,20 +402,18 @@ class FLIPPretraining(BaseModule):
         self._evaluate(batch, "test")
 
     def _report(self, split: str) -> None:
-        for name in ("top1", "top5", "retrieval"):
-            metric: Any = self.metrics[f"{split}_{name}"]
-            # A process without samples must join the others all the same.
-            if not gather(torch.tensor([metric.update_called], device=self.device)).any():
-                continue
-            found = metric.compute()
-            found = found if isinstance(found, dict) else {name: found}
-            self.log_dict({f"{split}/{key}": value for key, value in found.items()}, prog_bar=name == "top1")
+        metric: Any = self.retrieval[split]
+        # A process without samples must join the others all the same.
+        if any(gather_objects(metric.update_called)):
+            self.log_dict({f"{split}/{key}": value for key, value in metric.compute().items()})
             metric.reset()
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         self._report("val")
 
     def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
         self._report("test")
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch.nn.functional import dropout, linear
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import ZooError
+from zoo.nn.protocol import intermediate_indices
 from zoo.ops.attention import attention
 
 NORM_EPS = 1e-6
@@ -286,7 +287,7 @@ class VisionTransformer(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ZooError(f"output_fmt must be 'NCHW' or 'NLC', not {output_fmt!r}")
-        wanted = self._indices(indices)
+        wanted = intermediate_indices(indices, len(self.blocks), "blocks")
         found: list[Any] = []
         x = self._embed(x)
         for i, block in enumerate(self.blocks[: max(wanted) + 1] if stop_early else self.blocks):
@@ -304,7 +305,7 @@ class VisionTransformer(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what the intermediates `indices` do not need; returns them counted from the front."""
-        wanted = self._indices(indices)
+        wanted = intermediate_indices(indices, len(self.blocks), "blocks")
         self.blocks = self.blocks[: max(wanted) + 1]
         if prune_norm and self.norms_tokens:
             self.norms_tokens = False
@@ -315,15 +316,6 @@ class VisionTransformer(nn.Module):
                 del self.fc_norm
             self.reset_classifier(0, "")
         return wanted
-
-    @torch.jit.ignore
-    def _indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        count = len(self.blocks)
-        if indices is None or isinstance(indices, int):
-            indices = range(count - (count if indices is None else indices), count)
-        if not indices or not all(-count <= i < count for i in indices):
-            raise ZooError(f"there are blocks 0 to {count - 1}, not {list(indices)}")
-        return sorted({i % count for i in indices})
 
 
 def _init_linear(module: nn.Module) -> None:

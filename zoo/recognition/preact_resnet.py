@@ -20,7 +20,7 @@ Deviations from the official Torch7 code, none of which changes a value:
 # them.
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, pad, relu
 
 from zoo.errors import ZooError, unknown
-from zoo.nn.recompute import recompute
+from zoo.nn.protocol import StagedClassifier
 from zoo.training import Classification, Optim
 
 __all__ = [
@@ -271,7 +271,7 @@ class ResidualUnit(nn.Module):
         return self.bn2(x)
 
 
-class PreActResNet(nn.Module):
+class PreActResNet(StagedClassifier):
     """A residual network of any of the paper's units for CIFAR (three stages) or ImageNet (four); timm's protocol.
 
     Args:
@@ -281,7 +281,7 @@ class PreActResNet(nn.Module):
         unit, shortcut, shortcut_type, scale_x, scale_f, gate_bias, dropout: as of :class:`ResidualUnit`, in all units.
         stride_in: the convolution of a bottleneck that strides: "3x3" (preresnet.lua) or "1x1" (resnet-pre-act.lua).
         stem: "cifar": one 3x3 convolution; "imagenet": 7x7 with stride 2, BN, ReLU, 3x3 maximum with stride 2.
-        stem_width: output channels of the stem.
+        stem_width: output channels of the stem; by default those of the first stage's width.
         num_classes: 0 for no classifier (logits are the pooled features).
         global_pool: "avg", or "" for none (then without a classifier).
         drop_rate: dropout of the features before the classifier.
@@ -303,7 +303,7 @@ class PreActResNet(nn.Module):
         dropout: float = 0.5,
         stride_in: Literal["1x1", "3x3"] = "3x3",
         stem: Literal["cifar", "imagenet"] = "cifar",
-        stem_width: int = 16,
+        stem_width: int | None = None,
         in_chans: int = 3,
         num_classes: int = 10,
         global_pool: str = "avg",
@@ -324,6 +324,7 @@ class PreActResNet(nn.Module):
             raise ZooError(f"depths and widths must be positive, one a stage; got {list(depths)} and {list(widths)}")
         order = UNITS[unit]
         imagenet = stem == "imagenet"
+        stem_width = widths[0] if stem_width is None else stem_width
         self.grad_checkpointing, self.drop_rate = grad_checkpointing, drop_rate
         self.conv1 = _conv(in_chans, stem_width, 7 if imagenet else 3, 2 if imagenet else 1)
         # What a pre-activation unit does first, the stem leaves to it; but for ImageNet the pooling comes in between.
@@ -333,37 +334,22 @@ class PreActResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1) if imagenet else None
 
         basic = block == "basic"
+        strided = 0 if basic or stride_in == "1x1" else 1
         channels, reduction = stem_width, 4 if imagenet else 1
         self.feature_info = [{"num_chs": stem_width, "reduction": 2 if imagenet else 1, "module": "conv1"}]
         stages: list[nn.Module] = []
         rates = iter([drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))])
         for s, (depth, width) in enumerate(zip(depths, widths, strict=True)):
-            outs = (width, width) if basic else (width, width, 4 * width)
+            outs, kernels = ((width, width), (3, 3)) if basic else ((width, width, 4 * width), (1, 3, 1))
             units = []
             for u in range(depth):
                 stride = 2 if s and not u else 1
-                places = (0, 1) if basic or stride_in == "1x1" else (1, 0)
-                strides = [stride if i == places[0] else 1 for i in range(len(outs))]
+                strides = [stride if i == strided else 1 for i in range(len(outs))]
                 # The first unit of a stage activates before it splits (appendix): preresnet.lua does so in any stage,
                 # resnet-pre-act.lua where the width changes, which is in any stage of its networks.
                 preact: Literal["own", "shared", "none"] = "own" if u else "none" if imagenet and not s else "shared"
-                units.append(
-                    ResidualUnit(
-                        channels,
-                        outs,
-                        (3, 3) if basic else (1, 3, 1),
-                        strides,
-                        unit,
-                        shortcut,
-                        shortcut_type,
-                        preact,
-                        scale_x,
-                        scale_f,
-                        gate_bias,
-                        dropout,
-                        next(rates),
-                    )
-                )
+                made = (unit, shortcut, shortcut_type, preact, scale_x, scale_f, gate_bias, dropout, next(rates))
+                units.append(ResidualUnit(channels, outs, kernels, strides, *made))
                 channels = outs[-1]
             stages.append(nn.Sequential(*units))
             reduction *= 2 if s else 1
@@ -383,27 +369,7 @@ class PreActResNet(nn.Module):
             if isinstance(module, ResidualUnit) and module.gate is not None and module.gate.bias is not None:
                 nn.init.constant_(module.gate.bias, module.gate_bias)
 
-    # ---- timm's protocol
-
-    def get_classifier(self) -> nn.Module:
-        return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one for `num_classes` classes (0: none), and the pooling if given."""
-        if global_pool is not None:
-            if global_pool not in ("avg", ""):
-                raise ZooError(f"global_pool must be 'avg' or '', not {global_pool!r}")
-            self.global_pool = global_pool
-        if num_classes and not self.global_pool:
-            raise ZooError(f"a classifier of {num_classes} classes wants global_pool 'avg'")
-        self.num_classes = num_classes
-        self.fc: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        if isinstance(self.fc, nn.Linear):  # the weight is U(-1, 1) / sqrt(fan_in) in Torch7 and PyTorch
-            nn.init.zeros_(self.fc.bias)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
+    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group the parameters by layer for layer-wise learning rates."""
         blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]
@@ -420,11 +386,8 @@ class PreActResNet(nn.Module):
         x = inner if self.maxpool is None else self.maxpool(inner)
         return inner, relu(x, inplace=self.maxpool is not None) if self.stem_relu else x
 
-    @torch.jit.unused
-    def _recomputed(self, stage: nn.Module, x: Tensor) -> Tensor:
-        for unit in stage.children():
-            x = recompute(unit, x)
-        return x
+    def _stem_feature(self, inner: Tensor) -> Tensor:
+        return relu(inner) if self.stem_relu else inner
 
     def _end(self, x: Tensor) -> Tensor:
         """What pre-activation units leave to be done behind the last addition (appendix)."""
@@ -433,81 +396,8 @@ class PreActResNet(nn.Module):
             return relu(x, inplace=True)
         return relu(x) if self.ends_in_relu else x
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to activated features (B, num_features, h, w)."""
-        _, x = self._stem(images)
-        for stage in self.stages:
-            if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
-                x = self._recomputed(stage, x)
-            else:
-                x = stage(x)
-        return self._end(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features (B, D, h, w) to logits (B, num_classes), or to pooled features (B, D) with `pre_logits`."""
-        if self.global_pool:
-            x = x.mean(dim=(2, 3))
-        if self.drop_rate > 0.0:
-            x = dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(images))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features of the stem (0) and of the stages (1, 2, ...), as timm names them, before any further activation.
-
-        Args:
-            x: images (B, C, H, W).
-            indices: which; the last n for a number, all for None.
-            norm: the last stage's behind the final activation.
-            stop_early: compute no more than is asked for.
-            output_fmt: "NCHW", the only one there is.
-            intermediates_only: do not return the final features beside them.
-        """
-        if output_fmt != "NCHW":
-            raise ZooError(f"output_fmt must be 'NCHW', not {output_fmt!r}")
-        wanted = self._indices(indices)
-        found = []
-        inner, x = self._stem(x)
-        if 0 in wanted:
-            found.append(relu(inner) if self.stem_relu else inner)
-        for s, stage in enumerate(self.stages, 1):
-            if stop_early and s > max(wanted):
-                return found if intermediates_only else (x, found)
-            x = self._recomputed(stage, x) if self.grad_checkpointing and self.training else stage(x)
-            if s in wanted:
-                found.append(self._end(x) if norm and s == len(self.stages) else x)
-        return found if intermediates_only else (self._end(x), found)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the intermediates `indices` do not need; returns them counted from the front."""
-        wanted = self._indices(indices)
-        self.stages = self.stages[: max(wanted)]
-        if prune_norm:
-            self.norm, self.ends_in_relu = None, False
-        if prune_head:
-            self.reset_classifier(0, "")
-        return wanted
-
-    def _indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        count = len(self.stages) + 1
-        if indices is None or isinstance(indices, int):
-            indices = range(count - (count if indices is None else indices), count)
-        if not indices or not all(-count <= i < count for i in indices):
-            raise ZooError(f"there are intermediates 0 to {count - 1}, not {list(indices)}")
-        return sorted({i % count for i in indices})
+    def _prune_end(self) -> None:
+        self.norm, self.ends_in_relu = None, False
 
 
 # ------------------------------------------------------------------------------------------------------------ 3. task
@@ -517,68 +407,26 @@ class PreActResNetClassification(Classification):
     """Supervised training and evaluation.
 
     Args:
-        model: a published network, or null for a CIFAR network of `depth` and `block`. What is given of the following
-            overrides `model`'s.
-        depth: layers, 6n + 2 (basic) or 9n + 2 (bottleneck).
-        widths: inner width of each stage; the first is the stem's too.
-        block, unit, shortcut, shortcut_type, scale_x, scale_f, gate_bias, dropout, in_chans, grad_checkpointing: as of
-            :class:`PreActResNet`.
-        num_classes: taken from the data module by a recipe.
         mixup, cutmix: Beta parameters, 0 for none.
         label_smoothing: of the training targets.
         channels_last: keep activations in the order (B, H, W, C).
         optim: optimiser and schedule.
+        network: of :class:`PreActResNet`.
     """
 
     network: PreActResNet
 
     def __init__(
         self,
-        model: str | None = "preact_resnet164_cifar",
-        depth: int | None = None,
-        widths: list[int] | None = None,
-        block: Literal["basic", "bottleneck"] | None = None,
-        unit: Unit | None = None,
-        shortcut: Shortcut | None = None,
-        shortcut_type: Literal["A", "B", "C"] | None = None,
-        scale_x: float | None = None,
-        scale_f: float | None = None,
-        gate_bias: float | None = None,
-        dropout: float | None = None,
-        in_chans: int | None = None,
-        num_classes: int = 10,
-        grad_checkpointing: bool = False,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         label_smoothing: float = 0.0,
         channels_last: bool = True,
         optim: Optim = Optim(name="sgd", lr=0.1, nesterov=True, weight_decay=1e-4, no_decay="none"),  # noqa: B008
+        **network: Any,
     ) -> None:
-        given = {
-            "widths": widths,
-            "stem_width": widths[0] if widths else None,
-            "unit": unit,
-            "shortcut": shortcut,
-            "shortcut_type": shortcut_type,
-            "scale_x": scale_x,
-            "scale_f": scale_f,
-            "gate_bias": gate_bias,
-            "dropout": dropout,
-            "in_chans": in_chans,
-        }
-        options = {key: value for key, value in given.items() if value is not None}
-        options |= {"num_classes": num_classes, "grad_checkpointing": grad_checkpointing}
-        if model is None:
-            if depth is None:
-                raise ZooError("model: null wants a depth (6n + 2 with block basic, 9n + 2 with bottleneck)")
-            network = preact_resnet_cifar(depth, block or "basic", **options)
-        elif model not in MODELS:
-            raise unknown("model", model, MODELS)
-        elif depth is not None or block is not None:
-            raise ZooError(f"model {model} has its own depth and block; give model: null to choose them")
-        else:
-            network = MODELS[model](**options)
-        super().__init__(network, optim, num_classes, mixup, cutmix, label_smoothing, channels_last=channels_last)
+        net = PreActResNet(**network)
+        super().__init__(net, optim, net.num_classes, mixup, cutmix, label_smoothing, channels_last=channels_last)
         self.save_hyperparameters()
 
 
@@ -611,7 +459,7 @@ def preact_resnet_imagenet(depth: int, **overrides: Any) -> PreActResNet:
     if depth not in _IMAGENET:
         raise ZooError(f"depth {depth} of an ImageNet network must be one of {', '.join(map(str, _IMAGENET))}")
     depths, block = _IMAGENET[depth]
-    own = {"widths": (64, 128, 256, 512), "stem": "imagenet", "stem_width": 64, "num_classes": 1000}
+    own = {"widths": (64, 128, 256, 512), "stem": "imagenet", "num_classes": 1000}
     return PreActResNet(**{"depths": depths, "block": block, **own, **overrides})
 
 
@@ -684,26 +532,6 @@ def preact_resnet200(**overrides: Any) -> PreActResNet:
     """200 layers of bottlenecks for ImageNet: 152 with 16 more units at 28x28."""
     return preact_resnet_imagenet(200, **overrides)
 
-
-MODELS: dict[str, Callable[..., PreActResNet]] = {
-    f.__name__: f
-    for f in (
-        preact_resnet20_cifar,
-        preact_resnet32_cifar,
-        preact_resnet44_cifar,
-        preact_resnet56_cifar,
-        preact_resnet110_cifar,
-        preact_resnet164_cifar,
-        preact_resnet1001_cifar,
-        preact_resnet1202_cifar,
-        preact_resnet18,
-        preact_resnet34,
-        preact_resnet50,
-        preact_resnet101,
-        preact_resnet152,
-        preact_resnet200,
-    )
-}
 
 # ------------------------------------------------------------------------------------------------ 5. official weights
 

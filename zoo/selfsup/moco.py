@@ -38,6 +38,7 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from zoo.errors import ZooError
+from zoo.metrics.spread import Spread
 from zoo.nn.resnet import detectron2_trunk, resnet, torchvision_trunk
 from zoo.ops.collective import from_first, gather, world
 from zoo.training import BaseModule, LinearClassification, Optim
@@ -267,6 +268,8 @@ class MoCoPretraining(BaseModule):
     """
 
     network_class: type[MoCo] = MoCo
+    batch_keys = ("views", "image")
+    meets = True
 
     def __init__(
         self,
@@ -297,6 +300,7 @@ class MoCoPretraining(BaseModule):
             bn_splits=bn_splits,
         )
         self.bn_splits, self.symmetric, self.feature = bn_splits, symmetric, feature
+        self.val_spread, self.test_spread = Spread(dim), Spread(dim)
         self._waiting: list[Tensor] = []  # keys of an accumulation window that is still open
 
     def trainable(self) -> nn.Module:
@@ -312,7 +316,10 @@ class MoCoPretraining(BaseModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         views = batch.get("views")
         if views is None or len(views) != 2:
-            raise ZooError("MoCo trains on two views of an image: wrap data.train_transform in TwoViews")
+            raise ZooError(
+                "MoCo trains on 'views', two of each image, which the batch does not hold: wrap data.train_transform in"
+                " TwoViews"
+            )
         window = 1 if self._trainer is None else self.trainer.accumulate_grad_batches
         if batch_idx % window == 0:
             self.network.update_key_encoder()
@@ -333,17 +340,21 @@ class MoCoPretraining(BaseModule):
             self.log("train/acc1", hits.float().mean(), on_step=True, on_epoch=True, batch_size=len(views[0]))
         return torch.stack([info_nce(part) for part in logits]).sum()
 
-    def _evaluate(self, batch: Mapping[str, Any], split: str) -> None:
-        embedding = self.network(batch["image"])
-        if len(embedding) > 1:
-            spread = embedding.std(dim=0).mean() * embedding.shape[1] ** 0.5
-            self.log(f"{split}/spread", spread, prog_bar=True, sync_dist=True, batch_size=len(embedding))
-
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+        self.val_spread.update(self.network(batch["image"]))
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+        self.test_spread.update(self.network(batch["image"]))
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self.log("val/spread", self.val_spread.compute().float(), prog_bar=True)
+        self.val_spread.reset()
+
+    def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
+        self.log("test/spread", self.test_spread.compute().float())
+        self.test_spread.reset()
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The `features` (N, D) and the `embedding` (N, C) of images."""

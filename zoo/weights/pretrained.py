@@ -554,6 +554,8 @@ def _check_pictures(entry: Weight, data: Any) -> None:
         return
     for key, theirs in (("image_size", facts.size), ("mean", facts.mean), ("std", facts.std)):
         given = getattr(data, key, None)
+        if key == "image_size":  # evaluation may take pictures of another size than training
+            given = getattr(getattr(data, "eval_transform", None), "size", None) or given
         if given is None:
             continue
         same = np.shape(given) == np.shape(theirs) and np.allclose(np.asarray(given, float), theirs, atol=1e-3)

@@ -83,7 +83,7 @@ def train_run(case: Case) -> dict[str, Tensor]:
         milestones=tuple(steps) if model["dataset"] == "imagenet" else CIFAR_MILESTONES,
     )
     net = _create(model, case)
-    task = PreActResNetClassification(num_classes=net.num_classes, optim=optim)
+    task = PreActResNetClassification(depths=[1], widths=[1], num_classes=net.num_classes, optim=optim)
     task.network = net
 
     def after() -> dict[str, Tensor]:

@@ -1,0 +1,51 @@
+"""The base of classifiers: evaluation on views."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from zoo.recognition.preact_resnet import PreActResNet
+from zoo.training import Classification, Optim
+
+
+def _data(views: int = 0, count: int = 8) -> DataLoader:
+    images = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    crops = {"views": [images[:, :, : 16 - k, : 16 - k] for k in range(views)]}
+    samples = [
+        {"label": i % 3, **({"views": [v[i] for v in crops["views"]]} if views else {"image": images[i]})}
+        for i in range(count)
+    ]
+    return DataLoader(samples, batch_size=4)
+
+
+def _trainer(tmp_path: Path, **options: Any) -> L.Trainer:
+    return L.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"max_epochs": 1, "enable_checkpointing": False, **options},
+    )
+
+
+def test_crops_are_averaged_by_their_logits(tmp_path: Path) -> None:
+    network = PreActResNet([1, 1, 1], [4, 8, 16], num_classes=3)
+    task = Classification(network, Optim(), 3).eval()
+    (scores,) = _trainer(tmp_path).test(task, _data(views=3), verbose=False)
+    images, labels = torch.stack([sample["image"] for sample in _data().dataset]), torch.arange(8) % 3
+    with torch.no_grad():
+        logits = sum(task(images[:, :, : 16 - k, : 16 - k]) for k in range(3)) / 3
+        whole = task(images)
+    assert scores["test/loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-5)
+    assert scores["test/top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    probabilities = torch.cat(_trainer(tmp_path).predict(task, _data(views=3)))
+    torch.testing.assert_close(probabilities, logits.softmax(1))
+    torch.testing.assert_close(torch.cat(_trainer(tmp_path).predict(task, _data())), whole.softmax(1))
