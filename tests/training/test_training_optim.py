@@ -182,6 +182,9 @@ def test_optimisers_take_what_is_declared(options: dict, reference: Any) -> None
         {"norm_weight_decay": -1.0},
         {"bias_lr_scale": 0.0},
         {"nesterov": True, "dampening": 0.1},
+        {"first_epoch": 2, "interval": "epoch"},
+        {"first_epoch": 1},
+        {"first_epoch": 1, "interval": "epoch", "warmup_epochs": 1},
     ],
 )
 def test_wrong_declarations_are_refused(options: dict) -> None:
@@ -247,6 +250,17 @@ def test_max_epochs_is_the_length_and_max_steps_only_without_it() -> None:
     assert whole.rates == pytest.approx([lr_at(optim, i, 6, 1.0) for i in range(6)])
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [({"schedule": "cosine"}, [0.75, 0.25, 0]), ({"schedule": "step", "milestones": (1, 3)}, [0.1, 0.1, 0.01])],
+)
+def test_epochs_counted_from_1_are_one_ahead(schedule: dict, expected: list[float]) -> None:
+    optim = Optim(lr=1.0, interval="epoch", first_epoch=1, **schedule)
+    task = Task(optim)
+    trainer(max_epochs=3).fit(task, Data(length=8))  # 2 updates an epoch
+    assert task.rates == pytest.approx([rate for rate in expected for _ in range(2)])
+
+
 def test_warmup_in_steps_and_uneven_windows() -> None:
     optim = Optim(lr=1.0, warmup_steps=2, schedule="constant")
     task = Task(optim)
@@ -272,6 +286,8 @@ def test_a_stream_counts_in_steps() -> None:
 def test_an_endless_cosine_is_refused() -> None:
     with pytest.raises(ZooError, match="max_epochs"):
         trainer(max_epochs=-1).fit(Task(Optim(lr=1.0)), Data())
+    with pytest.raises(ZooError, match="max_epochs"):
+        trainer(max_epochs=-1, max_steps=2).fit(Task(Optim(lr=1.0, interval="epoch", first_epoch=1)), Data())
 
 
 def test_global_batch_is_held_by_accumulation() -> None:

@@ -323,7 +323,8 @@ class LinearProbe(L.Callback):
 
 
 class KNNProbe(L.Callback):
-    """Logs `knn_top1` and `knn_top5` of the task's features on the validation split, train features as the bank.
+    """Logs `knn_top1` and `knn_top5` of the task's features on the validation split, in a test on the test split, with
+    train features as the bank.
 
     Args:
         k: neighbours.
@@ -345,6 +346,12 @@ class KNNProbe(L.Callback):
             trainer.state.fn == TrainerFn.FITTING and (trainer.current_epoch + 1) % self.every_n_epochs
         ):
             return
+        self._measure(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._measure(trainer, pl_module, "test")
+
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, held: str) -> None:
         with evaluation_weights(trainer, pl_module):
             bank, query = (
                 gather_samples(
@@ -353,7 +360,7 @@ class KNNProbe(L.Callback):
                         trainer, pl_module, _loader(trainer, split, count), f"kNN: {split} features, batch"
                     ),
                 )
-                for split, count in (("train", self.train_samples), ("val", None))
+                for split, count in (("train", self.train_samples), (held, None))
             )
         # Gathered already (without repeats), so every process computes the same.
         metric = KNNAccuracy(
