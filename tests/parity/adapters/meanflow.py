@@ -24,6 +24,36 @@ from zoo.nn.autoencoder import SD_SCALE
 from zoo.parity import Case, by_entry, filled_inputs, filled_state, gradients, load_filled, named, train
 from zoo.training import EMA, Optim
 
+SAME = ("patch_size", "depth", "num_heads", "mlp_ratio", "num_classes")
+NET = {
+    "input_size": "img_size",
+    "in_channels": "in_chans",
+    "hidden_size": "embed_dim",
+    **dict(zip(SAME, SAME, strict=True)),
+}
+GUIDANCE = {name: name for name in ("omega", "kappa", "t_start", "t_end")}
+PAIRS = {"noise_dist": "distribution", "P_mean": "mean", "P_std": "std", "data_proportion": "equal"}
+TASK = {"class_dropout_prob": "label_dropout", "norm_p": "loss_power", "norm_eps": "loss_eps"}
+# Chooses between ours, changes none of the outputs, or stands elsewhere too.
+OTHERS = {"guidance_eq", "jvp_fn", "num_steps", "num_classes", "dtype"}
+
+SAME = ("model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions", "dropout")
+SAME += ("channel_mult_noise", "resample_filter")
+UNET = {"img_resolution": "img_size", "in_channels": "in_chans", **dict(zip(SAME, SAME, strict=True))}
+FIXED = {"encoder_type": "standard", "decoder_type": "standard", "embedding_type": "positional"}
+TIMES = {"P_mean_t": "mean", "P_std_t": "std", "P_mean_r": "mean_r", "P_std_r": "std_r"}
+DRAWS = {"noise_e": "noise", "noise_t": "noise_t", "noise_r": "noise_r", "ratio_uniform": "chance"}
+DRAWS |= {"aug_cond": "augment"}
+
+
+def _renamed(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """What is given of these, by our names. The rest are the official constructors' defaults, which are ours too."""
+    return {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
+
+
+def _all(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {ours: given[theirs] for theirs, ours in names.items()}
+
 
 def _first(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2).contiguous()
@@ -33,20 +63,7 @@ def _last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def _renamed(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """What is given of these, by our names. The rest are the official constructors' defaults, which are ours too."""
-    return {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
-
-
 # ----------------------------------------------------------------------------------------------------- transformer, JAX
-
-NET = {"input_size": "img_size", "in_channels": "in_chans", "hidden_size": "embed_dim"}
-NET |= {name: name for name in ("patch_size", "depth", "num_heads", "mlp_ratio", "num_classes")}
-PAIRS = {"noise_dist": "distribution", "P_mean": "mean", "P_std": "std", "data_proportion": "equal"}
-GUIDANCE = {name: name for name in ("omega", "kappa", "t_start", "t_end")}
-TASK = {"class_dropout_prob": "label_dropout", "norm_p": "loss_power", "norm_eps": "loss_eps"}
-# Chooses between ours, changes none of the outputs, or stands elsewhere too.
-OTHERS = {"guidance_eq", "jvp_fn", "num_steps", "num_classes", "dtype"}
 
 
 def _transformer_task(case: Case, **options: Any) -> ClassConditionalMeanFlow:
@@ -58,7 +75,7 @@ def _transformer_task(case: Case, **options: Any) -> ClassConditionalMeanFlow:
     task = ClassConditionalMeanFlow(
         guidance=Guidance(**_renamed(method, GUIDANCE)) if guided else None,
         pairs=TimePairs(**_renamed(method, PAIRS)),
-        **{ours: config["net"][theirs] for theirs, ours in NET.items()},
+        **_all(config["net"], NET),
         **_renamed(method, TASK),
         **options,
     )
@@ -120,30 +137,19 @@ def train_run(case: Case) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------------------------ U-Net, PyTorch
 
-SIZES = ("model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions", "dropout")
-SIZES += ("channel_mult_noise", "resample_filter")
-FIXED = {"encoder_type": "standard", "decoder_type": "standard", "embedding_type": "positional"}
-DRAWS = {"noise_e": "noise", "noise_t": "noise_t", "noise_r": "noise_r", "ratio_uniform": "chance"}
-DRAWS |= {"aug_cond": "augment"}
-
 
 def _unet_task(case: Case, **options: Any) -> UnconditionalMeanFlow:
     net, args = case["config"]["net"], case["config"]["args"]
     fixed = FIXED | {"out_channels": net["in_channels"]}
     if odd := [key for key, value in fixed.items() if net.get(key, value) != value]:
         raise ZooError(f"a network that MeanFlow does not have: {odd}")
+    order: Any = "sort" if args["tr_sampler"] == "v0" else "clamp"
     task = UnconditionalMeanFlow(
-        **{key: net[key] for key in SIZES},
-        img_size=net["img_resolution"],
-        in_chans=net["in_channels"],
+        **_all(net, UNET),
         augment_dim=net.get("augment_dim", 0),
         augment=0.0,
-        pairs=TimePairs(
-            mean=args["P_mean_t"], std=args["P_std_t"], mean_r=args["P_mean_r"], std_r=args["P_std_r"],
-            equal=1 - args["ratio"], equal_by="chance", order="sort" if args["tr_sampler"] == "v0" else "clamp",
-        ),  # fmt: skip
-        loss_power=args["norm_p"],
-        loss_eps=args["norm_eps"],
+        pairs=TimePairs(equal=1 - args["ratio"], equal_by="chance", order=order, **_all(args, TIMES)),
+        **_all(args, {"norm_p": "loss_power", "norm_eps": "loss_eps"}),
         **options,
     )
     load_filled(task.network, case, convert_official)
