@@ -12,11 +12,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import difflib
-import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -25,9 +24,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from zoo.errors import ZooError, unknown
-from zoo.paths import cache_dir, share
+from zoo.paths import FIELDS, cache_dir, card_files, share, stamp
+from zoo.paths import matching as _matching
 
-FIELDS = ("recognition", "selfsup", "detection", "video", "multimodal", "generation", "beyond")
 _PACKAGE = Path(__file__).resolve().parent
 
 # A name that a run logs, or a linear expression of one.
@@ -76,7 +75,7 @@ class Preprocess(Facts):
     With `longest`, as detectors want it, nothing is cropped: the short side becomes `size` pixels, or fewer where the
     long one would have more than `longest`. With `canvas`, which networks for ARC want, a grid of colours is laid on a
     canvas of `size` pixels instead. `mean` and `std` are of the `channels` in their order. `kernel` is whose resize it
-    is (:func:`zoo.data.transforms.resize`).
+    is (:func:`zoo.data.transforms.resize`); by the `crop_mode` "square" the middle is cut out before the resize.
     """
 
     size: int
@@ -84,7 +83,8 @@ class Preprocess(Facts):
     canvas: bool = False
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
-    kernel: Literal["pillow", "torch7", "tensorflow"] = "pillow"
+    kernel: Literal["pillow", "torch7", "tensorflow", "tensorflow_v1"] = "pillow"
+    crop_mode: Literal["center", "square"] = "center"
     mean: list[float] = [0.485, 0.456, 0.406]
     std: list[float] = [0.229, 0.224, 0.225]
     channels: Literal["rgb", "bgr"] = "rgb"
@@ -199,6 +199,15 @@ class Claim(Facts):
     result: str
 
 
+class InitialLoss(Facts):
+    """What theory says of a recipe's first training loss, made small by the contract of pocket recipes: log K of K
+    classes, and the like."""
+
+    value: float
+    tolerance: float
+    because: str
+
+
 class PaperCard(Facts):
     """All that is known about a paper; ``zoo/<field>/<slug>.yaml``.
 
@@ -221,6 +230,8 @@ class PaperCard(Facts):
     leaderboard: list[Row] = []
     ledger: list[LedgerEntry] = []
     claim: Claim | None = None
+    # By the recipe's name without the paper's: {pocket: ...}.
+    initial_loss: dict[str, InitialLoss] = {}
     _path: Path = PrivateAttr(default=Path())
 
     @model_validator(mode="after")
@@ -396,7 +407,7 @@ def data_card(name: str) -> DataCard:
     path = share("data") / f"{name}.yaml"
     if name not in list_datasets():
         raise unknown("dataset", name, list_datasets())
-    return _data_card(path, _stamp(path))
+    return _data_card(path, stamp(path))
 
 
 def recipe_path(recipe: str | os.PathLike[str]) -> Path:
@@ -433,38 +444,12 @@ def recipe_header(recipe: str | os.PathLike[str]) -> str:
     return "\n".join(lines).strip()
 
 
-def _matching(names: Iterable[str], pattern: str | Sequence[str]) -> list[str]:
-    """The `names` that match a shell `pattern` (or one of several), or contain it where it has no wildcard; sorted,
-    each once."""
-    patterns = [pattern] if isinstance(pattern, str) else pattern
-    if not all(isinstance(one, str) for one in patterns):
-        raise ZooError(f"a pattern is text such as 'mae*', or a list of such, not {pattern!r}")
-    whole = [one if any(mark in one for mark in "*?[") else f"*{one}*" for one in patterns]
-    return sorted({name for name in names if any(fnmatch.fnmatchcase(name, one) for one in whole)})
-
-
 # ---- reading cards --------------------------------------------------------------------------------------------------
-
-
-def _card_files() -> Iterator[tuple[Path, bool]]:
-    """The cards' files, and whether each is one of the user's own."""
-    for field in FIELDS:
-        yield from ((path, False) for path in sorted((_PACKAGE / field).glob("*.yaml")))
-    for folder in filter(None, os.environ.get("ZOO_PAPERS", "").split(os.pathsep)):
-        if not Path(folder).is_dir():
-            raise ZooError(f"ZOO_PAPERS: no folder {folder!r}")
-        yield from ((path.resolve(), True) for path in sorted(Path(folder).glob("*.yaml")))
 
 
 def _papers() -> dict[str, PaperCard]:
     """All cards by slug; read once, and again when a file changes."""
-    return _index(tuple((path, own, _stamp(path)) for path, own in _card_files()))
-
-
-def _stamp(path: Path) -> str:
-    """Changes when the file does."""
-    facts = path.stat()
-    return f"{facts.st_mtime_ns} {facts.st_size}"
+    return _index(tuple((path, own, stamp(path)) for path, own in card_files()))
 
 
 @lru_cache(maxsize=4)
@@ -513,14 +498,92 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, "a mapping is wanted here", node.start_mark)
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} stands twice", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# Beyond what any card or recipe needs; a file that asks for more is an accident or an attack.
+_MOST_BYTES, _MOST_NODES, _MOST_DEPTH, _MOST_DIGITS = 4 << 20, 200_000, 100, 400
+
+
+def read_facts(path: Path, kind: str = "card") -> dict[str, Any]:
+    """The mapping that a card, or another `kind` of YAML file, holds; safe, whatever the file is.
+
+    Raises:
+        ZooError: no regular file, not UTF-8, not YAML, a key that stands twice, no mapping; or one of absurd size,
+            depth or numbers, counted after its aliases are expanded.
+    """
+    name = _short(path)
+    try:
+        if not path.is_file():
+            raise ZooError(f"{name}: not a file")
+        with path.open("rb") as file:
+            raw = file.read(_MOST_BYTES + 1)
+        text = raw.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            line = raw[: error.start].count(b"\n") + 1
+            raise ZooError(f"{name}: not UTF-8 text (line {line}); save it as UTF-8") from error
+        raise ZooError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+    facts = parse_yaml(text, name if kind == "card" else f"{name}: not YAML")
+    if not isinstance(facts, dict):
+        raise ZooError(f"{name}: a {kind} is a mapping of keys, not {type(facts).__name__}")
+    return facts
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """What YAML `text` says, under the bounds of :func:`read_facts`; `name` is its file or option, for errors."""
+    try:
+        check_yaml(text, name)
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ZooError(f"{name}: {' '.join(str(error).split())[:300]}") from error
+
+
+def check_yaml(text: str, name: str) -> None:
+    """Refuses YAML `text` of absurd size, without building anything of it.
+
+    Raises:
+        ZooError: too long, too deep, too many values once aliases are expanded, an alias of what holds it, a number of
+            more than 400 digits. yaml.YAMLError for what is no YAML.
+    """
+    if len(text) > _MOST_BYTES:
+        raise ZooError(f"{name}: more than {_MOST_BYTES >> 20} MB of YAML")
+    sizes: dict[str, int] = {}  # of what each anchor stands for
+    stack: list[tuple[str | None, int]] = []  # open collections: their anchors, and how many nodes came before
+    count = 0
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in [anchor for anchor, _ in stack]:
+                raise ZooError(f"{name}: the alias *{event.anchor} stands in what it names")
+            count += sizes.get(str(event.anchor), 0)
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+            if event.anchor:
+                sizes[event.anchor] = 1
+            if event.implicit[0] and len(event.value) > _MOST_DIGITS and re.match(r"[-+.\d]", event.value):
+                raise ZooError(f"{name}: a number of {len(event.value)} digits")
+        elif isinstance(event, yaml.CollectionStartEvent):
+            stack.append((event.anchor, count))
+            count += 1
+            if len(stack) > _MOST_DEPTH:
+                raise ZooError(f"{name}: more than {_MOST_DEPTH} levels deep")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = stack.pop()
+            if anchor:
+                sizes[anchor] = count - before
+        if count > _MOST_NODES:
+            raise ZooError(f"{name}: more than {_MOST_NODES:,} values once its aliases are expanded")
 
 
 _Card = TypeVar("_Card", bound=BaseModel)
@@ -533,18 +596,6 @@ def _data_card(path: Path, stamp: str) -> DataCard:
     if card.name != path.stem:
         raise ZooError(f"{_short(path)}: name is {card.name!r}; it must be the file's name, {path.stem!r}")
     return card
-
-
-def read_facts(path: Path) -> dict[str, Any]:
-    """What a YAML file declares; keys that stand twice are an error. Raises ZooError for one that cannot be read."""
-    try:
-        with path.open("rb") as file:
-            facts = yaml.load(file, _Loader)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ZooError(f"{_short(path)}: {' '.join(str(error).split())}") from error
-    if not isinstance(facts, dict):
-        raise ZooError(f"{_short(path)}: a card is a mapping of keys, not {type(facts).__name__}")
-    return facts
 
 
 def validated(kind: type[_Card], path: Path, facts: dict[str, Any]) -> _Card:

@@ -43,6 +43,12 @@ class Size:
     alpha: int = 1
     crop: int = 64
 
+    @property
+    def network(self) -> dict[str, int]:
+        """Options of our network."""
+        both = {"alpha": self.alpha, "fusion_kernel": 5 if self.alpha == 8 else 7} if self.alpha > 1 else {}
+        return {"num_frames": self.frames, "crop_size": self.crop, **both}
+
 
 MODELS = {
     "slowfast_r50_4x16": Size("slowfast_r50_4x16", "SLOWFAST_4x16_R50", 32, 8),
@@ -68,7 +74,8 @@ def ours(size: Size, setting: Setting) -> Trainer:
     from zoo.video.slowfast import SlowFastClassification
 
     declared = optim.Optim(name="sgd", lr=LR, nesterov=True, weight_decay=WEIGHT_DECAY, no_decay="norm")
-    task = SlowFastClassification(size.zoo, crop_size=size.crop, optim=declared).to(setting.device)
+    task = SlowFastClassification("slow" if size.alpha == 1 else "slowfast", **size.network, optim=declared)
+    task.to(setting.device)
     optimizer = optim.make_optimizer(optim.param_groups(task.network, declared), declared, LR, fused=True)
     return _trainer("zoo", zoo.__version__, task, optimizer, "zoo.video.slowfast: its task with its own optimiser")
 
@@ -157,7 +164,7 @@ def pytorchvideo(size: Size, setting: Setting) -> Trainer | None:
         network = slowfast.create_slowfast(
             slowfast_channel_reduction_ratio=(8,),
             slowfast_conv_channel_fusion_ratio=2,
-            slowfast_fusion_conv_kernel_size=(5 if size.alpha == 8 else 7, 1, 1),
+            slowfast_fusion_conv_kernel_size=(size.network["fusion_kernel"], 1, 1),
             slowfast_fusion_conv_stride=(size.alpha, 1, 1),
             head_pool_kernel_sizes=((size.frames // size.alpha, side, side), (size.frames, side, side)),
         )

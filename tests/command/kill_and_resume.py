@@ -16,6 +16,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -105,7 +106,13 @@ COMMON = (
     "--trainer.limit_val_batches=2 --trainer.num_sanity_val_steps=1 --trainer.log_every_n_steps=1"
     " --trainer.precision=32-true --trainer.accelerator=cpu --trainer.enable_progress_bar=false"
 )
-RECIPES = sorted(SMALL)
+# Test-time training keeps the answers to each task; a test begun again goes on with the tasks that are left.
+TTT = "varc/pocket_ttt"
+TTT_WORDS = (
+    f"test {TTT} {_VIT} --model.mlp_dim=16 --model.permutations=2 --model.views=1 --data.limit=4"
+    " --model.optim.warmup_epochs=0 --trainer.max_epochs=2 --trainer.precision=32-true --trainer.accelerator=cpu"
+)
+RECIPES = [*sorted(SMALL), TTT]
 
 
 @dataclass(frozen=True)
@@ -116,23 +123,29 @@ class Setting:
     way: int = 0
     ranks: int = 1
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """How it can be ended; test-time training writes no checkpoints."""
+        return KINDS[:3] if self.recipe == TTT else KINDS
+
     def words(self, resume: bool) -> list[str]:
+        if self.recipe == TTT:
+            return TTT_WORDS.split()
         words = ["fit", self.recipe, *SMALL[self.recipe].split(), *COMMON.split(), *WAYS[self.way].split()]
         words += [_callbacks(*MORE.get(self.recipe, []))]
         if self.ranks > 1:
+            batch = int(re.findall(r"--data.batch_size=(\d+)", SMALL[self.recipe])[0])
             words += [f"--trainer.devices={self.ranks}", "--trainer.strategy=ddp"]
+            words += [f"--data.batch_size={batch // self.ranks}"]
         return words + (["--ckpt_path", "last"] if resume else [])
 
 
 def warm() -> None:
     """Imports what runs import, so that forked processes need not."""
     torch.set_num_threads(1)  # a fork keeps no threads
-    import zoo.command.recipes
-    import zoo.data.detection
-    import zoo.training
 
     for name in RECIPES:
-        zoo.command.recipes._check_recipe(catalog.recipe_path(name))
+        catalog.recipe_path(name)
     from zoo.beyond import varc  # noqa: F401
     from zoo.detection import mask_rcnn  # noqa: F401
     from zoo.generation import meanflow  # noqa: F401
@@ -168,6 +181,8 @@ def _fork(folder: Path, words: list[str], environment: dict[str, str], trap: Cal
         if trap is not None:
             trap()
         code = main(words)
+    except KeyboardInterrupt:  # it came before the command began
+        code = 130
     except BaseException:
         traceback.print_exc()
     finally:
@@ -193,7 +208,7 @@ def _start(folder: Path, setting: Setting, other: str, trap: Callable[[], None] 
     return [_fork(folder, words, environment | rank, trap if not int(rank["RANK"]) else None) for rank in ranks]
 
 
-def _wait(children: list[int], seconds: float = 300) -> list[int]:
+def _wait(children: list[int], seconds: float = 120) -> list[int]:
     """Exit codes, negative for a signal; after `seconds` what is left is killed."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + seconds
@@ -267,7 +282,9 @@ def uninterrupted(folder: Path, setting: Setting, other: str) -> tuple[dict[str,
 
 
 def _rows(folder: Path, setting: Setting) -> int:
-    """The rows that the newest run in `folder` has logged."""
+    """The rows that the newest run in `folder` has logged, or the tasks it has answered."""
+    if setting.recipe == TTT:
+        return len(list(folder.glob("runs/varc_ttt/**/*.json")))
     found = sorted(folder.glob(f"runs/{setting.recipe}/*/metrics.csv"), key=lambda path: path.stat().st_mtime)
     return found[-1].read_text().count("\n") if found else 0
 
@@ -284,7 +301,7 @@ def killed(
     folder.mkdir(parents=True)
     ends: list[str] = []
     for number in range(draw.choice([1, 2, 3])):
-        kind = first if first and not number else draw.choice(KINDS)
+        kind = first if first and not number else draw.choice(setting.kinds)
         trap = None
         if kind == "writing":
             trap = _trap_writing(draw.randrange(1, 400))
@@ -301,7 +318,7 @@ def killed(
             targets = [draw.choice(children)] if kind == "kill" else children
             for child in targets:
                 os.kill(child, number_of)
-        codes = _wait(children)
+        codes = _wait(children, 10 if kind == "kill" else 120)  # as torchrun ends the ranks that are left
         if not any(codes):
             break
         wanted = {"term": (143, -signal.SIGTERM), "int": (130,)}.get(kind, (-signal.SIGKILL,))
@@ -317,11 +334,15 @@ def killed(
 
 def outcome(folder: Path, setting: Setting) -> dict[str, Any]:
     """All that a finished run ended with, but for times and paths."""
-    runs = [path.parent for path in folder.glob(f"runs/{setting.recipe}/*/result.json")]
-    if len(runs) != 1:
+    runs = sorted(path.parent for path in folder.glob(f"runs/{setting.recipe}/*/result.json"))
+    if not runs or (len(runs) > 1 and setting.recipe != TTT):
         raise Failed(f"{len(runs)} finished runs\n{_log(folder)}")
-    (run,) = runs
+    run = runs[-1]
     found: dict[str, Any] = {}
+    if setting.recipe == TTT:
+        metrics = json.loads((run / "result.json").read_text())["metrics"]
+        answers = {path.name: path.read_text() for path in folder.glob("runs/varc_ttt/**/*.json")}
+        return metrics | {name: text for name, text in answers.items() if name != "settings.json"}
     for name in ("last", "best"):
         path = run / "checkpoints" / f"{name}.ckpt"
         if path.exists():
@@ -343,7 +364,7 @@ def outcome(folder: Path, setting: Setting) -> dict[str, Any]:
 
 def _leaves(value: Any, place: str) -> list[tuple[str, Any]]:
     if isinstance(value, dict):
-        named = [(str(key).rpartition("/")[2], entry) for key, entry in value.items()]  # paths differ
+        named = [(Path(key).name if str(key)[:1] == "/" else key, entry) for key, entry in value.items()]
         return [leaf for key, entry in named for leaf in _leaves(entry, f"{place}.{key}")]
     if isinstance(value, list | tuple):
         return [leaf for key, entry in enumerate(value) for leaf in _leaves(entry, f"{place}.{key}")]
@@ -361,25 +382,33 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return sorted(name for name in a.keys() | b.keys() if name not in a or name not in b or not same(a[name], b[name]))
 
 
-def trials(count: int, seed: int, folder: Path, recipes: list[str], report: Callable[[str], None]) -> dict[str, int]:
-    """Runs `count` trials over the recipes in turn; how many of each ended bit-identical, and of all how many began."""
+def trials(
+    count: int, seed: int, folder: Path, recipes: list[str], report: Callable[[str], None], first: int = 0
+) -> dict[str, int]:
+    """Runs `count` trials over the recipes in turn, from number `first` on.
+
+    Returns:
+        how many of each recipe ended bit-identical, and under "ends" how often runs were ended.
+    """
     draw = random.Random(seed)
     shared = Path("/dev/shm")
     other = tempfile.mkdtemp(dir=shared if shared.is_dir() else None)
     references: dict[Setting, tuple[dict[str, Any], int]] = {}
     good: dict[str, int] = {}
     try:
-        for trial in range(count):
+        for trial in range(first, first + count):
             recipe = recipes[trial % len(recipes)]
             turn = trial // len(recipes)
             setting = Setting(recipe, turn % len(WAYS), 2 if turn % 5 == 4 else 1)
+            if recipe == TTT:
+                setting = Setting(recipe)
             place = folder / f"trial{trial}"
-            first = "kill" if setting.ranks > 1 else KINDS[turn % len(KINDS)]
+            kind = "kill" if setting.ranks > 1 else setting.kinds[turn % len(setting.kinds)]
             try:
                 if setting not in references:
                     references[setting] = uninterrupted(folder / f"alone{trial}", setting, other)
                 reference, rows = references[setting]
-                found, ends = killed(place, setting, other, draw, rows, first)
+                found, ends = killed(place, setting, other, draw, rows, kind)
                 differing = compare(reference, found)
             except Failed as error:
                 ends, differing = [], [str(error)]
@@ -400,13 +429,21 @@ def trials(count: int, seed: int, folder: Path, recipes: list[str], report: Call
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first trial, which says its settings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--keep", help="a folder for the runs; kept")
     arguments = parser.parse_args()
     warm()
     folder = Path(arguments.keep or tempfile.mkdtemp())
-    good = trials(arguments.trials, arguments.seed, folder, arguments.recipes, lambda text: print(text, flush=True))
+    good = trials(
+        arguments.trials,
+        arguments.seed,
+        folder,
+        arguments.recipes,
+        lambda text: print(text, flush=True),
+        arguments.first,
+    )
     ends = good.pop("ends", 0)
     for recipe, count in good.items():
         print(f"{recipe}: {count}")

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import zoo
 from zoo import catalog
-from zoo.command.recipes import RecipeCLI, command_line, newest_checkpoint, recipe_name, set_by_hand
+from zoo.command.reading import command_line, recipe_name
+from zoo.command.recipes import RecipeCLI, newest_checkpoint
 from zoo.paths import share
 from zoo.weights.pretrained import Architecture, mismatch
 
@@ -29,14 +31,17 @@ class _Parsed(RecipeCLI):
 
 
 @cache
-def _parser(recipe: str, unlinked: frozenset[str]) -> Any:
-    return _Parsed(recipe, "test", command_line(recipe)[1], (), set(unlinked), False).parser
+def _parser(unlinked: frozenset[str]) -> Any:
+    line = command_line("mae/pocket")
+    line.unlinked = set(unlinked)
+    return _Parsed(line, "test", rich=False).parser
 
 
 @cache
 def _published(weights: str) -> dict[str, torch.Tensor]:
     card, entry = catalog.weight(weights)
-    return Architecture(card, entry.model, entry.overrides).on_meta().state_dict()
+    with _NoInit():
+        return Architecture(card, entry.model, entry.overrides).on_meta().state_dict()
 
 
 def test_there_are_recipes_and_every_paper_has_a_pocket_one() -> None:
@@ -60,23 +65,6 @@ def test_header_says_what_cost_and_command(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_builds_at_full_size(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    overrides = {"trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.num_nodes": 1, "trainer.strategy": "auto"}
-    with torch.device("meta"):
-        module, data, trainer = zoo.load_recipe(name, overrides)
-    assert trainer.max_epochs > 0 or trainer.max_steps > 0
-    parameters = list(module.parameters())
-    assert parameters
-    assert all(parameter.is_meta for parameter in parameters)
-    assert any(parameter.requires_grad for parameter in parameters)
-    network = getattr(module, "network", module)
-    if hasattr(network, "patch_embed"):
-        assert network.patch_embed.img_size == data.image_size
-    assert not list(tmp_path.iterdir()), "building a recipe writes nothing"
-
-
-@pytest.mark.parametrize("name", RECIPES)
 def test_leaderboard_rows_and_recipes_know_each_other(name: str) -> None:
     rows = [row for slug in catalog.list_papers() for row in catalog.paper(slug).leaderboard if row.recipe]
     assert all(row.recipe in RECIPES for row in rows)
@@ -84,33 +72,51 @@ def test_leaderboard_rows_and_recipes_know_each_other(name: str) -> None:
     assert "/pocket" in name or first or any(row.recipe == name for row in rows)
 
 
-@pytest.mark.parametrize("recipe", sorted({str(row.recipe) for row in ROWS.values()}))
-def test_rows_build_at_full_size(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row's options parse, and its network is built on the meta device; published weights fill it."""
+class _NoInit(TorchFunctionMode):
+    """Parameters on the meta device have no values to draw."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_and_its_rows_build_at_full_size(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All options parse, and the networks are built on the meta device; a row's published weights fill its own."""
     monkeypatch.chdir(tmp_path)
     parsed: dict[str, Any] = {}  # many rows are two metrics of one run
     built: dict[str, Any] = {}
-    for name, row in ROWS.items():
-        if row.recipe != recipe:
-            continue
-        options = json.dumps(row.options)
+    for name, row in [(recipe, None), *((name, row) for name, row in ROWS.items() if row.recipe == recipe)]:
+        options = json.dumps(row.options if row else {})
         if options not in parsed:
-            words = command_line(name)[1]
-            parser = _parser(recipe, frozenset(set_by_hand(words)))
-            config = parser.parse_args(words)
+            line = command_line(name)
+            parser = _parser(frozenset(line.unlinked))
+            config = parser.parse_args(line.words)
+            assert config.trainer.max_epochs > 0 or config.trainer.max_steps > 0
             key = repr((config["model"], config["data"]))
             if key not in built:
-                with torch.device("meta"):
-                    built[key] = parser.instantiate_classes(config).model
+                with torch.device("meta"), _NoInit():
+                    made = parser.instantiate_classes(config)
+                built[key] = made.model
+                _check(made.model, made.data)
             parsed[options] = built[key]
-        module = parsed[options]
-        assert all(parameter.is_meta for parameter in module.parameters())
-        if row.weights:
-            network = getattr(module, "network", module)
+        if row and row.weights:
+            network = getattr(parsed[options], "network", parsed[options])
             wanted = {key: value.shape for key, value in network.state_dict().items()}
             spare = catalog.weight(row.weights)[1].spare
             assert not mismatch(_published(row.weights), wanted, spare=spare), name
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()), "building a recipe writes nothing"
+
+
+def _check(module: Any, data: Any) -> None:
+    parameters = list(module.parameters())
+    assert parameters
+    assert all(parameter.is_meta for parameter in parameters)
+    assert any(parameter.requires_grad for parameter in parameters)
+    network = getattr(module, "network", module)
+    if hasattr(network, "patch_embed"):
+        assert network.patch_embed.img_size == data.image_size
 
 
 def test_rows_and_recipes_have_names_of_their_own() -> None:

@@ -16,7 +16,7 @@ from tests.command.test_cli import CONFIG
 from zoo import catalog
 from zoo.command import verdict
 from zoo.command.cli import main
-from zoo.command.recipes import run_name
+from zoo.command.reading import run_name
 
 ROW: dict[str, Any] = {"dataset": "toy", "metric": "top1", "model": "tiny", "where": "Table 1", "recipe": "toy.yaml"}
 CARD: dict[str, Any] = {
@@ -125,8 +125,12 @@ def test_weights_for_other_pictures_are_refused(here: Path) -> None:
 
     class Data:
         image_size = 224
+        eval_transform = torch.nn.Identity()
 
     with pytest.raises(zoo.ZooError, match=r"tiny\.a expects pictures of image_size 64; the recipe's data give 224"):
+        load_published(torch.nn.Linear(1, 1), "tiny.a", catalog.paper("toys"), Data())
+    Data.image_size, Data.eval_transform.size = 64, 96  # what evaluation sees counts, not what training does
+    with pytest.raises(zoo.ZooError, match="expects pictures of image_size 64; the recipe's data give 96"):
         load_published(torch.nn.Linear(1, 1), "tiny.a", catalog.paper("toys"), Data())
 
 

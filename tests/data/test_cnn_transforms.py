@@ -171,7 +171,7 @@ def test_views_reach_the_batch() -> None:
 
 
 def _cubic(row: list[float], size: int, kernel: str) -> list[float]:
-    """A row resized pixel by pixel, as the two libraries say it."""
+    """A row resized pixel by pixel, as the libraries say it."""
     length, out = len(row), []
     for k in range(size):
         if kernel == "torch7":  # the polynomial through four points, those beyond the ends on a line
@@ -183,16 +183,19 @@ def _cubic(row: list[float], size: int, kernel: str) -> list[float]:
             rest = 2 * p0 - 5 * p1 + 4 * p2 - p3 + x * (3 * (p1 - p2) + p3 - p0)
             out.append(p1 + 0.5 * x * (p2 - p0 + x * rest))
         else:
-            at, weights = (k + 0.5) * length / size - 0.5, {}
-            for i in range(math.floor(at) - 1, math.floor(at) + 3):
-                d = abs(at - i)
-                near, far = (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2
-                weights |= {i: near if d <= 1 else far} if 0 <= i < length else {}
-            out.append(sum(row[i] * w for i, w in weights.items()) / sum(weights.values()))
+            at = k * length / size if kernel == "tensorflow_v1" else (k + 0.5) * length / size - 0.5
+            a, begin, pairs = -0.75 if kernel == "tensorflow_v1" else -0.5, math.floor(at), []
+            t = round((at - begin) * 1024) / 1024
+            for i, d in zip(range(begin - 1, begin + 3), (1 + t, t, 1 - t, 2 - t), strict=True):
+                near = ((a + 2) * d - (a + 3)) * d * d + 1
+                weight = near if d <= 1 else ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+                if kernel == "tensorflow_v1" or 0 <= i < length:
+                    pairs.append((row[min(max(i, 0), length - 1)], weight))
+            out.append(sum(pixel * weight for pixel, weight in pairs) / sum(weight for _, weight in pairs))
     return out
 
 
-@pytest.mark.parametrize("kernel", ["torch7", "tensorflow"])
+@pytest.mark.parametrize("kernel", ["torch7", "tensorflow", "tensorflow_v1"])
 @pytest.mark.parametrize("size", [(9, 7), (5, 30), (29, 40), (23, 12), (17, 2)])
 def test_resizes_of_other_libraries(kernel: str, size: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (3, 17, 23), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -203,6 +206,26 @@ def test_resizes_of_other_libraries(kernel: str, size: tuple[int, int]) -> None:
     assert (got - expected.transpose(1, 2).clamp(0, 255)).abs().max() <= 0.501
     assert torch.equal(resize(torch.stack([image, image]), size, "bicubic", kernel)[1], got)
     assert (got.float() - resize(image, size).float()).abs().max() > 10  # not what an antialiased one gives
+
+
+def test_resizes_of_a_row_by_hand() -> None:
+    row = torch.tensor([0, 100, 200, 30], dtype=torch.uint8).expand(1, 1, 4)
+    # Halved, a pixel lies in the middle of two: weights -1, 9, 9, -1, of which those beyond the ends do not count:
+    # (9 * 0 + 9 * 100 - 200) / 17 and (-100 + 9 * 200 + 9 * 30) / 17.
+    assert resize(row, (1, 2), "bicubic", "tensorflow").flatten().tolist() == [41, 116]
+    # Version 1 takes every other pixel; three of two lie at 0, 2/3 and 4/3, where a = -3/4 weighs -1/18, 10/27, 43/54
+    # and -1/9, and the same from behind; the second pixel stands for all that follow: 100 * (43/54 - 1/9), 100 * 10/9.
+    assert resize(row, (1, 2), "bicubic", "tensorflow_v1").flatten().tolist() == [0, 200]
+    assert resize(row[..., :2], (1, 3), "bicubic", "tensorflow_v1").flatten().tolist() == [0, 69, 111]
+
+
+def test_the_square_middle_is_cut_before_the_resize() -> None:
+    noise = torch.randint(0, 256, (3, 65, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    expected = resize(noise[..., 16:81], (20, 20), "bicubic", "tensorflow_v1")
+    assert torch.equal(EvalResizeCrop(20, 1.0, crop_mode="square", kernel="tensorflow_v1")(noise), expected)
+    assert torch.equal(
+        EvalResizeCrop(20, 0.5, crop_mode="square")(noise.mT), resize(noise.mT[:, 32:64, 17:49], (20, 20))
+    )
 
 
 def test_transforms_take_another_librarys_resize() -> None:

@@ -303,15 +303,66 @@ def test_rasterising_a_window_is_rasterising_the_picture() -> None:
         assert np.array_equal(rasterise([rings], 50, 60)[0], expected.astype(bool))
 
 
-def test_clipped_polygons() -> None:
-    square = np.array([[-5.0, -5], [5, -5], [5, 5], [-5, 5]])
-    assert sorted(clip_polygon(square, 10, 10).tolist()) == [[0, 0], [0, 5], [5, 0], [5, 5]]
-    assert len(clip_polygon(square + 100, 10, 10)) == 0
-    inside = np.array([[1.0, 1], [2, 1], [2, 3]])
-    assert np.array_equal(clip_polygon(inside, 10, 10), inside)
-    triangle = clip_polygon(np.array([[0.0, 0], [20, 0], [0, 20]]), 10, 10)
-    assert triangle.max() == 10
-    assert [10, 10] in triangle.tolist()
+CUTS: list[tuple[list[list[float]], list[list[list[float]]]]] = [
+    ([[1, 1], [2, 1], [2, 3]], [[[1, 1], [2, 3], [2, 1]]]),  # inside: as it is
+    ([[-5, -5], [5, -5], [5, 5], [-5, 5]], [[[0, 0], [0, 5], [5, 5], [5, 0]]]),
+    ([[0, 0], [20, 0], [0, 20]], [[[0, 0], [0, 10], [10, 10], [10, 0]]]),
+    ([[95, 95], [105, 95], [105, 105]], []),
+    ([[-4, 2], [0, 5], [-4, 8]], []),  # touches the border
+    ([[3, 3], [6, 6], [9, 9]], []),  # a line
+    # Two teeth of a comb become two polygons, also when the back of the comb goes round a corner.
+    ([[-3, 1], [4, 1], [4, 2], [-1, 2], [-1, 6], [4, 6], [4, 7], [-3, 7]],
+     [[[0, 1], [0, 2], [4, 2], [4, 1]], [[0, 6], [0, 7], [4, 7], [4, 6]]]),
+    ([[-2, -2], [9, -2], [9, 3], [8, 3], [8, -1], [-1, -1], [-1, 8], [3, 8], [3, 9], [-2, 9]],
+     [[[0, 8], [0, 9], [3, 9], [3, 8]], [[8, 0], [8, 3], [9, 3], [9, 0]]]),
+]  # fmt: skip
+
+
+def _canonical(parts: list[np.ndarray]) -> list[list[list[float]]]:
+    """Polygons from their first corner on, (x, y) in order, towards the larger of its neighbours' y; sorted."""
+    made = []
+    for part in parts:
+        ring = np.roll(part, -int(np.lexsort(part.T[::-1])[0]), 0)
+        made.append((ring if ring[1, 1] >= ring[-1, 1] else np.roll(ring[::-1], 1, 0)).tolist())
+    return sorted(made)
+
+
+@pytest.mark.parametrize(("polygon", "parts"), CUTS)
+def test_polygons_are_cut_at_the_window_of_a_crop(polygon: list[list[float]], parts: list[list[list[float]]]) -> None:
+    """As detectron2's crop cuts them (shapely gives the same): a part to each polygon, none of a line or a touch."""
+    assert _canonical(clip_polygon(np.array(polygon, float), 10, 10)) == parts
+    moved = np.array(polygon, float) + np.array([7, 3])
+    scene = Scene(torch.zeros(3, 40, 50, dtype=torch.uint8), np.array([[0.0, 0, 50, 40]]), np.zeros(1, int), [[moved]])
+    scene = scene.cropped(3, 7, 10, 10).with_boxes_of_segments()
+    assert scene.segments is not None
+    assert _canonical(list(scene.segments[0])) == parts
+    points = np.concatenate(parts) if parts else np.zeros((1, 2))
+    assert scene.boxes.tolist() == [[*points.min(0), *points.max(0)]]
+    drawn = [rasterise(some, 10, 10)[0] for some in (scene.segments, [[np.array(polygon, float)]])]
+    assert (drawn[0] ^ drawn[1]).sum() <= 1
+    finished, kept = scene.finished()
+    assert kept.tolist() == [bool(parts)]
+    assert finished.segments == scene.segments[: len(parts[:1])]
+
+
+def test_large_scale_jitter_cuts_polygons_at_its_window() -> None:
+    """The window, not the picture: a polygon that leaves a small picture keeps what lies in the window beside it."""
+    ring = np.array([[20.0, 10], [70, 10], [70, 30], [20, 30]])
+    picture, box = torch.zeros(3, 40, 60, dtype=torch.uint8), np.array([[20.0, 10, 60, 30]])
+    for pad in (True, False):
+        scene = FixedSizeCrop(64, pad)(Scene(picture, box, np.zeros(1, np.int64), [[ring]]))
+        assert scene.segments is not None
+        assert _canonical(list(scene.segments[0])) == [[[20, 10], [20, 30], [64, 30], [64, 10]]]
+        assert scene.boxes.tolist() == [[20, 10, 64, 30]]
+
+
+def test_a_polygon_that_crosses_itself_is_cut_as_coco_draws_it() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        ring = random.integers(-12, 44, (random.integers(4, 9), 2)).astype(float)
+        parts = clip_polygon(ring, 32, 32)
+        both = [rasterise([rings], 32, 32)[0] for rings in ([ring], parts)]
+        assert (both[0] ^ both[1]).mean() < 0.02
 
 
 def test_what_a_crop_hides_is_gone() -> None:

@@ -1,15 +1,12 @@
 """Run by test_ddp.py: FLIP in some processes under Lightning's DDP.
 
 `python -m tests.papers.ddp_flip fit 2 OUT` trains a few steps and writes the weights, and every step's averaged
-gradients, to OUT; `... metric 2 OUT` evaluates captioned shapes and writes the metrics. Two processes see the same
-pairs a step as one, and the same masks.
+gradients, to OUT. Two processes see the same pairs a step as one, and the same masks.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,7 +15,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from zoo.data import ImageTextDataModule
 from zoo.multimodal.flip import FLIPPretraining
 from zoo.training import Optim
 
@@ -81,7 +77,7 @@ def trainer(devices: int, callbacks: list[L.Callback], precision: Any) -> L.Trai
 def fit(devices: int, out: str, micro_batch: int | None = None) -> None:
     L.seed_everything(0, verbose=False)
     optim = Optim(name="sgd", lr=0.5, weight_decay=0.01, schedule="constant")
-    module, gradients = FLIPPretraining(None, **SIZES, micro_batch=micro_batch, optim=optim).double(), Gradients()
+    module, gradients = FLIPPretraining(**SIZES, micro_batch=micro_batch, optim=optim).double(), Gradients()
     run = trainer(devices, [gradients], "64-true")
     run.fit(module, Data())
     if run.is_global_zero:
@@ -92,20 +88,6 @@ def fit_in_pieces(devices: int, out: str) -> None:
     fit(devices, out, micro_batch=3)
 
 
-def metric(devices: int, out: str) -> None:
-    L.seed_everything(0, verbose=False)
-    data = ImageTextDataModule(
-        "shapes", batch_size=8, eval_batch_size=7, image_size=32, tokenizer="shapes", context_length=6
-    )
-    module = FLIPPretraining(None, **{**SIZES, "vocab_size": 125}, optim=Optim(lr=1e-3))
-    run = trainer(devices, [], "32-true")
-    run.limit_val_batches = 3 if devices > 1 else 6  # 42 of the pictures, whatever the number of processes
-    run.validate(module, data, verbose=False)
-    if run.is_global_zero:
-        found = {key: float(value) for key, value in run.callback_metrics.items()}
-        Path(out).write_text(json.dumps(found))
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"fit": fit, "fit_in_pieces": fit_in_pieces, "metric": metric}[sys.argv[1]](int(sys.argv[2]), sys.argv[3])
+    {"fit": fit, "fit_in_pieces": fit_in_pieces}[sys.argv[1]](int(sys.argv[2]), sys.argv[3])

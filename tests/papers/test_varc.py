@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import random
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ import torch
 from torch import Tensor
 
 import zoo
-from tests.conftest import ROOT
 from zoo.beyond.varc import (
     MODELS,
     VARCTestTimeTraining,
@@ -430,28 +427,6 @@ def test_published_weights_come_with_their_canvas() -> None:
 
 
 # ---- two processes, the command -------------------------------------------------------------------------------------
-
-
-def _in_processes(devices: int, out: Path) -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.papers.ddp_varc", str(devices), str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
-    return torch.load(out / "found.pt", weights_only=True)
-
-
-def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    """Validation and test scores, and every grid of test-time training; training runs, and ends with equal weights."""
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    one, two = _in_processes(1, tmp_path / "one"), _in_processes(2, tmp_path / "two")
-    assert one["scores"] == pytest.approx(two["scores"], rel=1e-5)
-    assert two["spread"] == 0
-    files = sorted(path.name for path in (tmp_path / "one" / "ttt" / "attempt_0").glob("*.json"))
-    assert len(files) == 3
-    for name in files:
-        ours, theirs = ((tmp_path / n / "ttt" / "attempt_0" / name).read_text() for n in ("one", "two"))
-        assert ours == theirs
 
 
 def test_the_pocket_recipe_runs_through_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

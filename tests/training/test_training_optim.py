@@ -182,6 +182,9 @@ def test_optimisers_take_what_is_declared(options: dict, reference: Any) -> None
         {"norm_weight_decay": -1.0},
         {"bias_lr_scale": 0.0},
         {"nesterov": True, "dampening": 0.1},
+        {"first_epoch": 2, "interval": "epoch"},
+        {"first_epoch": 1},
+        {"first_epoch": 1, "interval": "epoch", "warmup_epochs": 1},
     ],
 )
 def test_wrong_declarations_are_refused(options: dict) -> None:
@@ -247,6 +250,17 @@ def test_max_epochs_is_the_length_and_max_steps_only_without_it() -> None:
     assert whole.rates == pytest.approx([lr_at(optim, i, 6, 1.0) for i in range(6)])
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [({"schedule": "cosine"}, [0.75, 0.25, 0]), ({"schedule": "step", "milestones": (1, 3)}, [0.1, 0.1, 0.01])],
+)
+def test_epochs_counted_from_1_are_one_ahead(schedule: dict, expected: list[float]) -> None:
+    optim = Optim(lr=1.0, interval="epoch", first_epoch=1, **schedule)
+    task = Task(optim)
+    trainer(max_epochs=3).fit(task, Data(length=8))  # 2 updates an epoch
+    assert task.rates == pytest.approx([rate for rate in expected for _ in range(2)])
+
+
 def test_warmup_in_steps_and_uneven_windows() -> None:
     optim = Optim(lr=1.0, warmup_steps=2, schedule="constant")
     task = Task(optim)
@@ -272,6 +286,8 @@ def test_a_stream_counts_in_steps() -> None:
 def test_an_endless_cosine_is_refused() -> None:
     with pytest.raises(ZooError, match="max_epochs"):
         trainer(max_epochs=-1).fit(Task(Optim(lr=1.0)), Data())
+    with pytest.raises(ZooError, match="max_epochs"):
+        trainer(max_epochs=-1, max_steps=2).fit(Task(Optim(lr=1.0, interval="epoch", first_epoch=1)), Data())
 
 
 def test_global_batch_is_held_by_accumulation() -> None:
@@ -348,3 +364,16 @@ def test_decay_may_spare_normalisation_layers_alone() -> None:
     assert (spared["weight_decay"], decayed["weight_decay"]) == (0, 0.1)
     assert spared["names"] == ["1.weight", "1.bias", "2.weight", "2.bias"]
     assert decayed["names"] == ["0.weight", "0.bias", "3.weight", "3.bias"]
+
+
+def test_the_warm_up_ends_on_the_cosine_that_counts_from_the_start() -> None:
+    optim = Optim(name="sgd", lr=0.1, schedule_from="start", warmup_epochs=34, warmup_start_lr=0.01)
+    rates = [lr_at(optim, epoch, 196, 0.1) for epoch in (0, 17, 33.999999, 34, 98, 196)]
+    end = 0.05 * (1 + math.cos(math.pi * 34 / 196))
+    assert rates == pytest.approx([0.01, (0.01 + end) / 2, end, end, 0.05, 0.0], abs=1e-7)
+    steps = Optim(lr=1.0, schedule="step", schedule_from="start", milestones=(2, 4), factors=(0.5, 0.02))
+    assert [lr_at(steps, epoch, 5, 1.0) for epoch in (0, 1.9, 2, 4)] == [1.0, 1.0, 0.5, 0.02]
+    inside = Optim(lr=1.0, schedule="step", schedule_from="start", milestones=(2,), warmup_epochs=4)
+    assert lr_at(inside, 2, 8, 1.0) == pytest.approx(0.05), "halfway up to the value behind the step"
+    with pytest.raises(ZooError, match=r"optim.factors are 1, one a milestone would be 2"):
+        Optim(milestones=(1, 2), factors=(0.1,))

@@ -41,7 +41,6 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding, linear
-from torchmetrics import MeanMetric
 
 from zoo.data.arc import (
     BACKGROUND,
@@ -352,6 +351,7 @@ class VARCTraining(BaseModule):
     """
 
     monitor = ("val/exact_match", "max")
+    batch_keys = ("image", "task", "mask", "target")
 
     def __init__(
         self,
@@ -383,8 +383,6 @@ class VARCTraining(BaseModule):
             dropout=dropout,
         )
         self._loss = torch.compile(self.network.loss) if compile else self.network.loss
-        names = ("exact_match", "pixel_accuracy", "loss")
-        self.val_metrics, self.test_metrics = (nn.ModuleDict({n: MeanMetric() for n in names}) for _ in range(2))
         self.score = ARCScore()
 
     def trainable(self) -> nn.Module:
@@ -393,32 +391,26 @@ class VARCTraining(BaseModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         return self._loss(batch["image"], batch["task"], batch["mask"], batch["target"])
 
-    def _evaluate(self, logits: Tensor, target: Tensor, metrics: nn.ModuleDict, split: str) -> None:
+    def _evaluate(self, logits: Tensor, target: Tensor, split: str) -> None:
         exact, accuracy, scored = _correct(logits, target)
-        if not scored:  # no answer is known
-            return
-        loss = pixel_loss(logits.float(), target)
-        for name, value, weight in (
-            ("exact_match", exact, 1),
-            ("pixel_accuracy", accuracy, scored),
-            ("loss", loss, scored),
-        ):
-            metrics[name].update(value, weight)  # type: ignore[operator]
-            self.log(f"{split}/{name}", metrics[name], prog_bar=split == "val")
+        if scored:  # else no answer is known
+            self.tally(f"{split}/exact_match", exact)
+            self.tally(f"{split}/pixel_accuracy", accuracy, scored)
+            self.tally(f"{split}/loss", pixel_loss(logits.float(), target), scored)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         logits = self.network(batch["image"], batch["task"], batch["mask"])
-        self._evaluate(logits, batch["target"], self.val_metrics, "val")
+        self._evaluate(logits, batch["target"], "val")
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         image, mask, target, task = batch["image"], batch["mask"], batch["target"], batch["task"]
         if image.ndim == 3:
-            self._evaluate(self.network(image, task, mask), target, self.test_metrics, "test")
+            self._evaluate(self.network(image, task, mask), target, "test")
             return
         views = image.shape[1]
         logits = self.network(image.flatten(0, 1), task.repeat_interleave(views), mask.flatten(0, 1))
         logits = logits.unflatten(0, (-1, views))
-        self._evaluate(logits[:, 0], target[:, 0], self.test_metrics, "test")
+        self._evaluate(logits[:, 0], target[:, 0], "test")
         seen = logits.argmax(dim=2).cpu().numpy()
         for canvases, pair, some, weight in zip(seen, batch["pair"], batch["view"], batch["weight"], strict=True):
             if pair.output is not None:
@@ -426,6 +418,7 @@ class VARCTraining(BaseModule):
                 self.score.update(grids, pair.output, float(weight))
 
     def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
         if getattr(self.trainer.datamodule, "test_views", 0):  # type: ignore[attr-defined]  # the same on every process
             self.log_dict({f"test/{name}": value for name, value in self.score.compute().items()})
             self.score.reset()
@@ -655,6 +648,10 @@ class VARCTestTimeTraining(BaseModule):
         self.scores = nn.ModuleList(ARCScore() for _ in range(runs))
         self.single, self.ensemble = ARCScore(), ARCScore()
         self._start: dict[str, Tensor] | None = None
+
+    batch_keys = ("arc_task",)
+    stages = ("test", "predict")
+    not_exported = "a network for each task; VARCTraining exports the one they start from"
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         raise ZooError(_NO_FIT)

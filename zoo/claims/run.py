@@ -26,7 +26,7 @@ import torch
 import yaml
 
 import zoo
-from zoo import catalog
+from zoo import catalog, files
 from zoo.claims.declaration import OWN, Data, Declaration, Stage, evaluate, folder, names_in, read
 from zoo.claims.intervals import judged
 from zoo.errors import ZooError, unknown
@@ -227,10 +227,7 @@ def _interruptible(trainer: L.Trainer) -> Iterator[None]:
 
 def write(record: dict[str, Any], path: Path) -> None:
     """Write a record as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    files.write_json(path, record)
 
 
 # ----------------------------------------------------------------------------------------------------------- the whole

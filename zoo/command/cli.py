@@ -6,6 +6,7 @@ This file imports no torch: `zoo list` and `zoo show` read cards only, and the o
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import json
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from zoo import files
 from zoo.errors import ZooError, unknown
 
 RUN = ("fit", "validate", "test", "predict")
@@ -41,16 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"zoo: {error}", file=sys.stderr)
-    except (ModuleNotFoundError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        if debug:
-            raise
-        print(f"zoo: {_of_the_machine(error)} (--debug shows where)", file=sys.stderr)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except (ModuleNotFoundError, OSError) as error:
+        if debug:
+            raise
+        print(f"zoo: {_of_the_machine(error)} (--debug shows where)", file=sys.stderr)
     return 2
 
 
@@ -61,7 +63,8 @@ def _is_unicode(stream: TextIO) -> bool:
 def _of_the_machine(error: OSError | ImportError) -> str:
     if isinstance(error, ImportError):
         return f"the package {error.name!r} is not installed; pip install {(error.name or '').partition('.')[0]}"
-    return f"{error.strerror or type(error).__name__}: {error.filename}"
+    what = " ".join((error.strerror or str(error) or type(error).__name__).split())
+    return what if error.filename is None else f"{what}: {error.filename}"
 
 
 def _dispatch(words: list[str], debug: bool) -> int:
@@ -371,21 +374,33 @@ def _print_json(value: Any) -> int:
 
 def _list(arguments: argparse.Namespace, extra: list[str]) -> int:
     if arguments.kind not in KINDS:
-        raise unknown("kind", arguments.kind, KINDS)
+        if arguments.pattern != "*" or not _names_a_paper(arguments.kind):
+            raise unknown("kind", arguments.kind, KINDS)
+        arguments.kind, arguments.pattern = "papers", arguments.kind
     if arguments.licence and arguments.kind != "weights":
         raise ZooError("--licence filters weights: zoo list weights --licence MIT")
     if arguments.markdown and (arguments.kind, arguments.pattern) != ("papers", "*"):
         raise ZooError("--markdown is of all papers: zoo list papers --markdown")
-    from zoo.command import show
-
     if arguments.markdown:
+        from zoo.command import show
+
         print(show.papers_markdown(), end="")
         return 0
-    rows = show.listing(arguments.kind, arguments.pattern, arguments.licence)
+    from zoo.command import listing
+
+    rows = listing.rows_of(arguments.kind, arguments.pattern, arguments.licence)
     if arguments.json:
         return _print_json(rows)
-    show.print_listing(arguments.kind, rows, arguments.pattern)
+    listing.print_listing(arguments.kind, rows, arguments.pattern)
     return 0
+
+
+def _names_a_paper(word: str) -> bool:
+    """Whether ``zoo list WORD`` means papers: a slug holds the word, and it is no kind misspelt."""
+    from zoo import catalog
+
+    near = difflib.get_close_matches(word, KINDS, n=1, cutoff=0.75)
+    return not near and bool(catalog.list_papers(pattern=word))
 
 
 def _show(arguments: argparse.Namespace, extra: list[str]) -> int:
@@ -405,7 +420,7 @@ def _leaderboard(arguments: argparse.Namespace, extra: list[str]) -> int:
         return _print_json(rows)
     for path, render in ((arguments.markdown, show.markdown), (arguments.html, show.html)):
         if path:
-            Path(path).write_text(render(rows), encoding="utf-8")
+            files.write_text(path, render(rows))
             print(f"{path}: {len(rows)} rows")
             return 0
     show.print_leaderboard(rows)

@@ -4,7 +4,6 @@ classes, its own or any that are named; and what one makes of noise."""
 from __future__ import annotations
 
 import colorsys
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zoo import catalog
+from zoo import catalog, files
 from zoo.data.sources import read_image
 from zoo.data.text import prompts
 from zoo.errors import ZooError
@@ -166,8 +165,7 @@ def _one_file_each(model: str, images: Sequence[Path], folder: Path | None) -> l
 
 
 def _write_json(results: list[dict[str, Any]], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    files.write_json(out, results)
 
 
 def _classify(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from zoo.training.checkpoints import LastCheckpoint
@@ -33,6 +34,20 @@ def scalars(metrics: Mapping[str, Any], latest: bool = False) -> dict[str, Any]:
             value = metrics[key]
             found[name] = value.item() if isinstance(value, torch.Tensor) else value
     return {name: found[name] for key in metrics if (name := key.removesuffix("_step").removesuffix("_epoch")) in found}
+
+
+def telling(metrics: Mapping[str, float], num_classes: int | None = None) -> dict[str, float]:
+    """`metrics` without those that say nothing: undefined ones (an AP of objects that there are none of), and the top-5
+    accuracy among five classes or fewer."""
+    few = num_classes is not None and num_classes <= 5
+    return {key: value for key, value in metrics.items() if math.isfinite(value) and not (few and key.endswith("top5"))}
+
+
+class BarProgress(RichProgressBar):
+    """A progress bar whose numbers are all of the training; `v_num` is a name of Lightning's for the run's folder."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        return {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key != "v_num"}
 
 
 class PlainProgress(ProgressBar):

@@ -11,7 +11,6 @@ import inspect
 import json
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
@@ -22,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -32,9 +30,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import zoo
 from zoo import catalog, files
+from zoo.command import predictions
 from zoo.command.logs import MetricsFile
 from zoo.command.parse_errors import explain_parse_error, innermost
-from zoo.command.progress import Interrupt, PlainProgress, numbers, scalars
+from zoo.command.progress import BarProgress, Interrupt, PlainProgress, numbers, scalars, telling
+from zoo.command.reading import (
+    LINKS,
+    CommandLine,
+    command_line,
+    installed_only,
+    mapping,
+    read_recipe,
+    recipe_name,
+    run_name,
+)
 from zoo.command.runs import (
     SaveConfig,
     drop_empty,
@@ -45,43 +54,16 @@ from zoo.command.runs import (
     of_a_loader,
     result_record,
     run_of,
-    safe_name,
     short_path,
 )
-from zoo.command.verdict import row_words, verdict, verdict_line
+from zoo.command.verdict import verdict, verdict_line
 from zoo.errors import ZooError
 from zoo.machine import cpu_has_bfloat16
-from zoo.paths import share
 from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint, SafeCheckpointIO, is_sharded, local, standing
 from zoo.weights.pretrained import load_published
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
-# Facts of the data module that the model takes over, where its class has such an argument and nobody set it.
-LINKS = {"num_classes": "num_classes", "num_tasks": "num_tasks", "image_size": "img_size"}
 _NOT_OPTIONS = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
-
-
-# ---------------------------------------------------------------------------------------------- names and run folders
-
-
-def recipe_name(path: Path) -> str:
-    """The name of the recipe at `path`: relative to the recipes folder, as a saved config states it, or the stem.
-
-    That of a leaderboard row is its address, ``paper:row``; :func:`run_name` makes a folder's name of it.
-    """
-    with contextlib.suppress(ValueError):
-        return path.resolve().relative_to(share("recipes").resolve()).with_suffix("").as_posix()
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        first = path.read_text().partition("\n")[0]
-        if match := re.match(r"# recipe: (\S+)", first):
-            return safe_name(match[1], safe_name(path.stem, "recipe"))
-    return safe_name(path.stem, "recipe")
-
-
-def run_name(recipe: str) -> str:
-    """Where the runs of a recipe, or of a row, lie under ``runs/``."""
-    name = recipe if catalog.is_row(recipe) else recipe_name(catalog.recipe_path(recipe))
-    return folder_name(name)
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -95,29 +77,25 @@ class RecipeCLI(LightningCLI):
     """LightningCLI in subclass mode for one recipe and one subcommand, with a flat config.
 
     Args:
-        name: the recipe's name, which names the run folder.
+        line: what the recipe and the user say.
         subcommand: whose options (`--ckpt_path`, ...) the parser takes.
-        args: the command line, the recipe itself included as `--config`.
-        asked: the part of it that the user wrote.
-        unlinked: model arguments that the user set and which are therefore not taken from the data module.
         rich: a progress bar instead of plain lines.
+        dry: build model, data and callbacks, but no trainer.
         claim: make the run's folder; otherwise it is only named.
         checkpoints: what reads and writes them.
     """
 
     def __init__(
         self,
-        name: str,
+        line: CommandLine,
         subcommand: str,
-        args: list[str],
-        asked: Sequence[str],
-        unlinked: set[str],
         rich: bool,
+        dry: bool = False,
         claim: bool = False,
         checkpoints: SafeCheckpointIO | None = None,
     ) -> None:
-        self.recipe, self.what, self.unlinked, self.rich = name, subcommand, unlinked, rich
-        self.words, self.claim = asked, claim
+        self.recipe, self.what, self.line, self.rich = line.name, subcommand, line, rich
+        self.dry, self.claim = dry, claim
         self.folder = Path()
         self.weights: dict[str, Any] = {}
         self.checkpoints = checkpoints or SafeCheckpointIO()
@@ -131,34 +109,51 @@ class RecipeCLI(LightningCLI):
             trainer_defaults={"use_distributed_sampler": False},
             seed_everything_default=0,
             parser_kwargs={
-                "prog": f"zoo {subcommand} {name}",
-                "description": f"Every option of the recipe {name}; all of them stand in its YAML too.",
-                "dump_header": [f"recipe: {name}", f"zoo=={zoo.__version__}"],
+                "prog": f"zoo {subcommand} {line.name}",
+                "description": f"Every option of the recipe {line.name}; all of them stand in its YAML too.",
+                "dump_header": [f"recipe: {line.name}", f"zoo=={zoo.__version__}"],
                 "exit_on_error": False,
                 "allow_abbrev": False,
             },
             subclass_mode_model=True,
             subclass_mode_data=True,
-            args=args,
+            args=line.words,
             run=False,
             auto_configure_optimizers=False,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        added = parser.add_method_arguments(Trainer, self.what, skip=_NOT_OPTIONS)
+        added = parser.add_method_arguments(Trainer, self.what, skip={*_NOT_OPTIONS, "ckpt_path"})
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            help="last or best (of the newest run of this recipe), or the path of a checkpoint",
+        )
         if "verbose" in added:
             parser.set_defaults({"verbose": False})  # the score line says it
+        if self.line.module is not None:
+            parser.add_argument("--module", type=str | None, help="a Python file beside the recipe with its classes")
         if self.what == "fit":
             parser.add_argument("--new_run", type=bool, default=False, help="resume in a run folder of its own")
         for source, target in LINKS.items():
-            if target not in self.unlinked:
+            if target not in self.line.unlinked:
                 parser.link_arguments(f"data.{source}", f"model.init_args.{target}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
-            raise ZooError(explain_parse_error(str(error), parser)) from error
+            raise ZooError(explain_parse_error(str(error), parser, self._known(parser))) from error
+        if self.line.module is not None:
+            self.config["module"] = str(self.line.module)  # a saved config lies elsewhere
+
+    def _known(self, parser: LightningArgumentParser) -> dict[str, bool]:
+        """The options that there are, and whether the recipe states them; none where the recipe is at fault itself."""
+        stated = self.line.stated()
+        with contextlib.suppress(argparse.ArgumentError):
+            keys = [key.replace("init_args.", "") for key in parser.parse_args(self.line.given).keys()]  # noqa: SIM118
+            return {key: key in stated for key in keys}
+        return {}
 
     def before_instantiate_classes(self) -> None:
         """Reads the checkpoint, so that one that is of no use ends here."""
@@ -174,8 +169,11 @@ class RecipeCLI(LightningCLI):
         if self.what == "fit":
             if missing := [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in found]:
                 raise ZooError(f"{path}: weights only, which cannot be resumed: it holds no {missing[0]!r}")
-            self.standing = standing(found)
-            self._refuse_finished(found["global_step"], path)
+            try:
+                self.standing = standing(found)
+                self._refuse_finished(int(found["global_step"]), path)
+            except (AttributeError, TypeError, ValueError, KeyError) as error:
+                raise ZooError(f"{path}: not a checkpoint of a run: its loops are odd ({innermost(error)})") from error
 
     def _refuse_finished(self, step: int, path: Any) -> None:
         assert self.standing is not None
@@ -192,10 +190,11 @@ class RecipeCLI(LightningCLI):
             raise Finished(f"{path}: already at epoch {epochs} of {most_epochs}; raise trainer.max_epochs")
 
     def instantiate_classes(self) -> None:
-        try:
-            super().instantiate_classes()
-        except (ValueError, TypeError, AssertionError, KeyError, MisconfigurationException) as error:
-            raise ZooError(f"{self.recipe}: {innermost(error)}") from error
+        with bounded_networks():
+            if self.dry:
+                self.parser.instantiate_classes(self.config)
+            else:
+                super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init["trainer"]
@@ -204,9 +203,11 @@ class RecipeCLI(LightningCLI):
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if self.what == "fit":
             callbacks += self._fit_callbacks(config, callbacks)
+        if self.what == "predict":
+            callbacks += predictions.callbacks(self.model, callbacks, self.folder)
         callbacks = [self.interrupt, *callbacks]
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(RichProgressBar(leave=False) if self.rich else PlainProgress())
+            callbacks.append(BarProgress(leave=False) if self.rich else PlainProgress())
         logger = config["logger"]
         if logger is None or logger is True:
             logger = self._loggers() if self.what == "fit" and not config["fast_dev_run"] else False
@@ -229,10 +230,11 @@ class RecipeCLI(LightningCLI):
             raise
 
     def _precision(self, config: Mapping[str, Any]) -> Any:
-        """A recipe's bf16-mixed is float32 on a CPU that would have to emulate it, unless the user asks for it."""
-        asked = any(word.partition("=")[0] == "--trainer.precision" for word in self.words)
+        """A recipe's mixed precision is float32 on a CPU that would have to emulate it, unless the user asks for it."""
+        asked = any(word.partition("=")[0] == "--trainer.precision" for word in self.line.asked)
         on_cpu = config["accelerator"] == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-        if config["precision"] == "bf16-mixed" and on_cpu and not asked and not cpu_has_bfloat16():
+        # Lightning takes bf16 for a 16-mixed on a CPU too.
+        if config["precision"] in ("bf16-mixed", "16-mixed") and on_cpu and not asked and not cpu_has_bfloat16():
             return "32-true"
         return config["precision"]
 
@@ -240,7 +242,7 @@ class RecipeCLI(LightningCLI):
         """The run's: that of the checkpoint it goes on from, unless another is asked for, or a new one."""
         if self.standing is not None and not self.config["new_run"]:
             run = run_of(Path(self.config["ckpt_path"]), self.recipe)
-            elsewhere = any(word.partition("=")[0] == "--trainer.default_root_dir" for word in self.words)
+            elsewhere = any(word.partition("=")[0] == "--trainer.default_root_dir" for word in self.line.asked)
             if run is not None and not (elsewhere and run.parent != (root / folder_name(self.recipe)).absolute()):
                 return Path(short_path(run))
         return new_run_folder(root, folder_name(self.recipe), self.claim)
@@ -276,86 +278,60 @@ class RecipeCLI(LightningCLI):
         ]
 
 
-def _build(subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool, claim: bool = False) -> RecipeCLI:
+@contextlib.contextmanager
+def bounded_networks(most: int = 30_000) -> Iterator[None]:
+    """A network of absurd size ends in a ZooError while it is built: of more parts than any real one (a ResNet-1001 has
+    9,000 layers, parameters and buffers), or of more bytes than the machine has."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    count, size = 0, 0
+
+    def one_more(module: torch.nn.Module, name: str, part: Any) -> None:
+        nonlocal count, size
+        count += 1
+        if isinstance(part, torch.Tensor) and not part.is_meta:
+            size += part.numel() * part.element_size()
+        if count > most:
+            raise ZooError(f"the network has more than {most:,} layers and parameters: see its depth and the like")
+        if size > memory:
+            raise ZooError(
+                f"the network has more than {memory / 2**30:.0f} GB of parameters, more than this machine has"
+            )
+
+    made = torch.nn.modules.module
+    hooks = [
+        made.register_module_module_registration_hook(one_more),
+        made.register_module_parameter_registration_hook(one_more),
+        made.register_module_buffer_registration_hook(one_more),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _build(
+    subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool, dry: bool = False, claim: bool = False
+) -> RecipeCLI:
+    printed = [word for word in argv if word.partition("=")[0] == "--print_config"]
+    if printed:  # only what can be built; the parser then prints it and exits
+        build_dry(subcommand, recipe, [word for word in argv if word not in printed])
     checkpoints = SafeCheckpointIO()
     argv, own = _find_checkpoint(str(recipe), argv, checkpoints)
-    name, args = command_line(recipe, argv, own)
-    return RecipeCLI(name, subcommand, args, argv, set_by_hand(args) | _linked(own), rich, claim, checkpoints)
+    with installed_only():
+        line = command_line(recipe, argv, own)
+        try:
+            return RecipeCLI(line, subcommand, rich, dry, claim, checkpoints)
+        except ZooError:
+            raise
+        except Exception as error:  # a value of the user's that some class cannot live with
+            raise ZooError(f"{line.name}: {innermost(error)}") from error
 
 
-def command_line(
-    recipe: str | Path, argv: Sequence[str] = (), own: Mapping[str, Any] | None = None
-) -> tuple[str, list[str]]:
-    """The name of a recipe or row, and all words for its parser: the recipe's file, the row's options, the run's `own`
-    settings, then `argv`."""
-    path = catalog.recipe_path(str(recipe))
-    content = _check_recipe(path)
-    if catalog.is_row(str(recipe)):
-        name, row = str(recipe), row_words(catalog.row(str(recipe))[1])
-    else:
-        name, row = recipe_name(path), []
-    given = ["--config", str(path), *_nested_nulls(row)]
-    if own:
-        content, given = {**content, **own}, [*given, "--config", json.dumps(own)]
-    return name, [*given, *_without_its_data(content, row, argv), *_nested_nulls(argv)]
-
-
-# Settings of the data module that are about the recipe's own dataset.
-_OF_DATASET = ("options", "train_samples", "data_dir", "mean", "std", "rearc_dir", "rearc_limit", "tasks")
-
-
-def _without_its_data(content: Mapping[str, Any], row: Sequence[str], argv: Sequence[str]) -> list[str]:
-    """The options that take back what a recipe, or its row, says about its dataset, where the user gives another."""
-    if not any(word.partition("=")[0] in ("--data.dataset", "--data.init_args.dataset") for word in argv):
-        return []
-    stated = {key for key, value in ((content.get("data") or {}).get("init_args") or {}).items() if value is not None}
-    stated |= {word.removeprefix("--data.").partition("=")[0].partition(".")[0] for word in row}
-    return [f"--data.{key}=null" for key in _OF_DATASET if key in stated]
-
-
-def _nested_nulls(argv: Sequence[str]) -> list[str]:
-    """`argv` with ``--model.optim.lr null`` as ``--model.optim={"lr": null}``: jsonargparse 4.53 hands a null that lies
-    two levels deep on as the string "None"."""
-    words, position = [], 0
-    while position < len(argv):
-        word = argv[position]
-        key, equals, value = word.partition("=")
-        if not equals and key.startswith("--") and position + 1 < len(argv):
-            value = argv[position + 1]
-        owner, _, leaf = key.rpartition(".")
-        if value in ("null", "Null", "NULL", "~") and len([p for p in key.split(".") if p != "init_args"]) > 2:
-            words.append(f"{owner.removesuffix('.init_args')}={json.dumps({leaf: None})}")
-            position += 1 if equals else 2
-        else:
-            words.append(word)
-            position += 1
-    return words
-
-
-def _check_recipe(path: Path) -> dict[str, Any]:
-    """The content of the recipe at `path`; a ZooError where it is none."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ZooError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or "model" not in content:
-        raise ZooError(f"{path}: not a recipe; it has no `model`")
-    return content
-
-
-def set_by_hand(args: Sequence[str]) -> set[str]:
-    """Which link targets the configs or options among `args` set themselves."""
-    found: set[str] = set()
-    for position, word in enumerate(args):
-        key, _, value = word.partition("=")
-        if key in ("--config", "-c"):
-            value = value or (args[position + 1] if position + 1 < len(args) else "")
-            with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-                model = (yaml.safe_load(Path(value).read_text()) or {}).get("model") or {}
-                found |= {target for target in LINKS.values() if target in (model.get("init_args") or {})}
-        else:
-            found |= {t for t in LINKS.values() if key in (f"--model.{t}", f"--model.init_args.{t}")}
-    return found
+def build_dry(subcommand: str, recipe: str | Path, argv: Sequence[str] = ()) -> RecipeCLI:
+    """The command line of a recipe, with its network on the meta device, its data module and callbacks; no trainer."""
+    with torch.device("meta"):
+        return _build(subcommand, recipe, argv, rich=False, dry=True)
 
 
 def load_recipe(
@@ -479,7 +455,7 @@ def _find_checkpoint(
 ) -> tuple[list[str], dict[str, Any]]:
     """`argv` with ``--ckpt_path last`` or ``best`` as the path in the newest run of this recipe, and the settings of
     that run: its seed, model and data."""
-    words, content = _split_path(argv), _check_recipe(catalog.recipe_path(recipe))
+    words, content = _split_path(argv), read_recipe(catalog.recipe_path(recipe))
     if "--ckpt_path" not in words[:-1]:
         if content.get("ckpt_path") not in ("last", "best"):
             return words, {}
@@ -487,22 +463,15 @@ def _find_checkpoint(
     at = words.index("--ckpt_path") + 1
     if words[at] not in ("last", "best"):
         return words, {}
-    root = _value_of(words, "--trainer.default_root_dir") or (content.get("trainer") or {}).get("default_root_dir")
+    root = _value_of(words, "--trainer.default_root_dir") or mapping(content.get("trainer")).get("default_root_dir")
     path = newest_checkpoint(Path(root or "runs"), run_name(recipe), words[at], checkpoints.peek)
     words[at] = str(path)
     if (run := run_of(path, run_name(recipe))) is None:
         return words, {}
     if first_process():
         print(f"model and data: as in {short_path(run / 'config.yaml')}, but for what the command line says")
-    stated = _check_recipe(run / "config.yaml")
+    stated = read_recipe(run / "config.yaml")
     return words, {key: stated[key] for key in ("seed_everything", "model", "data") if stated.get(key) is not None}
-
-
-def _linked(own: Mapping[str, Any]) -> set[str]:
-    """Which link targets the settings of a run set themselves."""
-    model = own.get("model")
-    stated = (model.get("init_args") if isinstance(model, Mapping) else None) or {}
-    return {target for target in LINKS.values() if target in stated}
 
 
 def _split_path(words: Sequence[str]) -> list[str]:
@@ -532,6 +501,8 @@ def _announce(cli: RecipeCLI, options: Mapping[str, Any]) -> None:
         f"{cli.trainer.world_size} × {device} {cli.trainer.precision}",
     ]
     print(" · ".join(parts))
+    for note in cli.line.notes:
+        print(note)
     if ckpt := options.get("ckpt_path"):
         print(f"from {ckpt}")
     elif cli.weights:
@@ -542,7 +513,8 @@ def _announce(cli: RecipeCLI, options: Mapping[str, Any]) -> None:
 
 
 def _interrupted(cli: RecipeCLI, words: list[str]) -> Stopped:
-    terminated = cli.interrupt.signal == signal.SIGTERM
+    # Before the first batch SIGTERM is Lightning's to note.
+    terminated = cli.interrupt.signal == signal.SIGTERM or cli.trainer.received_sigterm
     what = "terminated" if terminated else "interrupted"
     if cli.trainer.is_global_zero:
         if cli.last is not None and cli.last.path.exists():
@@ -564,13 +536,13 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
     metrics = {key: float(value) for key, value in scalars({**known, **cli.trainer.callback_metrics}).items()}
     cli.folder.mkdir(parents=True, exist_ok=True)
     if cli.what == "predict":
-        files.save(outputs, cli.folder / "predictions.pt")
         print(f"predictions: {cli.folder / 'predictions.pt'}")
     else:
-        print("score: " + (" · ".join(numbers(metrics)) or "no metric was logged"))
+        said = telling(metrics, getattr(cli.datamodule, "num_classes", None))
+        print("score: " + (" · ".join(numbers(said)) or "no metric was logged"))
     record = result_record(cli, metrics, command, seconds)
     if cli.what == "test" and catalog.is_row(cli.recipe):
-        record["verdict"] = verdict(cli.recipe, metrics, cli.words)
+        record["verdict"] = verdict(cli.recipe, metrics, cli.line.asked)
         print(verdict_line(record["verdict"]))
     files.write_json(cli.folder / "result.json", record)
     paths = [cli.last.last_model_path] if cli.last is not None else []
@@ -605,8 +577,11 @@ def _quiet(debug: bool = False) -> Iterator[None]:
                 ".*in eval mode at the start of training.*",
                 ".*is not supported by the `ModelSummary`.*",
                 ".*`LightningCLI`.*args.*",
+                ".*LightningCLI's args parameter.*",
+                ".*AMP with fp16 is not supported on CPU.*",
             ):
                 warnings.filterwarnings("ignore", message=text)
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

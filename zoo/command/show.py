@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import html as _html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from zoo import catalog
 from zoo.claims import declaration
+from zoo.command.listing import cell_text, heading, millions, print_table, size_text, stdout_console
 from zoo.command.verdict import results_of, row_commands, tolerance_of
 from zoo.errors import ZooError, unknown
 from zoo.paths import share
@@ -21,59 +20,27 @@ from zoo.paths import share
 _STATUS = {"verified": "green", "partly": "yellow", "not run": "dim"}
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    # A pipe has no width: rows must not be folded at 80 there.
-    return console if console.is_terminal else Console(highlight=False, width=200, soft_wrap=True)
-
-
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[str] = ()) -> None:
-    """A table on stdout: words left, the columns in `numbers` right."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(_cell(cell)) for cell in row))
-    _console().print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value)
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.1f} M"
-
-
-def _size(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:.0f} MB"
-
-
 # ----------------------------------------------------------------------------------------------------------- listings
 
 
-def listing(kind: str, pattern: str = "*", licence: str | None = None) -> list[dict[str, Any]]:
-    """What `zoo list KIND PATTERN` shows: a dict of facts for each name."""
+def listing(kind: str) -> list[dict[str, Any]]:
+    """All that ``zoo list KIND`` shows: a dict of facts for each name."""
     if kind == "papers":
-        return [_paper_line(catalog.paper(slug)) for slug in catalog.list_papers(pattern=pattern)]
+        return [_paper_line(catalog.paper(slug)) for slug in catalog.list_papers()]
     if kind == "models":
-        found = [catalog.model(name) for name in catalog.list_models(pattern)]
+        found = [catalog.model(name) for name in catalog.list_models()]
         return [{"name": m.name, "parameters": m.params, "paper": card.slug, "summary": m.summary} for card, m in found]
     if kind == "weights":
-        weights = [catalog.weight(name) for name in catalog.list_weights(pattern, licence)]
+        weights = [catalog.weight(name) for name in catalog.list_weights()]
         return [
             {"name": w.name, "model": w.model, "kind": w.kind, "licence": w.licence, "size": w.size, "paper": card.slug}
             for card, w in weights
         ]
     if kind == "recipes":
-        names = catalog.list_recipes(pattern)
+        names = catalog.list_recipes()
         return [{"name": name, "summary": catalog.recipe_header(name).partition("\n")[0]} for name in names]
     if kind == "datasets":
-        cards = [catalog.data_card(name) for name in catalog.list_datasets(pattern)]
+        cards = [catalog.data_card(name) for name in catalog.list_datasets()]
         return [
             {"name": c.name, "title": c.title, "task": c.task, "classes": c.num_classes, "licence": c.licence}
             | {"samples": sum(n or 0 for n in c.splits.values()) or None}
@@ -109,21 +76,6 @@ def papers_markdown() -> str:
         cells = [f"`{slug}`", title, card.field, len(card.models), len(card.weights), cases, claim]
         lines.append("| " + " | ".join(str(cell) for cell in [*cells, len(card.leaderboard)]) + " |")
     return "\n".join(lines) + "\n"
-
-
-def print_listing(kind: str, rows: list[dict[str, Any]], pattern: str = "*") -> None:
-    if not rows:
-        known = [row["name"] for row in listing(kind)]
-        if known and pattern != "*":
-            raise unknown(kind.removesuffix("s"), pattern, known)
-        print(f"no {kind}")
-        return
-    columns = [key for key in rows[0] if any(row[key] not in (None, "") for row in rows)]
-    show = {"parameters": _millions, "size": _size, "samples": lambda n: "" if n is None else f"{n:,}"}
-    body = [[show[key](row[key]) if key in show else row[key] for key in columns] for row in rows]
-    print_table(
-        columns, body, numbers=("parameters", "size", "samples", "classes", "models", "weights", "rows", "verified")
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------- one thing
@@ -190,7 +142,7 @@ def print_description(name: str) -> None:
 
 
 def _print_facts(facts: Mapping[str, Any]) -> None:
-    console = _console()
+    console = stdout_console()
     for key, value in facts.items():
         if value in (None, "", [], {}):
             continue
@@ -216,41 +168,41 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         shown = ", ".join(_short(entry) for entry in value[:20])
         return shown + (f", … ({len(value)})" if len(value) > 20 else "")
-    return _cell(value)
+    return cell_text(value)
 
 
 def _print_paper(facts: Mapping[str, Any]) -> None:
     card = catalog.paper(facts["slug"])
-    console = _console()
+    console = stdout_console()
     console.print(Text(card.title, style="bold"))
     where = [card.venue or str(card.year), f"arXiv {card.arxiv}" if card.arxiv else "", card.code or ""]
     console.print(Text(", ".join(card.authors)))
     console.print(Text(" · ".join(part for part in where if part)))
     console.print(Text("\n" + card.summary.strip()))
     if card.models:
-        _heading("Models")
+        heading("Models")
         print_table(
-            ["model", "parameters", ""], [[m.name, _millions(m.params), m.summary] for m in card.models], ["parameters"]
+            ["model", "parameters", ""], [[m.name, millions(m.params), m.summary] for m in card.models], ["parameters"]
         )
     if card.weights:
-        _heading("Weights (zoo weights get NAME)")
+        heading("Weights (zoo weights get NAME)")
         print_table(
             ["weights", "kind", "target", "size", "licence"],
-            [[w.name, w.kind, w.target, _size(w.size), w.licence] for w in card.weights],
+            [[w.name, w.kind, w.target, size_text(w.size), w.licence] for w in card.weights],
             ["size"],
         )
     recipes = catalog.list_recipes(f"{card.slug}/*")
     if recipes:
-        _heading("Recipes (zoo fit NAME)")
+        heading("Recipes (zoo fit NAME)")
         print_table(["recipe", ""], [[name, catalog.recipe_header(name).partition("\n")[0]] for name in recipes])
     if card.leaderboard:
-        _heading(f"Leaderboard (zoo leaderboard {card.slug})")
+        heading(f"Leaderboard (zoo leaderboard {card.slug})")
         print_leaderboard(leaderboard(card.slug), paper=False)
     if card.ledger:
-        _heading("Where paper, official code and zoo differ")
+        heading("Where paper, official code and zoo differ")
         print_table(["topic", "paper", "code", "zoo"], [[e.topic, e.paper, e.code, e.zoo] for e in card.ledger])
     if card.claim:
-        _heading(f"Claim in miniature (zoo claim {card.slug})")
+        heading(f"Claim in miniature (zoo claim {card.slug})")
         console.print(Text(card.claim.statement))
         console.print(Text("arms: " + ", ".join(card.claim.arms)))
         for line in claim_lines(declaration.result(card.slug)):
@@ -259,20 +211,20 @@ def _print_paper(facts: Mapping[str, Any]) -> None:
 
 def print_claim(paper: str, claim: declaration.Declaration, result: Mapping[str, Any] | None) -> None:
     """A claim's statement, arms and sub-claims, and what came out."""
-    console = _console()
+    console = stdout_console()
     console.print(Text(claim.statement, style="bold"))
     if claim.tried:
         console.print(Text(f"tried before: {claim.tried}"))
     stages = [f"{name}: {stage.recipe} ({', '.join(stage.run)})" for name, stage in claim.steps.items()]
     console.print(Text("; ".join(stages)))
-    _heading("Arms")
+    heading("Arms")
     print_table(["arm", "differs in"], [[arm, _differences(options)] for arm, options in claim.arms.items()])
-    _heading("Sub-claims, held where the whole 95 % interval lies above the bound")
+    heading("Sub-claims, held where the whole 95 % interval lies above the bound")
     print_table(
         ["name", "statement", "effect", "bound"],
         [[one.name, one.statement, one.effect, f"{one.bound:g} {one.unit}"] for one in claim.claims],
     )
-    _heading(f"Result (zoo claim {paper} --run)")
+    heading(f"Result (zoo claim {paper} --run)")
     for line in claim_lines(result):
         console.print(Text(line))
     if result is not None and result["settings"].get("declaration") != claim.digest:
@@ -308,18 +260,20 @@ def claim_lines(result: Mapping[str, Any] | None) -> list[str]:
 
 
 def _print_recipe(facts: Mapping[str, Any]) -> None:
-    console = _console()
+    console = stdout_console()
     console.print(Text(facts["name"], style="bold"), Text(facts["path"], style="dim"))
     console.print(Text(facts["header"]))
     for row in facts["leaderboard"]:
-        console.print(Text(f"row {row['paper']}:{row['id']}: {row['dataset']} {row['metric']} {_cell(row['value'])}"))
+        console.print(
+            Text(f"row {row['paper']}:{row['id']}: {row['dataset']} {row['metric']} {cell_text(row['value'])}")
+        )
     console.print()
     text = Path(facts["path"]).read_text(encoding="utf-8")
     console.print(Text("\n".join(line for line in text.splitlines() if not line.startswith("#")).strip()))
 
 
 def _print_row(facts: Mapping[str, Any]) -> None:
-    console = _console()
+    console = stdout_console()
     name = f"{facts['paper']}:{facts['id']}"
     console.print(Text(name, style="bold"), Text(f"{facts['dataset']} {facts['metric']} of {facts['model']}"))
     cells = dict(zip(_COLUMNS, _cells({**facts, "results": []}), strict=True))
@@ -339,10 +293,6 @@ def _print_row(facts: Mapping[str, Any]) -> None:
             console.print(Text.assemble((f"{key}: ", "bold"), value))
     for command in facts["commands"] or ["no recipe runs this row"]:
         console.print(Text(f"  {command}"), soft_wrap=True)
-
-
-def _heading(text: str) -> None:
-    _console().print(Text(f"\n{text}", style="bold underline"))
 
 
 # -------------------------------------------------------------------------------------------------------- leaderboards
@@ -550,13 +500,13 @@ def _cause(key: str) -> str:
 def print_explanation(found: Mapping[str, Any]) -> None:
     print_table(["metric", found["a"], found["b"]], [[key, *pair] for key, pair in found["values"].items()])
     if found["differences"]:
-        _heading("Stated differences, the likeliest cause first")
+        heading("Stated differences, the likeliest cause first")
         body = [[d["cause"], d["key"], _short(d["a"]), _short(d["b"])] for d in found["differences"]]
         print_table(["cause", "key", found["a"], found["b"]], body)
     else:
         print("the stated protocols agree")
     if found["unknown"]:
-        _heading("Stated by one side only")
+        heading("Stated by one side only")
         print_table(["key", "by", "value"], [[u["key"], u["stated by"], _short(u["value"])] for u in found["unknown"]])
 
 

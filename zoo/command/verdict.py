@@ -19,7 +19,7 @@ _LOGGED = {
     "top1": "100 * test/top1",
     "top5": "100 * test/top5",
     "zero-shot top1": "100 * test/top1",
-    "knn_top1": "100 * test/knn_top1",
+    "knn_top1": "100 * knn_top1",
     "error": "100 - 100 * test/top1",
     "top1_error": "100 - 100 * test/top1",
     "top5_error": "100 - 100 * test/top5",

@@ -15,7 +15,6 @@ output; the rule between them is the task's own. Layouts on disk, found by thems
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from zoo import files as whole
 from zoo.data import files
 from zoo.data.arc_world import Grid, make_task
 from zoo.data.base import SALT, Batch, SeededDataModule, at_least_one, key_parts, sample_seeds
@@ -653,10 +653,7 @@ class ARCTaskDataModule(SeededDataModule):
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(content))
-    os.replace(part, path)
+    whole.write_json(path, content, indent=None)
 
 
 def write_predictions(path: Path, grids: list[list[Grid]]) -> None:

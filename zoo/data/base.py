@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data.loader import EpochSampler, ExactSampler, Key, TrainLoader
+from zoo.data.loader import EpochSampler, EvalLoader, ExactSampler, Key, TrainLoader
 from zoo.data.shapes import hash64
 from zoo.errors import ZooError
 
@@ -98,7 +98,7 @@ class SeededDataModule(LightningDataModule):
 
     dataset: str
     train_loader: type[TrainLoader] = TrainLoader
-    eval_loader: type[DataLoader] = DataLoader
+    eval_loader: type[DataLoader] = EvalLoader
 
     # Where there are more devices than samples, some have nothing to evaluate.
     allow_zero_length_dataloader_with_multiple_devices = True
@@ -117,6 +117,10 @@ class SeededDataModule(LightningDataModule):
         at_least_one(batch_size=batch_size, eval_batch_size=eval_batch_size, repeats=repeats)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.repeats, self._seed, self._num_workers, self._in_memory = repeats, seed, num_workers, in_memory
+
+    def __str__(self) -> str:
+        """Its name and set: Lightning's own text would make all the loaders."""
+        return f"{type(self).__name__}({self.dataset})"
 
     def samples(self, split: str) -> Dataset:
         """The transformed split: "train", "val", "test" or "predict"."""
@@ -187,7 +191,10 @@ class SeededDataModule(LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader:
         samples: Any = self.samples(split)
-        sampler = ExactSampler(len(samples), **self._place())
+        # The trainer limits the batches of each process; here all of them together get what one process would.
+        limit = getattr(self.trainer, f"limit_{split}_batches", None)
+        count = min(len(samples), limit * self.eval_batch_size) if limit and isinstance(limit, int) else len(samples)
+        sampler = ExactSampler(count, **self._place())
         options = self._loader_options(samples)
         return self.eval_loader(samples, batch_size=self.eval_batch_size, sampler=sampler, **options)
 

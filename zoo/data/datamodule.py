@@ -16,7 +16,7 @@ from zoo.data import batches
 from zoo.data.base import SALT, Batch, SeededDataModule, at_least_one, key_parts, own_randomness, sample_seeds
 from zoo.data.loader import Key
 from zoo.data.memory import SMALL, hold
-from zoo.data.sources import Description, ManyReader, Part, Source, describe, open_source
+from zoo.data.sources import Description, ManyReader, Part, Source, describe, file_of, open_source
 from zoo.data.transforms import EvalResizeCrop, ImageTransform
 from zoo.errors import ZooError
 
@@ -57,6 +57,10 @@ class SampleSet(Dataset):
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def name(self, index: int) -> str | None:
+        """The file of a sample, where it has one."""
+        return file_of(self.source, index)
 
     def __getitem__(self, key: int | Key) -> Batch:
         batch = self.__getitems__([key])

@@ -80,11 +80,14 @@ class Scene:
         return replace(out, image=resize_pil(self.image, height, width))
 
     def cropped(self, top: int, left: int, height: int, width: int) -> Scene:
-        """What a window shows."""
-        if (top, left, height, width) == (0, 0, *self.size):
-            return self
+        """What a window shows; it may be larger than the picture. Polygons are cut off at the window's border."""
         window = (slice(top, top + height), slice(left, left + width))
         out = self._moved(np.ones(2), np.array([-left, -top], dtype=float), lambda mask: mask[window])
+        if out.segments is not None:
+            out.segments = [
+                s if isinstance(s, np.ndarray) else [part for ring in s for part in clip_polygon(ring, height, width)]
+                for s in out.segments
+            ]
         return replace(out, image=self.image[(slice(None), *window)])
 
     def padded(self, height: int, width: int, value: int) -> Scene:
@@ -120,11 +123,10 @@ class Scene:
         return replace(self, boxes=boxes, segments=segments, keypoints=keypoints)
 
     def with_boxes_of_segments(self) -> Scene:
-        """Boxes tight around what of the objects lies in the picture."""
+        """Boxes tight around the objects' masks."""
         if self.segments is None:
             raise ZooError("boxes are to be taken from masks, but the data set gives none")
-        height, width = self.size
-        return replace(self, boxes=np.array([_extent(s, height, width) for s in self.segments]).reshape(-1, 4))
+        return replace(self, boxes=np.array([_extent(s) for s in self.segments]).reshape(-1, 4))
 
     def finished(self) -> tuple[Scene, np.ndarray]:
         """Boxes clipped to the picture, objects gone whose box or mask is empty, keypoints outside unlabelled; and
@@ -133,7 +135,7 @@ class Scene:
         boxes = np.clip(self.boxes, 0, [width, height, width, height])
         kept = ((boxes[:, 2:] - boxes[:, :2]) > _MIN_SIDE).all(1)
         if self.segments is not None:
-            kept &= np.array([isinstance(s, list) or np.any(s) for s in self.segments], dtype=bool)
+            kept &= np.array([np.any(s) if isinstance(s, np.ndarray) else len(s) > 0 for s in self.segments], bool)
         keypoints = self.keypoints
         if keypoints is not None:
             inside = ((keypoints[..., :2] >= 0) & (keypoints[..., :2] <= [width, height])).all(-1)
@@ -155,38 +157,77 @@ def resize_pil(image: Tensor, height: int, width: int) -> Tensor:
     return torch.from_numpy(_pil_resize(image.permute(1, 2, 0).numpy(), height, width).copy()).permute(2, 0, 1)
 
 
-def _extent(segment: Segment, height: int, width: int) -> np.ndarray:
-    """(4,) the box around the part of an object that lies in the picture; zeros where none does."""
+def _extent(segment: Segment) -> np.ndarray:
+    """(4,) the box around an object; zeros where nothing of it is there."""
     if isinstance(segment, np.ndarray):
         rows, columns = np.flatnonzero(segment.any(1)), np.flatnonzero(segment.any(0))
         if not len(rows):
             return np.zeros(4)
         return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=float)
-    inside = [ring for ring in (clip_polygon(ring, height, width) for ring in segment) if len(ring)]
-    if not inside:
+    if not segment:
         return np.zeros(4)
-    points = np.concatenate(inside)
+    points = np.concatenate(segment)
     return np.concatenate([points.min(0), points.max(0)])
 
 
-def clip_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A polygon (N, 2) cut to [0, width] x [0, height] (Sutherland and Hodgman 1974); (M, 2), M = 0 where none is left.
+def clip_polygon(points: np.ndarray, height: int, width: int) -> list[np.ndarray]:
+    """What of a polygon (N, 2) lies in [0, width] x [0, height]: parts (M, 2), each with an area.
 
-    Parts that the border separates stay joined along it.
+    As detectron2's crop cuts polygons. The inside of one that crosses itself is what COCO draws: the points that its
+    border goes round an odd number of times.
     """
+    parts = [points]
     for axis, bound, sign in ((0, 0.0, 1), (0, float(width), -1), (1, 0.0, 1), (1, float(height), -1)):
-        if not len(points):
-            break
-        depth = (points[:, axis] - bound) * sign
-        if (depth >= 0).all():
-            continue
-        following, after = np.roll(points, -1, 0), np.roll(depth, -1)
-        crosses = (depth >= 0) != (after >= 0)
-        share = np.divide(depth, depth - after, out=np.zeros_like(depth), where=crosses)
-        cut = points + share[:, None] * (following - points)
-        both = np.stack([points, cut], 1).reshape(-1, 2)
-        points = both[np.stack([depth >= 0, crosses], 1).reshape(-1)]
-    return points
+        parts = [part for whole in parts for part in _on_one_side(whole, axis, (whole[:, axis] - bound) * sign)]
+    return [part for part in parts if _area(part) > 0]
+
+
+def _area(points: np.ndarray) -> float:
+    x, y = points.T
+    return abs(float((x * np.roll(y, -1) - y * np.roll(x, -1)).sum())) / 2
+
+
+def _on_one_side(points: np.ndarray, axis: int, depth: np.ndarray) -> list[np.ndarray]:
+    """The parts of a polygon (N, 2) on the side of a line across `axis` where `depth` (N,), its distance, is positive.
+
+    What is left of the polygon's border are chains from the line to the line. Sorted along it their ends bound, two by
+    two, the stretches of it that lie inside.
+    """
+    if (depth >= 0).all():
+        return [points]
+    inside = depth > 0
+    after = np.roll(inside, -1)
+    starts, ends = np.flatnonzero(~inside & after), np.flatnonzero(inside & ~after)
+    if not len(starts):
+        return []
+    if ends[0] < starts[0]:  # the chain that passes the first point is the last one's
+        ends = np.roll(ends, -1)
+    count = len(points)
+    first, last = ([_cut(points, depth, int(k), (int(k) + 1) % count) for k in ks] for ks in (starts, ends))
+    chains = [
+        np.array([cut, *points[np.arange(start + 1, end + 1 + (count if end < start else 0)) % count], other])
+        for start, end, cut, other in zip(starts, ends, first, last, strict=True)
+    ]
+    along = np.array([(chain[0, 1 - axis], chain[-1, 1 - axis]) for chain in chains]).reshape(-1)
+    order = along.argsort(kind="stable")  # of ends: 2 n is the first of chain n, 2 n + 1 the last
+    partner = np.empty(len(order), dtype=int)
+    partner[order[::2]], partner[order[1::2]] = order[1::2], order[::2]
+    parts, left = [], set(range(len(chains)))
+    while left:
+        end = 2 * min(left)
+        pieces = []
+        while end // 2 in left:
+            left.remove(end // 2)
+            pieces.append(chains[end // 2][:: -1 if end % 2 else 1])
+            end = int(partner[end ^ 1])
+        part = np.concatenate(pieces)
+        parts.append(part[(part != np.roll(part, 1, 0)).any(1)])
+    return parts
+
+
+def _cut(points: np.ndarray, depth: np.ndarray, a: int, b: int) -> np.ndarray:
+    """Where the side from point `a` to point `b` meets the line that they have the distances `depth` to."""
+    return points[a] + depth[a] / (depth[a] - depth[b]) * (points[b] - points[a])
 
 
 def rasterise(segments: Sequence[Segment], height: int, width: int) -> np.ndarray:
@@ -195,6 +236,8 @@ def rasterise(segments: Sequence[Segment], height: int, width: int) -> np.ndarra
     for mask, segment in zip(masks, segments, strict=True):
         if isinstance(segment, np.ndarray):
             mask[:] = segment
+            continue
+        if not segment:
             continue
         # Only the window that the polygons touch is drawn: its corner lies on whole pixels, which changes nothing.
         points = np.concatenate(segment)
@@ -289,7 +332,7 @@ class FixedSizeCrop(nn.Module):
         height, width = scene.size
         draw = float(torch.rand((), dtype=torch.float64))
         top, left = crop_offset(height, width, (self.window, self.window), draw)
-        scene = scene.cropped(top, left, min(height, self.window), min(width, self.window))
+        scene = scene.cropped(top, left, self.window, self.window)
         if self.pad:
             scene = scene.padded(self.window, self.window, 128)
         return scene.with_boxes_of_segments() if self.recompute_boxes else scene
@@ -418,6 +461,7 @@ class DetectionSet(Dataset):
     def __getitems__(self, keys: Sequence[int | Key]) -> Batch:
         """The batch of some keys; see :class:`DetectionDataModule`."""
         parts = key_parts(keys)
+        places = torch.from_numpy(parts[:, 0].copy())
         index = self.indices[parts[:, 0]]
         parts[:, 0] = index
         images: list[Tensor] = []
@@ -440,6 +484,7 @@ class DetectionSet(Dataset):
             "original_size": torch.tensor(original).view(-1, 2),
             "target": targets,
             "path": [record.path for record in records],
+            "index": places,
         }
 
     def _scene(self, record: Record) -> Scene:

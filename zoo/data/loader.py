@@ -134,6 +134,15 @@ class ExactSampler(DistributedSampler):
         return iter(range(self.rank, self.length, self.num_replicas))
 
 
+class EvalLoader(DataLoader):
+    """A loader over an :class:`ExactSampler`. In a process that has no samples while others have, it counts one batch
+    and gives none: a trainer that knew would leave out the loop at whose end the others wait for it."""
+
+    def __len__(self) -> int:
+        idle = isinstance(self.sampler, ExactSampler) and 0 < self.sampler.length < self.sampler.num_replicas
+        return max(1, super().__len__()) if idle else super().__len__()
+
+
 class TrainLoader(DataLoader):
     """A :class:`~torch.utils.data.DataLoader` that knows how far it came; Lightning keeps that in the checkpoint.
 

@@ -193,6 +193,9 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": read_image(str(self.paths[index])), "label": int(self.labels[index])}
 
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
 
 class MemorySource:
     """Pictures held in memory as (N, C, H, W) uint8, C 1 or 3."""
@@ -305,6 +308,12 @@ class ArrowSource(ArrowPictures):
         return {"image": self.row(index)[0], "label": int(self.labels[index])}
 
 
+def file_of(source: Any, index: int) -> str | None:
+    """The file of a source's sample, where it has one."""
+    name = getattr(source, "name", None)
+    return name(index) if callable(name) else None
+
+
 class Part:
     """Some samples of another source, in the order given."""
 
@@ -324,6 +333,10 @@ class Part:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.source[int(self.indices[index])]
+
+    def name(self, index: int) -> str | None:
+        """The file of a sample, where it has one."""
+        return file_of(self.source, int(self.indices[index]))
 
     def _read_many(self, indices: Sequence[int]) -> dict[str, Tensor]:
         assert isinstance(self.source, ManyReader)
@@ -827,11 +840,44 @@ def hub_splits(repository: str, revision: str | None, config: str | None) -> dic
     """
     import datasets
 
-    try:
-        loaded = datasets.load_dataset(repository, config, revision=revision)
-    except Exception as error:
-        raise ZooError(f"cannot load hf://{repository}: {reason(error)}") from error
+    with _hub_or_cache() as reachable:
+        try:
+            loaded = datasets.load_dataset(repository, config, revision=revision)
+        except Exception as error:
+            detail = reason(error)
+            if not reachable:
+                detail = (
+                    "no connection to the hub, and it is not in its cache; where it lies on this machine, name its"
+                    " folder: --data.data_dir FOLDER, or --data.dataset FOLDER"
+                )
+            raise ZooError(f"cannot load hf://{repository}: {detail}") from error
     return dict(loaded)
+
+
+@contextlib.contextmanager
+def _hub_or_cache() -> Iterator[bool]:
+    """Whether the hub answers. Where not, its libraries, which would retry for minutes, use their cache only."""
+    import datasets
+    import huggingface_hub
+
+    constants: Any = huggingface_hub.constants
+    config: Any = datasets.config
+    if constants.HF_HUB_OFFLINE:
+        yield False
+        return
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the library's transport raises
+        settings = ((constants, constants.HF_HUB_OFFLINE), (config, config.HF_HUB_OFFLINE))
+        for owner, _ in settings:
+            owner.HF_HUB_OFFLINE = True
+        try:
+            yield False
+        finally:
+            for owner, before in settings:
+                owner.HF_HUB_OFFLINE = before
+        return
+    yield True
 
 
 def _at_path(

@@ -26,8 +26,8 @@ from zoo.errors import ZooError, unknown
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
-_KERNELS = ("pillow", "torch7", "tensorflow")
-_CROP_MODES = ("center", "squash", "border")
+_KERNELS = ("pillow", "torch7", "tensorflow", "tensorflow_v1")
+_CROP_MODES = ("center", "squash", "border", "square")
 
 
 # ------------------------------------------------------------------------------------------------------- pure functions
@@ -37,8 +37,8 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic",
     """Resize uint8 (..., C, H, W) pictures to (height, width); (..., C, *size) uint8.
 
     Args:
-        kernel: whose resize it is. "pillow" is antialiased; bicubic, "torch7" and "tensorflow" are Keys' kernel without
-            antialiasing (:func:`cubic_taps`).
+        kernel: whose resize it is. "pillow" is antialiased; "torch7", "tensorflow" and "tensorflow_v1" are bicubic
+            without antialiasing (:func:`cubic_taps`).
     """
     if tuple(image.shape[-2:]) == tuple(size):
         return image
@@ -47,21 +47,25 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic",
         resized = interpolate(image if several else image[None], size=size, mode=interpolation, antialias=antialias)
         return resized if several else resized[0]
     pixels = image.to(torch.float32)
-    for axis in (-1, -2):
-        if pixels.shape[axis] != size[axis]:
-            places, weights = cubic_taps(pixels.shape[axis], size[axis], kernel)
-            shape = (-1, 1) if axis == -2 else (-1,)
-            taps = zip(places.unbind(1), weights.unbind(1), strict=True)
-            pixels = sum(pixels.index_select(axis, at) * weight.view(shape) for at, weight in taps)  # type: ignore[assignment]
+    for length in size:  # rows, which lie in one piece; then the columns as rows
+        if pixels.shape[-2] != length:
+            places, weights = cubic_taps(pixels.shape[-2], length, kernel)
+            taps = [pixels.index_select(-2, at) for at in places.unbind(1)]
+            pixels = taps[0].mul_(weights[:, :1])
+            for k in (1, 2, 3):
+                pixels.addcmul_(taps[k], weights[:, k : k + 1])
+        pixels = pixels.transpose(-1, -2).contiguous()
     return pixels.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def cubic_taps(length: int, size: int, kernel: str) -> tuple[Tensor, Tensor]:
     """Which four pixels of a row of `length` make each of `size` pixels, (size, 4), and their weights, (size, 4).
 
-    Keys' cubic convolution (1981, a = -1/2), not widened where the picture shrinks. "torch7" is Torch7's
-    ``image.scale``: the middles of the outermost pixels stay where they are, and a row goes on linearly beyond its
-    ends. "tensorflow" is ``tf.image.resize``: the edges stay where they are, and what lies beyond has no weight.
+    Keys' cubic convolution (1981), not widened where the picture shrinks. "torch7" is Torch7's ``image.scale``: the
+    middles of the outermost pixels stay where they are, a row goes on linearly beyond its ends, a = -1/2. "tensorflow"
+    is ``tf.image.resize``: the edges stay where they are, what lies beyond has no weight, a = -1/2. "tensorflow_v1" is
+    ``tf.compat.v1.image.resize_bicubic``: the middle of the first pixel stays where it is, the outermost pixels are
+    repeated, a = -3/4. Both read their weights from a table of 1,024 steps between pixels.
     """
     steps = torch.arange(size, dtype=torch.float64)
     if kernel == "torch7":
@@ -69,19 +73,20 @@ def cubic_taps(length: int, size: int, kernel: str) -> tuple[Tensor, Tensor]:
         at[-1] = length - 1
         first = at.floor().clamp(max=max(0, length - 2))
     else:
-        at = (steps + 0.5) * (length / size) - 0.5
+        at = (steps + 0.5) * (length / size) - 0.5 if kernel == "tensorflow" else steps * (length / size)
         first = at.floor()
-    t = at - first
-    low, high = ((2 - t) * t - 1) * t / 2, (t - 1) * t * t / 2
-    left, right = (1.5 * t - 2.5) * t * t + 1, ((2 - 1.5 * t) * t + 0.5) * t
+        at = first + ((at - first) * 1024).round() / 1024
     places = first[:, None].long() + torch.arange(-1, 3)
+    away, a = (at[:, None] - places).abs(), -0.75 if kernel == "tensorflow_v1" else -0.5
+    near, far = ((a + 2) * away - (a + 3)) * away * away + 1, a * (((away - 5) * away + 8) * away - 4)
+    weights = torch.where(away < 1, near, far)
     outside = (places < 0) | (places >= length)
     if kernel == "torch7":
-        before, behind = low * outside[:, 0], high * outside[:, 3]
-        left, right = left + 2 * before - behind, right - before + 2 * behind
-    weights = torch.stack([low, left, right, high], dim=1)
-    weights = weights.masked_fill(outside, 0)
-    if kernel == "tensorflow":
+        before, behind = weights[:, 0] * outside[:, 0], weights[:, 3] * outside[:, 3]
+        weights[:, 1] += 2 * before - behind
+        weights[:, 2] += 2 * behind - before
+    if kernel != "tensorflow_v1":
+        weights = weights.masked_fill(outside, 0)
         weights = weights / weights.sum(dim=1, keepdim=True)
     return places.clamp(0, length - 1), weights.to(torch.float32)
 
@@ -339,7 +344,8 @@ class EvalResizeCrop(ImageTransform):
         crop_pct: share of the resized picture's side that is kept; 224/256 by habit, 1.0 at larger sizes.
         interpolation, kernel: of the resize.
         crop_mode: "center": the short side becomes size / crop_pct; "squash": both sides do, whatever the shape;
-            "border": the long side does, and the rest is filled with the mean colour. As timm names them.
+            "border": the long side does, and the rest is filled with the mean colour. As timm names them. "square": the
+            middle is cut out before the resize, a square of crop_pct of the short side, as TensorFlow's pipelines do.
     """
 
     random = False
@@ -362,6 +368,10 @@ class EvalResizeCrop(ImageTransform):
 
     def forward(self, image: Tensor) -> Tensor:
         side, (height, width) = self.side, image.shape[-2:]
+        if self.crop_mode == "square":
+            length = max(1, int(self.crop_pct * min(height, width)))
+            box = ((height - length + 1) // 2, (width - length + 1) // 2, length, length)
+            return crop_resize(image, box, side, self.interpolation, self.kernel)
         target = int(side / self.crop_pct)
         if self.crop_mode == "squash":
             new = (target, target)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.base import SALT, Batch, SeededDataModule, at_least_one, key_parts, own_randomness, sample_seeds
 from zoo.data.clips import FPS, ClipsDataset
-from zoo.data.loader import Key, TrainLoader
+from zoo.data.loader import EvalLoader, Key, TrainLoader
 from zoo.data.shapes import hash64
 from zoo.data.video_reader import VideoError, VideoReader
 from zoo.data.video_sources import VideoPart, open_layout, open_part
@@ -121,6 +121,11 @@ class VideoSet(Dataset):
                     sample = self._sample(index, seed, readers, lost)
                     samples += [] if sample is None else [sample]
         return {**self._batch(samples), _LOST: lost}
+
+    def name(self, index: int) -> str | None:
+        """The file or the name of the video that a view is of, where it has one."""
+        name = getattr(self.source, "name", None)
+        return name(index // self.views) if callable(name) else None
 
     def _drawn(self, indices: list[int], seeds: list[int]) -> list[dict[str, Any]]:
         """Clips of the drawn world, all in one go."""
@@ -258,7 +263,7 @@ class VideoTrainLoader(_Counting, TrainLoader):
     told = "others took their place"
 
 
-class VideoEvalLoader(_Counting):
+class VideoEvalLoader(_Counting, EvalLoader):
     """The loader of views for evaluation."""
 
 

@@ -55,7 +55,6 @@ from zoo.training.detection import Detection
 from zoo.weights.pretrained import fill, read_source
 
 Design = Literal["fpn", "dc5", "c4"]
-Options = Mapping[str, Any]
 
 # --------------------------------------------------------------------------------------------------------- 1. network
 
@@ -63,18 +62,22 @@ Options = Mapping[str, Any]
 class MaskRCNN(RCNN):
     """A ResNet, a region proposal network and heads for boxes and masks (or keypoints, or neither).
 
-    Every part is a config or a mapping of its fields.
+    As it stands Mask R-CNN R50-FPN. Every part is a config; in Python a mapping of its fields will do.
 
     Args:
         num_classes: K, without the background.
         design: `fpn`, heads on a pyramid (figure 4, right); `c4`, the fifth stage as the head of each region (figure 4,
-            left); `dc5`, heads on a fifth stage that is dilated instead of strided.
+            left); `dc5`, heads on a fifth stage that is dilated instead of strided. The published `c4` and `dc5` have
+            five anchor sizes on one level and more proposals (`rpn`), those of `c4` regions of 14 cells (`box.pool`).
         resnet: the trunk.
         fpn: the pyramid of the design `fpn`.
         rpn: proposals.
         roi: samples, and what is reported.
         box: the box head; with `cascade_ious` a cascade of them. In `c4` its convolutions and layers are not there.
         mask, keypoint: the other heads; null for none.
+
+    Attributes:
+        options: all of these, as they came to be.
 
     Raises:
         ZooError: an unknown design, option or name, or parts that do not go together.
@@ -84,13 +87,13 @@ class MaskRCNN(RCNN):
         self,
         num_classes: int = 80,
         design: Design = "fpn",
-        resnet: ResNetConfig | Options = ResNetConfig(),  # noqa: B008
-        fpn: FPNConfig | Options = FPNConfig(),  # noqa: B008
-        rpn: RPNConfig | Options = RPNConfig(),  # noqa: B008
-        roi: RoIConfig | Options = RoIConfig(),  # noqa: B008
-        box: BoxHeadConfig | Options = BoxHeadConfig(),  # noqa: B008
-        mask: MaskHeadConfig | Options | None = MaskHeadConfig(),  # noqa: B008
-        keypoint: KeypointHeadConfig | Options | None = None,
+        resnet: ResNetConfig = ResNetConfig(),  # noqa: B008
+        fpn: FPNConfig = FPNConfig(),  # noqa: B008
+        rpn: RPNConfig = RPNConfig(),  # noqa: B008
+        roi: RoIConfig = RoIConfig(),  # noqa: B008
+        box: BoxHeadConfig = BoxHeadConfig(),  # noqa: B008
+        mask: MaskHeadConfig | None = MaskHeadConfig(),  # noqa: B008
+        keypoint: KeypointHeadConfig | None = None,
     ) -> None:
         if design not in get_args(Design):
             raise unknown("design", design, get_args(Design))
@@ -113,6 +116,8 @@ class MaskRCNN(RCNN):
             heads = RoIHeads(backbone, num_classes, roi, box, mask, keypoint)
         super().__init__(backbone, RPN(backbone, rpn), heads)
         self.num_classes, self.design = num_classes, design
+        parts = {"resnet": resnet, "fpn": fpn, "rpn": rpn, "roi": roi, "box": box, "mask": mask, "keypoint": keypoint}
+        self.options: dict[str, Any] = {"num_classes": num_classes, "design": design, **parts}
 
     @property
     def size_divisibility(self) -> int:
@@ -131,59 +136,32 @@ class MaskRCNN(RCNN):
 
 
 class MaskRCNNDetection(Detection):
-    """Training and evaluation of a published network, or of one made of the options that follow.
+    """Training and evaluation of a :class:`MaskRCNN`.
 
     Args:
-        model: a published size, or null for :class:`MaskRCNN`'s own defaults.
-        num_classes: K; taken from the data module by a recipe.
-        design, resnet, fpn, rpn, roi, box, mask, keypoint: override the model's; of a part, the fields given only;
-            False for no mask or no keypoints.
         init_from: where :meth:`setup` takes weights from: the name of published weights, a file, or a checkpoint. Of a
             classifier the trunk is filled; of a detector everything but layers of another number of classes. A trunk in
             torchvision's layout wants `resnet.stride_in_1x1` false, and RGB pixels.
         oks_sigmas: of the keypoints, as in COCO's OKS; null for COCO's 17.
         clip_each: bound of the norm of each parameter's own gradient; null for none.
         optim: optimiser and schedule.
+        network: of :class:`MaskRCNN`.
     """
 
     network: MaskRCNN
 
     def __init__(
         self,
-        model: str | None = "mask_rcnn_r50_fpn",
-        num_classes: int = 80,
-        design: Design | None = None,
-        resnet: dict[str, Any] | None = None,
-        fpn: dict[str, Any] | None = None,
-        rpn: dict[str, Any] | None = None,
-        roi: dict[str, Any] | None = None,
-        box: dict[str, Any] | None = None,
-        mask: dict[str, Any] | Literal[False] | None = None,
-        keypoint: dict[str, Any] | Literal[False] | None = None,
         init_from: str | None = None,
         oks_sigmas: list[float] | None = None,
         clip_each: float | None = None,
         optim: Optim = Optim(  # noqa: B008
             name="sgd", base_lr=0.02, reference_batch=16, weight_decay=1e-4, no_decay="norm", schedule="step"
         ),
+        **network: Any,
     ) -> None:
-        if model is not None and model not in MODELS:
-            raise unknown("model", model, MODELS)
-        parts: dict[str, Any] = {
-            "design": design,
-            "resnet": resnet,
-            "fpn": fpn,
-            "rpn": rpn,
-            "roi": roi,
-            "box": box,
-            "mask": mask,
-            "keypoint": keypoint,
-        }
-        given: dict[str, Any] = {
-            name: None if part is False else part for name, part in parts.items() if part is not None
-        }
-        network = (MaskRCNN if model is None else MODELS[model])(num_classes=num_classes, **given)
-        super().__init__(network, optim, network.iou_types, oks_sigmas, clip_each, init_from)
+        detector = MaskRCNN(**network)
+        super().__init__(detector, optim, detector.iou_types, oks_sigmas, clip_each, init_from)
         self.save_hyperparameters()
 
     def load_initial(self, source: str) -> None:
@@ -371,18 +349,6 @@ def resnext101_32x8d_trunk(**overrides: Any) -> ResNetBackbone:
     """The ResNeXt-101-32x8d trunk (frozen BatchNorm) that detectors start from."""
     return ResNetBackbone(configured(ResNetConfig, {**_X101, **overrides}))
 
-
-MODELS = {
-    function.__name__: function
-    for function in (
-        *(faster_rcnn_r50_c4, faster_rcnn_r50_dc5, faster_rcnn_r50_fpn),
-        *(faster_rcnn_r101_c4, faster_rcnn_r101_dc5, faster_rcnn_r101_fpn, faster_rcnn_x101_32x8d_fpn),
-        *(mask_rcnn_r50_c4, mask_rcnn_r50_dc5, mask_rcnn_r50_fpn),
-        *(mask_rcnn_r101_c4, mask_rcnn_r101_dc5, mask_rcnn_r101_fpn, mask_rcnn_x101_32x8d_fpn),
-        *(mask_rcnn_r50_fpn_gn, mask_rcnn_r50_fpn_lsj, mask_rcnn_r101_fpn_lsj, cascade_mask_rcnn_r50_fpn),
-        *(keypoint_rcnn_r50_fpn, keypoint_rcnn_r101_fpn, keypoint_rcnn_x101_32x8d_fpn),
-    )
-}
 
 # ------------------------------------------------------------------------------------------------ 4. official weights
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -326,7 +326,8 @@ class MeanFlow(BaseModule):
     """Training and sampling, whatever the network; the two tasks below say what it is conditioned on.
 
     Batches hold `image` (B, C, S, S), pictures in [-1, 1] or scaled latents. They may pin the draws: `noise` (B, C, S,
-    S), and (B,) each `noise_t`, `noise_r`, `chance`, `drop`.
+    S), and (B,) each `noise_t`, `noise_r`, `chance`, `drop`. In evaluation, where each sample's draws are its own,
+    pairs are equal and labels dropped by chance, one by one.
 
     Args:
         network: of (z, times, condition); it samples.
@@ -336,6 +337,8 @@ class MeanFlow(BaseModule):
         sampling_times: from 1 to 0; [1, 0] is one step.
         autoencoder: weights of the autoencoder whose latents are modelled, or "pixels".
     """
+
+    batch_keys: Sequence[str] = ("image",)
 
     def __init__(
         self,
@@ -362,12 +365,15 @@ class MeanFlow(BaseModule):
 
     def _draws(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """(noise, t, r) of a batch."""
-        x = batch["image"]
-        drawn = self.pairs.noise(len(x), x.device)
-        names = ("noise_t", "noise_r", "chance")
-        fresh = (batch.get(name, value) for name, value in zip(names, drawn, strict=True))
-        t, r = self.pairs.pairs(*fresh)
-        return batch.get("noise", torch.randn_like(x)), t.to(x.dtype), r.to(x.dtype)
+        x, pairs, names = batch["image"], self.pairs, ("noise_t", "noise_r", "chance")
+        if self.training:
+            drawn = [batch.get(name, value) for name, value in zip(names, pairs.noise(len(x), x.device), strict=True)]
+        else:  # a sample's pair must not depend on its place in a batch
+            pairs, normal = replace(pairs, equal_by="chance"), pairs.distribution == "logit_normal"
+            drawn = [self.draws(batch, name, normal=normal and name != "chance") for name in names]
+        t, r = pairs.pairs(*drawn)
+        noise = self.draws(batch, "noise", *x.shape[1:], normal=True)
+        return noise.to(x.dtype), t.to(x.dtype), r.to(x.dtype)
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         raise NotImplementedError
@@ -380,8 +386,8 @@ class MeanFlow(BaseModule):
 
     def _evaluate(self, stage: str, batch: Mapping[str, Any]) -> None:
         out = self.loss(batch)
-        logs = {f"{stage}/error": out.error.mean(), f"{stage}/velocity_error": out.velocity_error.mean()}
-        self.log_dict(logs, sync_dist=True, batch_size=len(out.error))
+        self.tally(f"{stage}/error", out.error)
+        self.tally(f"{stage}/velocity_error", out.velocity_error)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._evaluate("val", batch)
@@ -426,6 +432,8 @@ class ClassConditionalMeanFlow(MeanFlow):
         tangent: (dr, dt) of the Jacobian-vector product; other than [0, 1] it is wrong on purpose (Table 1b).
         optim, pairs, loss_power, loss_eps, sampling_times, autoencoder: as in :class:`MeanFlow`.
     """
+
+    batch_keys = ("image", "label")
 
     def __init__(
         self,
@@ -476,9 +484,9 @@ class ClassConditionalMeanFlow(MeanFlow):
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         x, labels = batch["image"], batch["label"]
         noise, t, r = self._draws(batch)
-        draws = batch.get("drop")
-        draws = torch.rand(len(x), device=x.device) if draws is None else draws
-        dropped = torch.arange(len(x), device=x.device) < (draws < self.label_dropout).sum()
+        dropped = self.draws(batch, "drop") < self.label_dropout
+        if self.training:  # as many, but the first of the batch
+            dropped = torch.arange(len(x), device=x.device) < dropped.sum()
         return meanflow_loss(
             self.network,
             x,

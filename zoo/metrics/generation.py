@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.utilities import dim_zero_cat
 
+from zoo import files
 from zoo.errors import MissingPackage, ZooError, unknown
 from zoo.metrics.gathered import Gathered
 from zoo.paths import cache_dir
@@ -126,8 +127,8 @@ class Statistics:
             if self.features is None:
                 raise ZooError(f"these statistics ({self.name or 'unnamed'}) hold no features to write")
             arrays["features"] = self.features.cpu().numpy()
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **arrays)
+        with files.replacing(Path(path)) as part, part.open("wb") as file:
+            np.savez(file, **arrays)
 
 
 def has_pictures(path: str | os.PathLike[str]) -> bool:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -28,14 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
-from torchmetrics import MeanMetric
 
 from zoo.data.text import WordPiece, prompts
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 from zoo.metrics.retrieval import ImageTextRetrieval
 from zoo.metrics.zero_shot import class_features, unit
 from zoo.nn.vit import NORM_EPS, Block, PatchEmbed, init_as_linear, run_blocks
-from zoo.ops.collective import gather
+from zoo.ops.collective import gather_objects
 from zoo.ops.contrastive import clip_loss
 from zoo.ops.masking import random_masking, take_tokens, tokens_at
 from zoo.ops.patches import patchify
@@ -277,8 +276,6 @@ class FLIPPretraining(BaseModule):
     the data module's `class_prompts` (K, T, L).
 
     Args:
-        model: a published size, or null for one made of the sizes that follow. A size given overrides `model`'s.
-        img_size: side of the images; taken from the data module by a recipe.
         mask_ratio: share of patches that are left out in training.
         init_from: where :meth:`setup` takes the weights from: a checkpoint of this task, a published file, or the name
             of published weights; null trains from scratch.
@@ -287,49 +284,25 @@ class FLIPPretraining(BaseModule):
         monitor: what the best checkpoint is chosen by; null: none is.
         compile: compile the encoders with torch.compile.
         optim: optimiser and schedule.
+        network: of :class:`FLIP`.
     """
+
+    batch_keys = ("image", "text")
+    meets = True
 
     def __init__(
         self,
-        model: str | None = "flip_large_patch16",
-        img_size: int | None = None,
-        patch_size: int | None = None,
-        in_chans: int | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        vocab_size: int | None = None,
-        context_length: int | None = None,
-        text_embed_dim: int | None = None,
-        text_depth: int | None = None,
-        text_num_heads: int | None = None,
-        proj_dim: int | None = None,
         mask_ratio: float = 0.5,
         init_from: str | None = None,
         micro_batch: int | None = None,
-        grad_checkpointing: bool = False,
         monitor: str | None = "val/top1",
         compile: bool = False,
         optim: Optim = Optim(base_lr=4e-6, weight_decay=0.2, warmup_epochs=40),  # noqa: B008 (frozen)
+        **network: Any,
     ) -> None:
         super().__init__(optim)
         self.save_hyperparameters()
-        sizes = {
-            "img_size": img_size,
-            "patch_size": patch_size,
-            "in_chans": in_chans,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "vocab_size": vocab_size,
-            "context_length": context_length,
-            "text_embed_dim": text_embed_dim,
-            "text_depth": text_depth,
-            "text_num_heads": text_num_heads,
-            "proj_dim": proj_dim,
-        }
-        self.network = _network(model, {key: size for key, size in sizes.items() if size is not None})
-        self.network.set_grad_checkpointing(grad_checkpointing)
+        self.network = FLIP(**network)
         patches = self.network.num_patches
         if not (0 <= mask_ratio < 1 and int(patches * (1 - mask_ratio)) >= 1):
             raise ZooError(f"mask_ratio {mask_ratio} of {patches} patches must leave at least one")
@@ -338,10 +311,7 @@ class FLIPPretraining(BaseModule):
         self.mask_ratio, self.init_from, self.micro_batch = mask_ratio, init_from, micro_batch
         self.monitor = None if monitor is None else (monitor, "max")
         self._encode = torch.compile(self.network.forward) if compile else self.network.forward
-        kinds = {"top1": MeanMetric, "top5": MeanMetric, "retrieval": ImageTextRetrieval}
-        self.metrics = nn.ModuleDict(
-            {f"{split}_{name}": kind() for split in ("val", "test") for name, kind in kinds.items()}
-        )
+        self.retrieval = nn.ModuleDict({split: ImageTextRetrieval() for split in ("val", "test")})
         self._classes: Tensor | None = None
 
     def trainable(self) -> nn.Module:
@@ -378,7 +348,7 @@ class FLIPPretraining(BaseModule):
         """The features (B, P) of a training batch's images, masked, and texts."""
         images, text, noise = batch["image"], batch["text"], batch.get("mask_noise")
         if noise is None and self.mask_ratio:  # drawn here, so that a compiled or repeated pass sees the same masks
-            noise = torch.rand(len(images), self.network.num_patches, device=images.device)
+            noise = self.draws(batch, "mask_noise", self.network.num_patches)
         if self.micro_batch is None or self.micro_batch >= len(images):
             return self._encode(images, text, self.mask_ratio, noise)
         pieces = [
@@ -419,11 +389,11 @@ class FLIPPretraining(BaseModule):
         if self._classes is not None and "label" in batch:
             logits = image @ self._classes.float().T
             hits = logits.topk(min(5, logits.shape[1])).indices == batch["label"][:, None]
-            self.metrics[f"{split}_top1"].update(hits[:, 0].float())  # type: ignore[operator]
-            self.metrics[f"{split}_top5"].update(hits.any(dim=1).float())  # type: ignore[operator]
+            self.tally(f"{split}/top1", hits[:, 0])
+            self.tally(f"{split}/top5", hits.any(dim=1))
         if "text" in batch:
             text = self.network.encode_text(batch["text"]).float()
-            self.metrics[f"{split}_retrieval"].update(image, batch["index"], text, batch["owner"])  # type: ignore[operator]
+            self.retrieval[split].update(image, batch["index"], text, batch["owner"])  # type: ignore[operator]
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -432,20 +402,18 @@ class FLIPPretraining(BaseModule):
         self._evaluate(batch, "test")
 
     def _report(self, split: str) -> None:
-        for name in ("top1", "top5", "retrieval"):
-            metric: Any = self.metrics[f"{split}_{name}"]
-            # A process without samples must join the others all the same.
-            if not gather(torch.tensor([metric.update_called], device=self.device)).any():
-                continue
-            found = metric.compute()
-            found = found if isinstance(found, dict) else {name: found}
-            self.log_dict({f"{split}/{key}": value for key, value in found.items()}, prog_bar=name == "top1")
+        metric: Any = self.retrieval[split]
+        # A process without samples must join the others all the same.
+        if any(gather_objects(metric.update_called)):
+            self.log_dict({f"{split}/{key}": value for key, value in metric.compute().items()})
             metric.reset()
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         self._report("val")
 
     def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
         self._report("test")
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -458,19 +426,6 @@ class FLIPPretraining(BaseModule):
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, D) of images (B, C, S, S) before the projection, for probes."""
         return self.network.pool_image(self.network.visual(images))
-
-
-def _network(name: str | None, options: dict[str, Any]) -> FLIP:
-    """The network `name` with `options`, or one of sizes given in `options` alone."""
-    if name is None:
-        image, text = ("embed_dim", "depth", "num_heads"), ("text_embed_dim", "text_depth", "text_num_heads")
-        needed = ("patch_size", *image, "vocab_size", *text, "proj_dim")
-        if missing := [key for key in needed if key not in options]:
-            raise ZooError(f"model: null wants the network's sizes; missing: {', '.join(missing)}")
-        return FLIP(**options)
-    if name not in MODELS:
-        raise unknown("model", name, MODELS)
-    return MODELS[name](**options)
 
 
 # ---------------------------------------------------------------------------------------------------------- 3. models
@@ -496,10 +451,6 @@ def flip_huge_patch14(**overrides: Any) -> FLIP:
     text = {"text_embed_dim": 1024, "text_depth": 24, "text_num_heads": 16, "proj_dim": 1024}
     return FLIP(**{**image, **text, **overrides})
 
-
-MODELS: dict[str, Callable[..., FLIP]] = {
-    f.__name__: f for f in (flip_base_patch16, flip_large_patch16, flip_huge_patch14)
-}
 
 # ------------------------------------------------------------------------------------------------ 4. official weights
 

@@ -40,11 +40,10 @@ class TemporalConv3d(nn.Conv3d):
 
     def __init__(self, in_chans: int, out_chans: int, kernel: int = 1, stride: int = 1) -> None:
         super().__init__(in_chans, out_chans, (kernel, 1, 1), (stride, 1, 1), (kernel // 2, 0, 0), bias=False)
-        self.temporal_stride, self.temporal_padding = stride, kernel // 2
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, T, H, W) to (B, out_chans, T / stride, H, W)."""
-        stride, padding = (self.temporal_stride, 1), (self.temporal_padding, 0)
+        stride, padding = (self.stride[0], 1), (self.kernel_size[0] // 2, 0)
         flat = conv2d(x.flatten(3), self.weight.flatten(3), None, stride, padding)
         return flat.unflatten(3, x.shape[3:])
 

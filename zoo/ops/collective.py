@@ -30,6 +30,25 @@ def gather(x: Tensor) -> Tensor:
     return out
 
 
+def gather_objects(x: Any) -> list[Any]:
+    """What each process has, in the order of the ranks, on every process; small things of plain types."""
+    _, size = world()
+    found = [x] * size
+    if size > 1:
+        dist.all_gather_object(found, x)
+    return found
+
+
+def gather_at_first(x: Any) -> list[Any] | None:
+    """As :func:`gather_objects`, for large things: on rank 0 alone; None elsewhere."""
+    rank, size = world()
+    if size == 1:
+        return [x]
+    found: list[Any] | None = [None] * size if rank == 0 else None
+    dist.gather_object(x, found)
+    return found
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

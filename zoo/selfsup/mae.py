@@ -285,6 +285,8 @@ class MAEPretraining(BaseModule):
         network: of :class:`MaskedAutoencoder`.
     """
 
+    batch_keys = ("image",)
+
     def __init__(
         self,
         mask_ratio: float = 0.75,
@@ -307,23 +309,24 @@ class MAEPretraining(BaseModule):
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """The reconstruction loss of a batch."""
-        images, noise = batch["image"], batch.get("mask_noise")
-        if noise is None:  # drawn here, so that a compiled loss sees the same masks as one that is not
-            noise = torch.rand(len(images), self.network.num_patches, device=images.device)
-        return self._loss(images, self.mask_ratio, noise)
+        images = batch["image"]  # before the draws, so that its absence is told
+        # Drawn here, so that a compiled loss sees the same masks as one that is not.
+        return self._loss(images, self.mask_ratio, self.draws(batch, "mask_noise", self.network.num_patches))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         return self.loss(batch)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.log("val/loss", self.loss(batch), prog_bar=True, sync_dist=True, batch_size=len(batch["image"]))
+        self.tally("val/loss", self.loss(batch), len(batch["image"]))
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.log("test/loss", self.loss(batch), sync_dist=True, batch_size=len(batch["image"]))
+        self.tally("test/loss", self.loss(batch), len(batch["image"]))
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The `reconstruction` (B, C, S, S), visible patches pasted in, and the `masked` images, both normalised."""
-        seen, _, pasted = self.network.reconstruct(batch["image"], self.mask_ratio, batch.get("mask_noise"))
+        images = batch["image"]
+        noise = self.draws(batch, "mask_noise", self.network.num_patches)
+        seen, _, pasted = self.network.reconstruct(images, self.mask_ratio, noise)
         return {"masked": seen, "reconstruction": pasted}
 
     def features(self, images: Tensor) -> Tensor:

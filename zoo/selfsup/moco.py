@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from zoo.errors import ZooError
+from zoo.metrics.spread import Spread
+from zoo.nn.batchnorm import SplitBatchNorm
 from zoo.nn.resnet import detectron2_trunk, resnet, torchvision_trunk
 from zoo.ops.collective import from_first, gather, world
 from zoo.training import BaseModule, LinearClassification, Optim
@@ -117,12 +119,11 @@ class MoCo(nn.Module):
     """Query encoder, key encoder and queue.
 
     Args:
-        arch: a name in :data:`zoo.nn.resnet.RESNETS`.
         dim: C, of the embeddings.
         queue_size: K, a multiple of the global batch.
         momentum: m of the key encoder.
         temperature: T of the softmax.
-        layers, width, small_images, bn_splits: of :func:`zoo.nn.resnet.resnet`.
+        encoder: of :func:`zoo.nn.resnet.resnet`.
 
     Raises:
         ZooError: an unknown architecture, or a number out of range.
@@ -133,15 +134,11 @@ class MoCo(nn.Module):
 
     def __init__(
         self,
-        arch: str = "resnet50",
         dim: int = 128,
         queue_size: int = 65536,
         momentum: float = 0.999,
         temperature: float = 0.07,
-        layers: Sequence[int] | None = None,
-        width: int = 64,
-        small_images: bool = False,
-        bn_splits: int = 1,
+        **encoder: Any,
     ) -> None:
         super().__init__()
         if dim < 1 or queue_size < 1 or not 0 <= momentum <= 1 or temperature <= 0:
@@ -150,7 +147,7 @@ class MoCo(nn.Module):
                 f" {dim}, {queue_size}, {momentum} and {temperature}"
             )
         self.momentum, self.temperature = momentum, temperature
-        self.encoder_q = resnet(arch, dim, layers, width, small_images, bn_splits)
+        self.encoder_q = resnet(num_classes=dim, **encoder)
         self.encoder_q.fc = self.head(self.encoder_q.fc)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.register_buffer("queue", normalize(torch.randn(dim, queue_size), dim=0))
@@ -260,50 +257,39 @@ class MoCoPretraining(BaseModule):
     1/sqrt(C): 1 where they fill the sphere, 0 where they collapse.
 
     Args:
-        arch, dim, queue_size, momentum, temperature, layers, width, small_images, bn_splits: of the network.
         symmetric: each view is query and key in turn, and the losses add up (the official CIFAR-10 demo).
         feature: what `features` gives to probes: the pooled features of the "trunk", or the "embedding" of the head.
         optim: optimiser and schedule.
+        network: of :class:`MoCo`.
     """
 
-    network_class: type[MoCo] = MoCo
+    batch_keys = ("views", "image")
+    meets = True
 
     def __init__(
         self,
-        arch: str = "resnet50",
-        dim: int = 128,
-        queue_size: int = 65536,
-        momentum: float = 0.999,
-        temperature: float = 0.07,
-        layers: list[int] | None = None,
-        width: int = 64,
-        small_images: bool = False,
-        bn_splits: int = 1,
         symmetric: bool = False,
         feature: Literal["trunk", "embedding"] = "trunk",
         optim: Optim = _V1,
+        **network: Any,
     ) -> None:
         super().__init__(optim)
         self.save_hyperparameters()
-        self.network = self.network_class(
-            arch=arch,
-            dim=dim,
-            queue_size=queue_size,
-            momentum=momentum,
-            temperature=temperature,
-            layers=layers,
-            width=width,
-            small_images=small_images,
-            bn_splits=bn_splits,
-        )
-        self.bn_splits, self.symmetric, self.feature = bn_splits, symmetric, feature
+        self.network = self.build(**network)
+        self.symmetric, self.feature = symmetric, feature
+        dim = self.network.queue.shape[0]
+        self.val_spread, self.test_spread = Spread(dim), Spread(dim)
         self._waiting: list[Tensor] = []  # keys of an accumulation window that is still open
+
+    def build(self, **network: Any) -> MoCo:
+        """The network that this task trains."""
+        return MoCo(**network)
 
     def trainable(self) -> nn.Module:
         return self.network.encoder_q
 
     def on_train_start(self) -> None:
-        if self.trainer.world_size == 1 and self.bn_splits == 1:
+        if self.trainer.world_size == 1 and not any(isinstance(m, SplitBatchNorm) for m in self.network.modules()):
             rank_zero_warn(
                 "one process with model.bn_splits 1: queries and keys share their BatchNorm statistics, by which the"
                 " network can cheat; set model.bn_splits (8 for a batch of 256) or use several devices"
@@ -312,7 +298,10 @@ class MoCoPretraining(BaseModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         views = batch.get("views")
         if views is None or len(views) != 2:
-            raise ZooError("MoCo trains on two views of an image: wrap data.train_transform in TwoViews")
+            raise ZooError(
+                "MoCo trains on 'views', two of each image, which the batch does not hold: wrap data.train_transform in"
+                " TwoViews"
+            )
         window = 1 if self._trainer is None else self.trainer.accumulate_grad_batches
         if batch_idx % window == 0:
             self.network.update_key_encoder()
@@ -333,17 +322,21 @@ class MoCoPretraining(BaseModule):
             self.log("train/acc1", hits.float().mean(), on_step=True, on_epoch=True, batch_size=len(views[0]))
         return torch.stack([info_nce(part) for part in logits]).sum()
 
-    def _evaluate(self, batch: Mapping[str, Any], split: str) -> None:
-        embedding = self.network(batch["image"])
-        if len(embedding) > 1:
-            spread = embedding.std(dim=0).mean() * embedding.shape[1] ** 0.5
-            self.log(f"{split}/spread", spread, prog_bar=True, sync_dist=True, batch_size=len(embedding))
-
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+        self.val_spread.update(self.network(batch["image"]))
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+        self.test_spread.update(self.network(batch["image"]))
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self.log("val/spread", self.val_spread.compute().float(), prog_bar=True)
+        self.val_spread.reset()
+
+    def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
+        self.log("test/spread", self.test_spread.compute().float())
+        self.test_spread.reset()
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The `features` (N, D) and the `embedding` (N, C) of images."""
@@ -358,35 +351,29 @@ class MoCoPretraining(BaseModule):
 class MoCoV2Pretraining(MoCoPretraining):
     """Pre-training of version 2: :class:`MoCoV2`, T 0.2, cosine schedule. Arguments as MoCoPretraining's."""
 
-    network_class = MoCoV2
-
     def __init__(self, temperature: float = 0.2, optim: Optim = _V2, **options: Any) -> None:
         super().__init__(temperature=temperature, optim=optim, **options)
+
+    def build(self, **network: Any) -> MoCo:
+        return MoCoV2(**network)
 
 
 class MoCoLinearProbe(LinearClassification):
     """Linear classification of frozen features (section 4.1): SGD without decay, lr 30, the trunk in eval mode.
 
     Args:
-        arch, layers, width, small_images: of the trunk.
         num_classes: taken from the data module by a recipe.
         init_from: a checkpoint of :class:`MoCoPretraining`, a published file, or the name of published weights.
         optim: optimiser and schedule.
+        trunk: of :func:`zoo.nn.resnet.resnet`.
     """
 
     network: ResNet
 
     def __init__(
-        self,
-        arch: str = "resnet50",
-        layers: list[int] | None = None,
-        width: int = 64,
-        small_images: bool = False,
-        num_classes: int = 1000,
-        init_from: str | None = None,
-        optim: Optim = _PROBE,
+        self, num_classes: int = 1000, init_from: str | None = None, optim: Optim = _PROBE, **trunk: Any
     ) -> None:
-        network = resnet(arch, 0, layers, width, small_images)
+        network = resnet(num_classes=0, bn_splits=1, **trunk)  # splits change nothing in eval mode
         head = nn.Linear(network.num_features, num_classes)
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
-from collections.abc import Mapping
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -14,9 +16,14 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from zoo.data.shapes import hash64
 from zoo.errors import ZooError
+from zoo.ops.collective import gather, gather_objects
 from zoo.training.checkpoints import settle, take_up
 from zoo.training.optim import Optim, build
+
+# Lightning says of every run with a data module that the hooks which read batches are the module's own.
+warnings.filterwarnings("ignore", message="You have overridden `on_(before|after)_batch_transfer` in `LightningModule`")
 
 
 def seed_position(*position: int) -> None:
@@ -25,6 +32,10 @@ def seed_position(*position: int) -> None:
     random.seed(int(words[0]))
     np.random.seed(words[1])
     torch.manual_seed(int(words[2]))
+
+
+def _seed() -> int:
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def batch_length(batch: Any) -> int:
@@ -37,12 +48,65 @@ def batch_length(batch: Any) -> int:
     return 1
 
 
+class Batch(dict):
+    """A batch by keys; one that is missing is named in one line."""
+
+    def __init__(self, entries: Mapping[str, Any], reader: str = "the task", place: str = "a batch") -> None:
+        super().__init__(entries)
+        self.reader, self.place = reader, place
+
+    def __missing__(self, key: str) -> Any:
+        has = ", ".join(map(str, self)) or "no key"
+        raise ZooError(f"{self.reader} wants {key!r} in {self.place}, which has {has}")
+
+
+def read_batch(batch: Any, reader: str, keys: Sequence[str]) -> Batch:
+    """A batch as a :class:`Batch`. Pictures (B, C, H, W) alone, and (pictures, labels (B,)), as torchvision's data sets
+    give them, are taken as `image` and `label`; videos (B, C, T, H, W) as `video`.
+
+    Args:
+        batch: as the loader gives it.
+        reader, keys: who wants which keys, for the message.
+
+    Raises:
+        ZooError: anything else that is not a mapping.
+    """
+    if isinstance(batch, Batch) and batch.reader == reader:
+        return batch
+    if isinstance(batch, Mapping):
+        nested = {
+            key: [Batch(one, reader, f"{key} of a batch") if isinstance(one, Mapping) else one for one in value]
+            for key, value in batch.items()
+            if isinstance(value, list) and any(isinstance(one, Mapping) for one in value)
+        }
+        return Batch({**batch, **nested}, reader)
+    parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, list | tuple) else []
+    kinds = {4: "image", 5: "video"}
+    if parts and isinstance(parts[0], Tensor) and (name := kinds.get(parts[0].ndim)):
+        x, *rest = parts
+        if not rest:
+            return Batch({name: x}, reader)
+        label = rest[0]
+        whole = isinstance(label, Tensor) and label.shape == x.shape[:1] and not label.is_floating_point()
+        if len(rest) == 1 and whole:
+            return Batch({name: x, "label": label}, reader)
+    inside = ", ".join(type(part).__name__ for part in parts)
+    raise ZooError(
+        f"{reader} reads batches that are dicts with keys such as {', '.join(keys)}, or (image, label); got a"
+        f" {type(batch).__name__}{f' of {inside}' if inside else ''}"
+    )
+
+
 class BaseModule(L.LightningModule):
     """A LightningModule with the house's optimiser, seeds and logs; a task adds its network and its steps.
 
-    - Before every batch all random generators are seeded from (seed, epoch, batch index, rank), the seed being that of
-      `seed_everything`: a step is a pure function of its position, so a resumed run repeats the uninterrupted one.
-      Evaluation batches are seeded without the epoch, so that two epochs are compared on the same draws.
+    - Before every batch all random generators are seeded from (seed, epoch, update, batch of the update), the seed
+      being that of `seed_everything`: a step is a pure function of its position, so a resumed run repeats the
+      uninterrupted one. Evaluation batches are seeded without the epoch, so that two epochs are compared on the same
+      draws; and what :meth:`draws` gives there depends on the sample alone, not on the batch or the process it is in.
+    - :meth:`tally` takes the values of an evaluation's samples; their means are logged when it ends, the same for any
+      number of processes.
+    - With `batch_keys`, batches are read by :func:`read_batch`: a key that a step misses is named.
     - `train/loss` and `train/lr` are logged from what `training_step` returns.
     - A checkpoint with non-finite weights is refused, and holds plain types only (it loads with weights_only=True);
       `zoo_task` names the task's class.
@@ -61,10 +125,24 @@ class BaseModule(L.LightningModule):
     def __init__(self, optim: Optim) -> None:
         super().__init__()
         self.optim = optim if isinstance(optim, Optim) else Optim(**optim)
+        self._tallies: dict[str, Tensor] = {}
         self._means: dict[str, _Mean] = {}
         self._in_batch = False
 
     init_from: str | None = None
+
+    # Keys of the batches that the task reads; without any it takes batches as they come.
+    batch_keys: Sequence[str] = ()
+
+    # What a trainer can do with the task.
+    stages: Sequence[str] = ("fit", "validate", "test", "predict")
+
+    # Why torch.export cannot take the network, where it cannot.
+    not_exported: str = ""
+
+    # Whether samples of several processes meet in the loss, as in contrastive learning. Where they do not, so many
+    # processes compute what one computes that accumulates as many batches.
+    meets: bool = False
 
     def load_initial(self, source: str) -> None:
         """Fill the network from pre-trained weights: a name, a file, a checkpoint. Tasks that can start so override it.
@@ -87,9 +165,64 @@ class BaseModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         return build(self.trainable(), self.optim, self.trainer)
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return read_batch(batch, type(self).__name__, self.batch_keys) if self.batch_keys else batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # on its way it may become a plain dict
+        return self.on_before_batch_transfer(batch, dataloader_idx)
+
+    def draws(self, batch: Mapping[str, Any], name: str, *shape: int, normal: bool = False) -> Tensor:
+        """Random numbers (B, *shape) for the samples of a batch: uniform in [0, 1), or standard normal.
+
+        Those that the batch pins under `name`; else in training fresh ones, and in evaluation a function of (seed,
+        name, index of the sample) where the batch holds `index`.
+        """
+        if name in batch:
+            return batch[name]
+        draw, count = (torch.randn if normal else torch.rand), batch_length(batch)
+        if self.training or "index" not in batch:
+            return draw(count, *shape, device=self.device)
+        generator = torch.Generator()
+        rows = []
+        for seed in hash64(_seed(), zlib.crc32(name.encode()), batch["index"].cpu().numpy()).tolist():
+            generator.manual_seed(seed)
+            rows.append(draw(shape, generator=generator, dtype=torch.float32))
+        return torch.stack(rows).to(self.device)
+
+    @torch.no_grad()
+    def tally(self, name: str, values: Tensor, weights: Tensor | float = 1.0) -> None:
+        """Takes `values` (any shape; one a sample, mostly) into the mean that is logged as `name` when the evaluation
+        ends. A `weight` says how much a value counts, such as of how many samples it is the mean."""
+        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        values = values.to(wide)
+        counts = torch.as_tensor(weights, dtype=wide, device=values.device).expand_as(values)
+        sums = torch.stack([(values * counts).sum(), counts.sum()])
+        self._tallies[name] = self._tallies[name] + sums if name in self._tallies else sums
+
+    def _log_tallies(self) -> None:
+        names = sorted({name for some in gather_objects(list(self._tallies)) for name in some})
+        for name in names:  # of all processes: one without samples must join the others
+            mine = self._tallies.get(name)
+            mine = torch.zeros(2, dtype=torch.float64, device=self.device) if mine is None else mine
+            total, count = gather(mine).view(-1, 2).sum(dim=0)
+            self.log(name, (total / count).float(), prog_bar=name.startswith("val/"))
+        self._tallies.clear()
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_tallies()
+
+    def on_test_epoch_end(self) -> None:
+        self._log_tallies()
+
     def _seed_batch(self, stage: int, epoch: int, batch_idx: int, dataloader_idx: int = 0) -> None:
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        seed_position(seed, stage, epoch, batch_idx, self.global_rank, dataloader_idx)
+        step, place = batch_idx, self.global_rank
+        if not stage and self._trainer is not None:
+            # The batches of an update are numbered alike, be they of several processes or accumulated by one.
+            step, place = divmod(batch_idx, self.trainer.accumulate_grad_batches)
+            place = place * self.trainer.world_size + self.global_rank
+        seed_position(_seed(), stage, epoch, step, place, dataloader_idx)
+        if stage and not batch_idx and not dataloader_idx:
+            self._tallies.clear()  # of an evaluation that was interrupted
 
     def configure_callbacks(self) -> list[L.Callback]:
         return [_Losses()]

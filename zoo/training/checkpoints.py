@@ -357,3 +357,4 @@ class BestCheckpoint(ModelCheckpoint):
                 "kth_best_model_path": str(target) if kept else "",
             }
         super().load_state_dict(state_dict)
+        self.current_score = state_dict["current_score"]

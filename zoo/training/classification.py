@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
+from zoo.nn.memory_order import to_channels_last
 from zoo.training.base import BaseModule
 from zoo.training.optim import Optim
 
@@ -38,6 +37,7 @@ class Classification(BaseModule):
     """
 
     monitor = ("val/top1", "max")
+    batch_keys = ("image", "label")
 
     def __init__(
         self,
@@ -54,14 +54,13 @@ class Classification(BaseModule):
         self.network = network
         self.channels_last = channels_last
         if channels_last:
-            network.to(memory_format=torch.channels_last)
+            to_channels_last(network)
         self.label_smoothing, self.init_from = label_smoothing, init_from
         self.mixing: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         if mixup or cutmix:
             from zoo.data.transforms import Mixing
 
             self.mixing = Mixing(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
-        self.val_metrics, self.test_metrics = (_metrics(num_classes, f"{split}/") for split in ("val", "test"))
 
     def trainable(self) -> nn.Module:
         return self.network
@@ -74,9 +73,9 @@ class Classification(BaseModule):
 
     def predict_logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (B, num_classes) of a batch of `image`, or averaged over its `views`."""
-        if "image" in batch:
-            return self(batch["image"])
-        return torch.stack([self(view) for view in batch["views"]]).mean(dim=0)
+        if "views" in batch and "image" not in batch:
+            return torch.stack([self(view) for view in batch["views"]]).mean(dim=0)
+        return self(batch["image"])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         if self.mixing is not None:  # smooths the labels too
@@ -84,18 +83,18 @@ class Classification(BaseModule):
             return cross_entropy(self(batch["image"]), batch["label"])
         return cross_entropy(self(batch["image"]), batch["label"], label_smoothing=self.label_smoothing)
 
-    def _evaluate(self, batch: Mapping[str, Any], metrics: nn.ModuleDict, split: str) -> None:
-        logits = self.predict_logits(batch)
-        metrics["accuracy"].update(logits, batch["label"])  # type: ignore[operator]
-        metrics["loss"].update(cross_entropy(logits, batch["label"], reduction="none"))  # type: ignore[operator]
-        self.log_dict(metrics["accuracy"], prog_bar=split == "val")  # type: ignore[arg-type]
-        self.log(f"{split}/loss", metrics["loss"])
+    def _evaluate(self, batch: Mapping[str, Any], split: str) -> None:
+        logits, label = self.predict_logits(batch), batch["label"]
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
+        self.tally(f"{split}/top1", hits[:, 0])
+        self.tally(f"{split}/top5", hits.any(dim=1))
+        self.tally(f"{split}/loss", cross_entropy(logits, label, reduction="none"))
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics, "val")
+        self._evaluate(batch, "val")
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics, "test")
+        self._evaluate(batch, "test")
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Class probabilities (B, num_classes)."""
@@ -147,11 +146,3 @@ class LinearClassification(Classification):
         with torch.no_grad():
             features = self.features(images)
         return self.trainable()(features)
-
-
-def _metrics(num_classes: int, prefix: str) -> nn.ModuleDict:
-    top: dict[str, Metric | MetricCollection] = {
-        f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro", validate_args=False)
-        for k in (1, 5)
-    }
-    return nn.ModuleDict({"accuracy": MetricCollection(top, prefix=prefix, compute_groups=False), "loss": MeanMetric()})

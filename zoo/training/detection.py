@@ -34,6 +34,8 @@ class Detection(BaseModule):
     """
 
     monitor = ("val/box/AP", "max")
+    batch_keys = ("image", "size", "target")
+    not_exported = "takes a whole batch, and gives as many detections as it finds"
 
     def __init__(
         self,
@@ -80,12 +82,14 @@ class Detection(BaseModule):
         self._evaluate(batch, self.val_metric)
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         self._report(self.val_metric, "val")
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._evaluate(batch, self.test_metric)
 
     def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
         self._report(self.test_metric, "test")
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Tensor]]:

@@ -56,6 +56,8 @@ class Optim:
             decays everything.
         schedule: what follows the warm-up.
         interval: whether the schedule moves with every step or with whole epochs.
+        first_epoch: the number of a run's first epoch. 1 where the original code counts from 1: the schedule of whole
+            epochs is one ahead, and a cosine is 0 in the last of them.
         schedule_from: "warmup": the cosine begins at the end of the warm-up, which rises to the peak. "start": it has
             begun with the run, and the warm-up rises to the value that it has come down to by then.
         warmup_epochs: linear warm-up, in epochs.
@@ -92,6 +94,7 @@ class Optim:
     no_decay: NoDecay = "1d"
     schedule: Schedule = "cosine"
     interval: Interval = "step"
+    first_epoch: int = 0
     schedule_from: From = "warmup"
     warmup_epochs: float = 0.0
     warmup_steps: int | None = None
@@ -126,6 +129,11 @@ class Optim:
         for key in ("norm_weight_decay", "bias_weight_decay"):
             if getattr(self, key) is not None and not getattr(self, key) >= 0:
                 raise ZooError(f"optim.{key} must be null or not negative, but is {getattr(self, key)}")
+        if self.first_epoch not in (0, 1):
+            raise ZooError(f"optim.first_epoch must be 0 or 1, not {self.first_epoch}")
+        in_steps = self.interval == "step" or self.milestone_steps or self.warmup_steps
+        if self.first_epoch and (in_steps or self.warmup_epochs):
+            raise ZooError("optim.first_epoch 1 wants a schedule of whole epochs (interval: epoch) without warm-up")
         if self.nesterov and self.dampening:
             raise ZooError("optim.nesterov wants dampening 0")
         milestones = self.milestone_steps or self.milestones
@@ -154,7 +162,7 @@ def lr_at(
     warmup = optim.warmup_epochs if warmup_epochs is None else warmup_epochs
     milestones = optim.milestones if milestones is None else milestones
     if optim.interval == "epoch":
-        epoch = math.floor(epoch)
+        epoch = math.floor(epoch) + optim.first_epoch
     if epoch >= warmup:
         return _scheduled(optim, epoch, total_epochs, lr, warmup, milestones)
     if optim.warmup_lr is not None:
@@ -260,8 +268,9 @@ def build(model: nn.Module, optim: Optim, trainer: L.Trainer) -> Any:
         ZooError: the global batch cannot be held, the batch size is not known, or the run has no end to anneal to.
     """
     hold_global_batch(optim, trainer)
-    if optim.schedule == "cosine" and trainer.max_epochs == -1 and trainer.max_steps == -1:
-        raise ZooError("a cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+    if optim.schedule == "cosine" and trainer.max_epochs == -1 and (trainer.max_steps == -1 or optim.first_epoch):
+        ends = "trainer.max_epochs" if optim.first_epoch else "trainer.max_epochs or trainer.max_steps"
+        raise ZooError(f"a cosine schedule needs an end: set {ends}")
     peak = optim.peak_lr(1 if optim.lr is not None else effective_batch(optim, trainer))
     groups = param_groups(model, optim)
     # Under autocast Lightning refuses to clip before a fused step.
@@ -274,8 +283,9 @@ def build(model: nn.Module, optim: Optim, trainer: L.Trainer) -> Any:
     def factor(step: int) -> float:
         if step == 0:  # the number of batches is not known yet, and no schedule's start depends on it
             warm = 1.0 if (optim.warmup_epochs if optim.warmup_steps is None else optim.warmup_steps) else 0.0
-            milestones = [m for m in optim.milestone_steps or optim.milestones if m <= 0]
-            return lr_at(optim, 0.0, 1.0, peak, warm, milestones) / peak
+            milestones = [m for m in optim.milestone_steps or optim.milestones if m <= optim.first_epoch]
+            total = float(trainer.max_epochs or 1) if optim.first_epoch else 1.0
+            return lr_at(optim, 0.0, total, peak, warm, milestones) / peak
         epoch_of, total = _clock(optim, trainer)
         warmup = optim.warmup_epochs if optim.warmup_steps is None else epoch_of(optim.warmup_steps)
         milestones = [epoch_of(m) for m in optim.milestone_steps] or list(optim.milestones)

@@ -7,8 +7,10 @@ are monitors that see every image in one view; a paper's own linear-probe number
 from __future__ import annotations
 
 import itertools
+import math
 import os
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +23,8 @@ from torch.utils.data import DataLoader
 
 from zoo.errors import ZooError
 from zoo.metrics.knn import KNNAccuracy
-from zoo.training.base import batch_length
+from zoo.ops.collective import gather_objects
+from zoo.training.base import read_batch
 from zoo.training.ema import evaluation_weights
 from zoo.training.optim import Name, Optim, lr_at, make_optimizer, param_groups
 
@@ -50,11 +53,13 @@ def fit_probe(
     batch_size: int = 256,
     optim: Optim | None = None,
     seed: int = 0,
+    progress: Iterable[int] | None = None,
 ) -> nn.Sequential:
     """Trains a :func:`probe_head` on features (N, D) with labels (N,); the same result on every process.
 
     Batches hold min(batch_size, N) samples, the last incomplete one of an epoch is left out; learning rate by the
     linear rule on that batch. `optim` defaults to LARS at :func:`probe_lr`, no decay, 10 epochs of warm-up, cosine.
+    `progress` is what counts the epochs, where somebody watches.
     """
     if optim is None:
         rate = probe_lr("lars", len(features))
@@ -67,7 +72,7 @@ def fit_probe(
     order = torch.Generator().manual_seed(seed)
     peak = optim.peak_lr(batch_size)
     optimizer = make_optimizer(param_groups(head, optim), optim, peak)
-    for epoch in range(epochs):
+    for epoch in range(epochs) if progress is None else progress:
         shuffled = torch.randperm(len(features), generator=order).to(features.device)
         for step in range(steps):
             rate = lr_at(optim, epoch + step / steps, epochs, peak)
@@ -87,11 +92,24 @@ def topk_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {"top1": hits[:, 0].double().mean().item(), "top5": hits.any(dim=1).double().mean().item()}
 
 
-def extract_features(trainer: L.Trainer, module: L.LightningModule, loader: Iterable[Any]) -> dict[str, Tensor]:
+def told(what: str, steps: Any, trainer: L.Trainer, seconds: float = 10.0) -> Iterator[Any]:
+    """The entries of `steps`, with a line of progress every `seconds` on the first process."""
+    last = time.monotonic()
+    for number, step in enumerate(steps, 1):
+        yield step
+        if trainer.is_global_zero and (now := time.monotonic()) - last >= seconds:
+            last = now
+            print(f"{what} {number}/{len(steps)}", flush=True)
+
+
+def extract_features(
+    trainer: L.Trainer, module: L.LightningModule, loader: Any, what: str = "features: batch"
+) -> dict[str, Tensor]:
     """{"features" (N, D), "label" (N,), "index" (N,)} of this process's share of `loader`, on the module's device.
 
     `module` is taken as it stands (see :func:`zoo.training.ema.evaluation_weights`). Samples without an index get their
-    place in the loader, counted over all processes.
+    place in the loader, counted over all processes. A process without samples, beside others, gets {}. Long extractions
+    say how far they are, under the name `what`.
 
     Raises:
         ZooError: the task has no `features`, or the data no labels.
@@ -101,18 +119,19 @@ def extract_features(trainer: L.Trainer, module: L.LightningModule, loader: Iter
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     seen = 0
     with torch.inference_mode():
-        for batch in loader:
-            if not isinstance(batch, Mapping) or "label" not in batch:
-                raise ZooError("a probe needs batches with an image and a label")
-            batch = trainer.precision_plugin.convert_input(batch)
+        for batch in told(what, loader, trainer):
+            batch = read_batch(trainer.precision_plugin.convert_input(batch), "a probe", ("image", "label"))
             batch = trainer.strategy.batch_to_device(batch, module.device)
+            image, label = batch["image"], batch["label"]
             with trainer.precision_plugin.forward_context():
-                features = module.features(batch["image"])  # type: ignore[operator]
-            size = batch_length(batch)
+                features = module.features(image)  # type: ignore[operator]
+            size = len(image)
             place = (torch.arange(seen, seen + size) * trainer.world_size + trainer.global_rank).to(module.device)
             seen += size
             dtype = torch.promote_types(features.dtype, torch.float32)
-            rows.append((features.to(dtype), batch["label"], batch.get("index", place)))
+            rows.append((features.to(dtype), label, batch.get("index", place)))
+    if not rows and trainer.world_size > 1:
+        return {}  # others may have some
     if not rows:
         raise ZooError("a probe got no data: the loader is empty")
     features, labels, indices = (torch.cat(column).clone() for column in zip(*rows, strict=True))
@@ -122,10 +141,19 @@ def extract_features(trainer: L.Trainer, module: L.LightningModule, loader: Iter
 def gather_samples(trainer: L.Trainer, samples: dict[str, Tensor]) -> dict[str, Tensor]:
     """The samples of all processes, each once and in the order of "index", on every process.
 
-    Shares may differ in length; none may be empty.
+    Shares may differ in length; an empty one may be {}.
+
+    Raises:
+        ZooError: all are empty.
     """
     if trainer.world_size > 1:
-        device = samples["index"].device
+        kinds = gather_objects({key: (tuple(value.shape[1:]), value.dtype) for key, value in samples.items()})
+        if not (kind := next(filter(None, kinds), None)):
+            raise ZooError("a probe got no data: the loaders are empty")
+        device = trainer.strategy.root_device
+        samples = samples or {
+            key: torch.zeros(0, *shape, dtype=dtype, device=device) for key, (shape, dtype) in kind.items()
+        }
         sizes = [int(n) for n in trainer.strategy.all_gather(torch.tensor(len(samples["index"]), device=device))]
         gathered = {}
         for key, value in samples.items():
@@ -142,13 +170,28 @@ def gather_samples(trainer: L.Trainer, samples: dict[str, Tensor]) -> dict[str, 
     return {key: value[order[fresh]] for key, value in samples.items()}
 
 
-def _loader(trainer: L.Trainer, split: str, count: int | None = None) -> Iterable[Any]:
-    """The loader of "train", "val" or "test": the data module's own, else the one the trainer holds.
+class _Some:
+    """The first `count` batches of a loader."""
 
-    Of "val" and "test" as many batches as `trainer.limit_val_batches` and `limit_test_batches` allow. A data module
-    with `samples(split, train_transform)` gives the training samples under its evaluation transform, each once;
-    `count` of them, where so many are enough, drawn with the run's seed.
+    def __init__(self, loader: Any, count: int) -> None:
+        self.loader, self.count = loader, count
+
+    def __len__(self) -> int:
+        return min(len(self.loader), self.count)
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self.loader, self.count)
+
+
+def _loader(trainer: L.Trainer, split: str, count: int | None = None) -> Any:
+    """The loader of "train", "val", "test" or "predict": the data module's own, else the one the trainer holds; as many
+    batches of it as the trainer's limit for the split lets through.
+
+    A data module with `samples(split, train_transform)` gives the training samples under its evaluation transform, each
+    once; of these a limit counts the batches of all processes together. Where `count` of them are enough, so many are
+    drawn with the run's seed, whatever the limit.
     """
+    limit = getattr(trainer, f"limit_{split}_batches", None) or 1.0  # 0 is for the trainer's own loop
     source = trainer.datamodule  # type: ignore[attr-defined]
     if source is not None:
         if split == "train" and trainer.state.fn != TrainerFn.FITTING:
@@ -160,7 +203,11 @@ def _loader(trainer: L.Trainer, split: str, count: int | None = None) -> Iterabl
             if count is not None and count < len(samples):
                 draw = torch.Generator().manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
                 chosen = torch.randperm(len(samples), generator=draw)[:count].sort().values.tolist()
-                count = None
+            elif count is None:
+                batches = math.ceil(len(samples) / loader.batch_size)
+                batches = min(batches, limit) if isinstance(limit, int) else math.ceil(batches * limit)
+                chosen = chosen[: batches * loader.batch_size]
+            count, limit = None, 1.0
             loader = DataLoader(
                 samples,
                 batch_size=loader.batch_size,
@@ -180,9 +227,9 @@ def _loader(trainer: L.Trainer, split: str, count: int | None = None) -> Iterabl
         raise ZooError(f"a probe needs {split} data, and this run has none; hand over a LightningDataModule")
     if count is not None and split == "train" and len(loader) * (getattr(loader, "batch_size", None) or 1) > count:
         raise ZooError("train_samples of a probe wants a data module that has samples(split, train_transform)")
-    limit = 1.0 if split == "train" else getattr(trainer, f"limit_{split}_batches")
-    most = limit if isinstance(limit, int) else None if limit == 1.0 else int(limit * len(loader))
-    return itertools.islice(loader, most) if most else loader
+    if limit == 1.0 and not isinstance(limit, int):
+        return loader
+    return _Some(loader, limit if isinstance(limit, int) else max(1, int(len(loader) * limit)))
 
 
 def _some(count: int | None) -> int | None:
@@ -232,7 +279,12 @@ class LinearProbe(L.Callback):
         """{"probe_top1", "probe_top5"} on `split` ("val" or "test"); call on every process."""
         with evaluation_weights(trainer, module):
             train, held = (
-                gather_samples(trainer, extract_features(trainer, module, _loader(trainer, name, count)))
+                gather_samples(
+                    trainer,
+                    extract_features(
+                        trainer, module, _loader(trainer, name, count), f"linear probe: {name} features, batch"
+                    ),
+                )
                 for name, count in (("train", self.train_samples), (split, None))
             )
         classes = _num_classes(trainer, train["label"], held["label"])
@@ -240,13 +292,15 @@ class LinearProbe(L.Callback):
             features, labels = train["features"].clone(), train["label"].clone()
             rate = self.base_lr or probe_lr(self.optim.name, len(features))
             optim = replace(self.optim, base_lr=rate)
-            head = fit_probe(features, labels, classes, self.epochs, self.batch_size, optim, self.seed)
+            progress = told("linear probe: epoch", range(self.epochs), trainer)
+            head = fit_probe(features, labels, classes, self.epochs, self.batch_size, optim, self.seed, progress)
         with torch.no_grad():
             accuracy = topk_accuracy(head(held["features"]), held["label"])
         if trainer.is_global_zero:
             print(
-                f"linear probe on {split}: top-1 {accuracy['top1']:.2%}, top-5 {accuracy['top5']:.2%}"
-                f" ({classes} classes, {len(train['label'])} train and {len(held['label'])} {split} samples)",
+                f"linear probe on {split}: top-1 {accuracy['top1']:.2%}"
+                + (f", top-5 {accuracy['top5']:.2%}" if classes > 5 else "")
+                + f" ({classes} classes, {len(train['label'])} train and {len(held['label'])} {split} samples)",
                 flush=True,
             )
         return {f"probe_{name}": value for name, value in accuracy.items()}
@@ -269,7 +323,8 @@ class LinearProbe(L.Callback):
 
 
 class KNNProbe(L.Callback):
-    """Logs `knn_top1` and `knn_top5` of the task's features on the validation split, train features as the bank.
+    """Logs `knn_top1` and `knn_top5` of the task's features on the validation split, in a test on the test split, with
+    train features as the bank.
 
     Args:
         k: neighbours.
@@ -291,10 +346,21 @@ class KNNProbe(L.Callback):
             trainer.state.fn == TrainerFn.FITTING and (trainer.current_epoch + 1) % self.every_n_epochs
         ):
             return
+        self._measure(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._measure(trainer, pl_module, "test")
+
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, held: str) -> None:
         with evaluation_weights(trainer, pl_module):
             bank, query = (
-                gather_samples(trainer, extract_features(trainer, pl_module, _loader(trainer, split, count)))
-                for split, count in (("train", self.train_samples), ("val", None))
+                gather_samples(
+                    trainer,
+                    extract_features(
+                        trainer, pl_module, _loader(trainer, split, count), f"kNN: {split} features, batch"
+                    ),
+                )
+                for split, count in (("train", self.train_samples), (held, None))
             )
         # Gathered already (without repeats), so every process computes the same.
         metric = KNNAccuracy(

@@ -126,24 +126,27 @@ def reference_statistics(
         split: "train", "val", "test" or "predict".
         extractor: on `device`.
         features: keep the features too, for KID, precision and recall.
-        trainer: each process takes a share, and all get the whole; call on every process.
+        trainer: each process takes a share, and all get the whole; call on every process. Where it limits the batches
+            of the split to a number, so many count.
     """
     from zoo.data.base import same
     from zoo.data.loader import ExactSampler
-    from zoo.training.probe import gather_samples
+    from zoo.training.probe import gather_samples, told
 
     samples = data.samples(split, train_transform=False)
     rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-    if len(samples) < max(2, world):
-        raise ZooError(f"the split {split!r} has too few pictures for statistics: {len(samples)}")
+    limit = getattr(trainer, f"limit_{split}_batches", None)
+    pictures = min(len(samples), limit * data.eval_batch_size) if limit and isinstance(limit, int) else len(samples)
+    if pictures < max(2, world):
+        raise ZooError(f"the split {split!r} has too few pictures for statistics: {pictures}")
     options: dict[str, Any] = {"num_workers": data.num_workers, "collate_fn": same}
-    sampler = ExactSampler(len(samples), rank, world)
+    sampler = ExactSampler(pictures, rank, world)
     loader = torch.utils.data.DataLoader(samples, data.eval_batch_size, sampler=sampler, **options)
     shift, scale = (torch.tensor(v)[:, None, None] for v in (data.mean, data.std))
     rows: list[tuple[Tensor, Tensor]] = []
     total = square = count = torch.zeros((), dtype=torch.float64, device=device)
     with torch.inference_mode():
-        for batch in loader:
+        for batch in told(f"statistics of {split}: batch", loader, trainer) if trainer else loader:
             pixels = (batch["image"] * scale + shift) * 2 - 1
             x, _ = extractor(to_uint8(pixels, "round").to(device))
             if features:
@@ -151,7 +154,7 @@ def reference_statistics(
             else:
                 wide = x.double()
                 total, square, count = total + wide.sum(dim=0), square + wide.T @ wide, count + len(x)
-    name = f"{data.dataset} {split}, {len(samples)} pictures"
+    name = f"{data.dataset} {split}, {pictures} pictures"
     if features:
         found, index = (torch.cat(column).clone() for column in zip(*rows, strict=True))
         if trainer:
@@ -359,6 +362,8 @@ class SamplingEvaluation(L.Callback):
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, count: int) -> dict[str, Tensor]:
         """The metrics of `count` samples, the same on every process. Call on every process."""
+        from zoo.training.probe import told
+
         assert self._metric is not None
         if count < trainer.world_size:
             raise ZooError(f"{count} samples cannot be shared by {trainer.world_size} processes")
@@ -376,7 +381,8 @@ class SamplingEvaluation(L.Callback):
             torch.inference_mode(),
             trainer.precision_plugin.forward_context(),
         ):
-            for indices in self._shares(count, trainer.global_rank, trainer.world_size):
+            shares = list(self._shares(count, trainer.global_rank, trainer.world_size))
+            for indices in told("evaluation by samples: batch", shares, trainer):
                 label = labels_of(indices, pl_module.num_classes, count, self.seed, self.labels)  # type: ignore[arg-type]
                 images = draw_samples(pl_module, indices, pl_module.device, self.seed, label)
                 metric.update(to_uint8(images.float(), self.rounding), torch.tensor(indices, device=pl_module.device))

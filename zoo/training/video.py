@@ -15,6 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics import MeanMetric, Metric
 
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
+from zoo.nn.memory_order import to_channels_last
 from zoo.training.base import BaseModule
 from zoo.training.optim import Optim
 
@@ -35,6 +36,7 @@ class VideoClassification(BaseModule):
     """
 
     monitor = ("val/top1", "max")
+    batch_keys: Sequence[str] = ("video", "label", "video_id", "view")
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class VideoClassification(BaseModule):
         self.network, self.num_classes = network, num_classes
         self.label_smoothing, self.init_from, self.channels_last = label_smoothing, init_from, channels_last
         if channels_last:
-            network.to(memory_format=torch.channels_last_3d)
+            to_channels_last(network, torch.channels_last_3d)
         self.val_metrics, self.test_metrics = (
             nn.ModuleDict({"score": self.make_metric(), "loss": MeanMetric()}) for _ in range(2)
         )
@@ -107,12 +109,14 @@ class VideoClassification(BaseModule):
         self._evaluate(batch, self.val_metrics)
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         self._log_scores(self.val_metrics, "val")
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._evaluate(batch, self.test_metrics)
 
     def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
         self._log_scores(self.test_metrics, "test")
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Any:
@@ -150,6 +154,7 @@ class ActionDetection(VideoClassification):
     """
 
     monitor = ("val/mAP", "max")
+    batch_keys = ("video", "target")
     classes: list[int] | None = None  # columns that are evaluated; None: all
 
     def make_metric(self) -> Metric:

@@ -22,7 +22,7 @@ Deviations from the official code, none of which changes a value:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -80,6 +80,7 @@ __all__ = [
 
 Fusion = Literal["none", "time_to_channel_sum", "time_to_channel_concat", "time_strided_sample", "time_strided_conv"]
 SLOW_KERNELS, FAST_KERNELS = (1, 1, 1, 3, 3), (5, 3, 3, 3, 3)  # temporal, of the stem and res2 to res5 (Table 1)
+_OF_BOTH = ("alpha", "fusion", "fusion_ratio", "fusion_kernel", "slow_temporal_blocks", "fast_temporal_blocks")
 
 # ------------------------------------------------------------------------------------------------------- 1. equations
 
@@ -395,31 +396,6 @@ def slowfast_r101_16x8_50_50_nl_ava(**overrides: Any) -> SlowFast:
     return SlowFast(**{**_R101, **_16X8, **_K5, **_50_50, **_NL_R101, **_AVA_POOL, **_AVA, **overrides})
 
 
-MODELS: dict[str, Callable[..., VideoNetwork]] = {
-    f.__name__: f
-    for f in (
-        slow_r50_4x16,
-        slow_r50_8x8,
-        slow_r50_4x16_nl,
-        slow_r50_8x8_nl,
-        slow_r50_4x16_ava,
-        slowfast_r50_4x16,
-        slowfast_r50_8x8,
-        slowfast_r50_16x8,
-        slowfast_r50_4x16_nl,
-        slowfast_r50_8x8_nl,
-        slowfast_r50_8x8_ava,
-        slowfast_r101_8x8,
-        slowfast_r101_8x8_50_101,
-        slowfast_r101_8x8_50_50,
-        slowfast_r101_8x8_50_50_nl,
-        slowfast_r101_16x8_50_50,
-        slowfast_r101_16x8_50_50_nl,
-        slowfast_r101_8x8_50_50_nl_ava,
-        slowfast_r101_16x8_50_50_nl_ava,
-    )
-}
-
 # ------------------------------------------------------------------------------------------------------------ 4. tasks
 
 
@@ -427,15 +403,15 @@ class SlowFastClassification(VideoClassification):
     """Training and evaluation with one label a clip (Kinetics, Something-Something).
 
     Args:
-        model: a published network; null: one of the pathways in `arch`. What is given of the following overrides
-            `model`'s.
-        arch: "slowfast", "slow" or "fast" alone, where `model` is null.
-        depth, width, alpha, beta_inv, fusion, fusion_kernel, block, num_frames, crop_size, dropout, in_chans: as of
-            :class:`SlowFast`; a network of one pathway knows no fusion and no alpha, and Slow alone no beta_inv.
-        num_classes: taken from the data module by a recipe.
-        grad_checkpointing: keep only the blocks' inputs for the backward pass, and compute the rest again.
-        init_from: weights to start from, all but the classifier: the name of published ones, or a file.
+        arch: both pathways, or one of them alone: "slow" sees `num_frames` frames, "fast" is `beta_inv` times as narrow
+            as `width` says.
+        init_from: weights to start from, all but the classifier, and but non-local blocks where they have none: the
+            name of published ones, or a file.
         label_smoothing, channels_last, optim: as of the base class.
+        network: of :class:`SlowFast`, or of :func:`slow_only` or :func:`fast_only`.
+
+    Raises:
+        ZooError: an option of both pathways for one alone.
     """
 
     activation: Activation = "softmax"
@@ -444,47 +420,25 @@ class SlowFastClassification(VideoClassification):
 
     def __init__(
         self,
-        model: str | None = "slowfast_r50_8x8",
-        arch: Literal["slowfast", "slow", "fast"] | None = None,
-        depth: int | None = None,
-        width: int | None = None,
-        alpha: int | None = None,
-        beta_inv: int | None = None,
-        fusion: Fusion | None = None,
-        fusion_kernel: int | None = None,
-        block: Block | None = None,
-        num_frames: int | None = None,
-        crop_size: int | None = None,
-        dropout: float | None = None,
-        in_chans: int | None = None,
-        num_classes: int = 400,
-        grad_checkpointing: bool = False,
+        arch: Literal["slowfast", "slow", "fast"] = "slowfast",
         init_from: str | None = None,
         label_smoothing: float = 0.0,
         channels_last: bool = False,
         optim: Optim = Optim(name="sgd", lr=0.1, nesterov=True, weight_decay=1e-4),  # noqa: B008
+        **network: Any,
     ) -> None:
-        given: dict[str, Any] = {
-            "depth": depth,
-            "width": width,
-            "alpha": alpha,
-            "beta_inv": beta_inv,
-            "fusion": fusion,
-            "fusion_kernel": fusion_kernel,
-            "block": block,
-            "num_frames": num_frames,
-            "crop_size": crop_size,
-            "dropout": dropout,
-            "in_chans": in_chans,
-        }
-        options = {key: value for key, value in given.items() if value is not None}
-        options |= {
-            "num_classes": num_classes,
-            "grad_checkpointing": grad_checkpointing,
-            **({} if self.detection else {"activation": self.activation}),
-        }
-        network = _network(model, arch, self.detection, options)
-        super().__init__(network, optim, num_classes, label_smoothing, init_from, channels_last)
+        made: VideoNetwork
+        if arch == "slowfast":
+            made = SlowFast(activation=self.activation, detection=self.detection, **network)
+        elif wrong := [key for key in network if key in _OF_BOTH or (key == "beta_inv" and arch == "slow")]:
+            raise ZooError(f"arch {arch} is one pathway: leave {', '.join(wrong)} out")
+        elif arch == "slow":
+            made = slow_only(activation=self.activation, detection=self.detection, **network)
+        elif arch == "fast":
+            made = fast_only(activation=self.activation, detection=self.detection, **network)
+        else:
+            raise unknown("arch", str(arch), ("slowfast", "slow", "fast"))
+        super().__init__(made, optim, made.num_classes, label_smoothing, init_from, channels_last)
         self.save_hyperparameters()
 
     def load_initial(self, source: str) -> None:
@@ -492,7 +446,8 @@ class SlowFastClassification(VideoClassification):
 
         state = convert_official(read_source(source))
         trunk = {key: value for key, value in state.items() if not key.startswith("head.")}
-        fill(self.network, trunk, source, lambda key: not key.startswith("head."))
+        fresh = r"head\." if any(".nonlocals." in key for key in trunk) else r"head\.|.*\.nonlocals\."
+        fill(self.network, trunk, source, lambda key: not re.match(fresh, key))
 
 
 class SlowFastMultiLabel(MultiLabelVideoClassification, SlowFastClassification):
@@ -502,36 +457,9 @@ class SlowFastMultiLabel(MultiLabelVideoClassification, SlowFastClassification):
 
 
 class SlowFastDetection(ActionDetection, SlowFastClassification):
-    """The same for boxes with any number of actions each (AVA, section 5)."""
+    """The same for boxes with any number of actions each (AVA, section 5); res5 is to have stride 1 and dilation 2."""
 
     detection = True
-
-
-_PATHWAYS: dict[str, Callable[..., VideoNetwork]] = {"slowfast": SlowFast, "slow": slow_only, "fast": fast_only}
-_NOT_OF = {
-    "slow": ("alpha", "beta_inv", "fusion", "fusion_kernel"),
-    "fast": ("alpha", "fusion", "fusion_kernel"),
-}
-
-
-def _network(model: str | None, arch: str | None, detection: bool, options: dict[str, Any]) -> VideoNetwork:
-    if model is None:
-        name = arch or "slowfast"
-        create, single = _PATHWAYS[name], name
-        if detection:
-            options = {**_AVA, **options}
-    elif model not in MODELS:
-        raise unknown("model", model, MODELS)
-    elif arch is not None:
-        raise ZooError(f"model {model} has its own pathways; give model: null to choose arch")
-    else:
-        name, create, single = model, MODELS[model], model.partition("_")[0]
-        if detection is not model.endswith("_ava"):
-            task = "SlowFastDetection" if not detection else "SlowFastClassification or SlowFastMultiLabel"
-            raise ZooError(f"model {model} is one for {task}")
-    if wrong := [key for key in _NOT_OF.get(single, ()) if key in options]:
-        raise ZooError(f"{name} has one pathway: leave {', '.join(wrong)} out")
-    return create(**options)
 
 
 # ------------------------------------------------------------------------------------------------ 5. official weights

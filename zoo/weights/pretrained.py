@@ -133,10 +133,10 @@ def _transform(facts: Preprocess, size: int) -> v2.Compose:
         return v2.Compose([Canvas(size)])
     if facts.longest is not None:
         sized: list[Any] = [_ShortestEdge(size, facts.longest)]
-    elif facts.kernel != "pillow":
+    elif facts.kernel != "pillow" or facts.crop_mode != "center":
         from zoo.data.transforms import EvalResizeCrop
 
-        sized = [EvalResizeCrop(size, facts.crop_pct, facts.interpolation, kernel=facts.kernel)]
+        sized = [EvalResizeCrop(size, facts.crop_pct, facts.interpolation, facts.crop_mode, facts.kernel)]
     else:
         short_side = int(size / facts.crop_pct + 1e-6)
         sized = [v2.Resize(short_side, v2.InterpolationMode(facts.interpolation), antialias=True), v2.CenterCrop(size)]
@@ -554,6 +554,8 @@ def _check_pictures(entry: Weight, data: Any) -> None:
         return
     for key, theirs in (("image_size", facts.size), ("mean", facts.mean), ("std", facts.std)):
         given = getattr(data, key, None)
+        if key == "image_size":  # evaluation may take pictures of another size than training
+            given = getattr(getattr(data, "eval_transform", None), "size", None) or given
         if given is None:
             continue
         same = np.shape(given) == np.shape(theirs) and np.allclose(np.asarray(given, float), theirs, atol=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.detection.mask_rcnn import MODELS, MaskRCNN, MaskRCNNDetection, convert_official
+from zoo.detection import mask_rcnn
+from zoo.detection.mask_rcnn import MaskRCNN, MaskRCNNDetection, convert_official
 from zoo.errors import ZooError
 from zoo.nn.detection.roi_heads import PoolConfig, RoIPooler, rois_of
 from zoo.nn.detection.rpn import AnchorGenerator
 from zoo.ops.boxes import decode_boxes, encode_boxes, match, pairwise_iou, permutation, pyramid_levels, sample_labels
 from zoo.ops.keypoints import heatmaps_to_keypoints
 from zoo.ops.masks import crop_masks, crop_polygons, paste_masks
-from zoo.parity import Case, dtype_of, filled_inputs, gradients, load_filled, named, shared, train
+from zoo.parity import Case, filled_inputs, gradients, load_filled, named, shared, train
 
 official = shared("detectron2")
 
@@ -26,13 +28,16 @@ def run(case: Case) -> dict[str, Tensor]:
     return train_run(case) if "effective" in config else network(case) if "training" in config else box_ops(case)
 
 
+def create(base: str | None, given: dict[str, Any]) -> MaskRCNN:
+    """The network of a base config and settings."""
+    return (MaskRCNN if base is None else getattr(mask_rcnn, base))(**official.options(given))
+
+
 def network(case: Case) -> dict[str, Tensor]:
     """Losses and gradients of a batch, or proposals and detections."""
     config, inputs = case["config"], filled_inputs(case)
     base, given = official.settings(config)
-    options = {name: None if part is False else part for name, part in official.options(given).items()}
-    create = MaskRCNN if base is None else MODELS[base]
-    net: Any = load_filled(create(**options), case, convert_official).train(config["training"])
+    net: Any = load_filled(create(base, given), case, convert_official).train(config["training"])
     images = [inputs[f"image{n}"] for n in range(len(config["image_sizes"]))]
     batch = official.batch(images, given, net.size_divisibility, case)
     if config["training"]:
@@ -47,7 +52,7 @@ def network(case: Case) -> dict[str, Tensor]:
 def evaluate(case: Case, net: MaskRCNN, batch: dict[str, Any]) -> dict[str, Tensor]:
     config = case["config"]
     features, proposals = net.propose(batch)
-    outputs = {f"feature_{_level(name)}": x for name, x in features.items()}
+    outputs = {f"feature_{name.replace('c', 'res')}": x for name, x in features.items()}
     for n, found in enumerate(proposals):
         outputs |= {f"proposals{n}": found.boxes, f"proposal_logits{n}": found.logits}
     sizes = zip(net.detect(batch), config["image_sizes"], config["output_sizes"], strict=True)
@@ -63,19 +68,15 @@ def evaluate(case: Case, net: MaskRCNN, batch: dict[str, Any]) -> dict[str, Tens
     return outputs
 
 
-def _level(ours: str) -> str:
-    return ours.replace("c", "res")
-
-
 def train_run(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
     model, effective = config["model"], config["effective"]
     solver = effective["SOLVER"]
-    further = {name: value for name, value in effective.items() if name.startswith("MODEL.")}
-    base, given = official.settings(model, further)
+    base, given = official.settings(model, {key: entry for key, entry in effective.items() if key.startswith("MODEL.")})
     clip_each, clipping = official.clipping(solver)
-    optim = official.optim(solver)
-    task = MaskRCNNDetection(model=base, **official.options(given), optim=optim, clip_each=clip_each)
+    with torch.device("meta"):
+        options = create(base, given).options
+    task = MaskRCNNDetection(**options, optim=official.optim(solver), clip_each=clip_each)
     net = task.network
 
     def batch(step: dict[str, Tensor], k: int) -> dict[str, Any]:
@@ -85,10 +86,11 @@ def train_run(case: Case) -> dict[str, Tensor]:
 
     def after() -> dict[str, Tensor]:
         features = net.backbone(official.batch([inputs["image_eval"]], given, net.size_divisibility, case)["image"])
-        logits, deltas = net.rpn.head([features[name] for name in net.rpn.levels])
-        found = {f"eval_{_level(name)}": x for name, x in features.items()}
-        for name, scores, moves in zip(net.rpn.levels, logits, deltas, strict=True):
-            found |= {f"eval_logits_{_level(name)}": scores, f"eval_deltas_{_level(name)}": moves}
+        found = {f"eval_{name.replace('c', 'res')}": x for name, x in features.items()}
+        heads = net.rpn.head([features[name] for name in net.rpn.levels])
+        for name, scores, moves in zip(net.rpn.levels, *heads, strict=True):
+            level = name.replace("c", "res")
+            found |= {f"eval_logits_{level}": scores, f"eval_deltas_{level}": moves}
         return found
 
     run = {"iterations": solver["MAX_ITER"], **config.get("train", {})}
@@ -99,17 +101,16 @@ def train_run(case: Case) -> dict[str, Tensor]:
 def box_ops(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
     height, width = config["image_size"]
-    dtype, device = dtype_of(case), case.get("device", "cpu")
 
     def boxes_from(uniform: Tensor, least: float) -> Tensor:
         side = uniform.new_tensor([width, height])
         corner = uniform[:, :2] * (side - least)
         return torch.cat([corner, (corner + least + uniform[:, 2:] * 0.6 * side).minimum(side)], dim=1)
 
-    strides = config["strides"]
-    grids = [torch.zeros(1, 1, -(-height // s), -(-width // s), dtype=dtype, device=device) for s in strides]
-    anchors = torch.cat(AnchorGenerator(strides, config["sizes"], config["ratios"], config["offset"])(grids))
     truth, proposals = boxes_from(inputs["gt_uniform"], 10), boxes_from(inputs["proposal_uniform"], 4)
+    grids = [truth.new_zeros(1, 1, -(-height // stride), -(-width // stride)) for stride in config["strides"]]
+    generator = AnchorGenerator(config["strides"], config["sizes"], config["ratios"], config["offset"])
+    anchors = torch.cat(generator(grids))
     iou = pairwise_iou(truth, anchors)
     index, labels = match(iou, config["thresholds"], config["labels"], low_quality=True)
     permute = permutation(inputs["perm_uniform"])
@@ -123,24 +124,17 @@ def box_ops(case: Case) -> dict[str, Tensor]:
     half = len(proposals) // 2
     logits, heatmaps = inputs["mask_logits"], inputs["heatmaps"]
     pasted = paste_masks((3 * logits[:, 0]).sigmoid(), proposals[: len(logits)], (height, width))
-    polygon_boxes = torch.tensor(config["polygon_boxes"], dtype=dtype, device=device)
+    polygon_boxes = truth.new_tensor(config["polygon_boxes"])
     deltas = inputs["random_deltas"].unflatten(1, (-1, 4))
     masks, everyone = official.ellipses(truth, height, width), torch.arange(len(truth))
-    return {
-        "anchors": anchors,
-        "gt_boxes": truth,
-        "proposals": proposals,
-        "iou": iou,
-        "matched_gt": index,
-        "match_labels": labels,
-        "sampled_pos": positive,
-        "sampled_neg": negative,
+    found = {"anchors": anchors, "gt_boxes": truth, "proposals": proposals, "iou": iou, "matched_gt": index}
+    found |= {"match_labels": labels, "sampled_pos": positive, "sampled_neg": negative}
+    found |= {"pasted_area": pasted.sum(dim=(1, 2)), "pasted_cols": pasted.sum(dim=1)}
+    return found | {
         "deltas": encode_boxes(truth[index], anchors, weights),
         "decoded": decode_boxes(deltas, proposals[:, None], weights).flatten(1),
         "levels": pyramid_levels(proposals, lowest, lowest + len(maps) - 1, canonical),
         "roi_features": pooler(maps, rois_of([proposals[:half], proposals[half:]])),
-        "pasted_area": pasted.sum(dim=(1, 2)),
-        "pasted_cols": pasted.sum(dim=1),
         "keypoints": heatmaps_to_keypoints(heatmaps, proposals[: len(heatmaps)]),
         "mask_targets": crop_masks(masks, everyone, truth * 0.9 + 2, config["mask_size"]),
         "polygon_targets": crop_polygons([[one] for one in config["polygons"]], polygon_boxes, config["mask_size"]),
@@ -155,12 +149,10 @@ def _lowest_level(case: Case, maps: list[Tensor]) -> int:
         ZooError: the case says nothing of it.
     """
     config, sides = case["config"], case["config"]["image_size"]
-    for lowest in range(7):
-        strides = [2 ** (lowest + k) for k in range(len(maps))]
-        for whole in (math.floor, math.ceil):
-            shapes = [tuple(whole(side / stride) for side in sides) for stride in strides]
-            if shapes == [tuple(x.shape[-2:]) for x in maps]:
-                return lowest
+    shapes = [tuple(x.shape[-2:]) for x in maps]
+    for lowest, whole in itertools.product(range(7), (math.floor, math.ceil)):
+        if shapes == [tuple(whole(side / 2 ** (lowest + k)) for side in sides) for k in range(len(maps))]:
+            return lowest
     if len(config["strides"]) == len(maps):
         return int(math.log2(config["strides"][0]))
     if told := re.search(r"assign_boxes_to_levels\((\d+)\.\.\d+\)", case.get("notes", "")):

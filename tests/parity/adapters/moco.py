@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,17 +10,8 @@ from torch import Tensor
 from zoo.metrics.knn import knn_scores
 from zoo.nn.batchnorm import SplitBatchNorm
 from zoo.parity import Case, Official, by_entry, filled_inputs, filled_state, gradients, load_filled, named, train
-from zoo.selfsup.moco import (
-    MoCo,
-    MoCoPretraining,
-    MoCoV2,
-    MoCoV2Pretraining,
-    convert_official,
-    enqueue,
-    info_nce,
-    rank_rows,
-    unshuffled,
-)
+from zoo.selfsup import moco
+from zoo.selfsup.moco import convert_official
 from zoo.training import Optim, lr_at
 
 BLOCKS = {"BasicBlock": "resnet18", "Bottleneck": "resnet50"}
@@ -39,10 +29,11 @@ def _options(config: dict[str, Any]) -> dict[str, Any]:
 
 def _network(case: Case) -> Any:
     config = case["config"]
-    return load_filled((MoCoV2 if config.get("mlp") else MoCo)(**_options(config)), case, convert_official).train()
+    kind = moco.MoCoV2 if config.get("mlp") else moco.MoCo
+    return load_filled(kind(**_options(config)), case, convert_official).train()
 
 
-def _after(network: MoCo, case: Case) -> dict[str, Tensor]:
+def _after(network: moco.MoCo, case: Case) -> dict[str, Tensor]:
     return named(case, convert_official, after=network.state_dict(), grad=gradients(network))
 
 
@@ -51,7 +42,7 @@ def step(case: Case) -> dict[str, Tensor]:
         return several_ranks(case)
     inputs, network = filled_inputs(case), _network(case)
     logits = network.step(inputs["im_q"], inputs["im_k"], inputs["idx_shuffle"])
-    loss = info_nce(logits)
+    loss = moco.info_nce(logits)
     loss.backward()
     return {"logits": logits, "labels": logits.new_zeros(len(logits)), "loss": loss, **_after(network, case)}
 
@@ -59,20 +50,19 @@ def step(case: Case) -> dict[str, Tensor]:
 def several_ranks(case: Case) -> dict[str, Tensor]:
     """Every rank's own copy in turn, and what they would gather in between."""
     inputs, size = filled_inputs(case), case["config"]["world_size"]
-    networks = [_network(case)]
-    networks += [copy.deepcopy(networks[0]) for _ in range(size - 1)]
     permutation, everyone = inputs["idx_shuffle"], range(size)
+    networks = [_network(case) for _ in everyone]
     images = torch.cat([inputs[f"im_k_rank{rank}"] for rank in everyone])
     encoded = []
     for rank, network in enumerate(networks):
         network.update_key_encoder()
-        encoded.append(network.key(images[rank_rows(permutation, rank, size)]))
-    keys = unshuffled(torch.cat(encoded), permutation)
+        encoded.append(network.key(images[moco.rank_rows(permutation, rank, size)]))
+    keys = moco.unshuffled(torch.cat(encoded), permutation)
     official, outputs = Official(case, convert_official), {}
     for rank, (network, own) in enumerate(zip(networks, keys.chunk(size), strict=True)):
         logits = network.logits(network.query(inputs[f"im_q_rank{rank}"]), own)
         network.enqueue(keys)
-        loss = info_nce(logits)
+        loss = moco.info_nce(logits)
         loss.backward()
         own_state, own_gradients = network.state_dict(), gradients(network)
         outputs |= {f"logits_rank{rank}": logits, f"loss_rank{rank}": loss}
@@ -84,7 +74,7 @@ def several_ranks(case: Case) -> dict[str, Tensor]:
 
 def demo(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
-    task = MoCoPretraining(**_options(config), symmetric=config["symmetric"])
+    task = moco.MoCoPretraining(**_options(config), symmetric=config["symmetric"])
     load_filled(task.network, case, convert_official)
     names = sorted(name for name in inputs if name.startswith("idx_shuffle"))
     permutation = torch.cat([inputs[name] for name in names[: 1 + config["symmetric"]]])
@@ -96,7 +86,7 @@ def demo(case: Case) -> dict[str, Tensor]:
 def queue_cycle(case: Case) -> dict[str, Tensor]:
     state, inputs, outputs = filled_state(case), filled_inputs(case), {}
     for k in range(case["config"]["enqueues"]):
-        enqueue(state["queue"], state["queue_ptr"], inputs[f"keys_{k}"])
+        moco.enqueue(state["queue"], state["queue_ptr"], inputs[f"keys_{k}"])
         outputs |= {f"queue_{k}": state["queue"].clone(), f"ptr_{k}": state["queue_ptr"].clone()}
     return outputs
 
@@ -117,12 +107,13 @@ def knn_predict(case: Case) -> dict[str, Tensor]:
     return {"top1": ranking[:, 0], **{f"top{k}": ranking[:, :k] for k in range(2, config["classes"] + 1)}}
 
 
-def _optim(settings: dict[str, Any], **more: Any) -> Optim:
-    milestones = {} if settings["cos"] else {"milestones": tuple(settings["schedule"])}
-    schedule: Any = "cosine" if settings["cos"] else "step"
-    return Optim(
-        name="sgd", lr=settings["lr"], no_decay="none", schedule=schedule, interval="epoch", **milestones, **more
-    )
+def _optim(settings: dict[str, Any]) -> Optim:
+    schedule: dict[str, Any] = {"schedule": "cosine"}
+    if not settings["cos"]:
+        schedule = {"schedule": "step", "milestones": tuple(settings["schedule"])}
+    own = {"momentum": 0.9, "weight_decay": 1e-4}  # of main_moco.py
+    schedule |= {name: settings.get(name, value) for name, value in own.items()}
+    return Optim(name="sgd", lr=settings["lr"], no_decay="none", interval="epoch", **schedule)
 
 
 def lr_schedule(case: Case) -> dict[str, Tensor]:
@@ -131,20 +122,16 @@ def lr_schedule(case: Case) -> dict[str, Tensor]:
     return {"lr_per_epoch": torch.tensor(rates, dtype=torch.float64)}
 
 
+def _pair(inputs: dict[str, Tensor], k: int) -> dict[str, Any]:
+    return {"views": [inputs["im_q"], inputs["im_k"]], "permutation": inputs["idx_shuffle"]}
+
+
 def train_run(case: Case) -> dict[str, Tensor]:
-    config, settings = case["config"], case["config"]["train"]
-    kind = MoCoV2Pretraining if config["model"].get("mlp") else MoCoPretraining
-    decay = settings.get("weight_decay", 1e-4)  # main_moco.py's own, as is the momentum
-    optim = _optim(settings, momentum=settings.get("momentum", 0.9), weight_decay=decay)
-    task = kind(**_options(config["model"]), optim=optim)
-
-    def batch(inputs: dict[str, Tensor], k: int) -> dict[str, Any]:
-        return {"views": [inputs["im_q"], inputs["im_k"]], "permutation": inputs["idx_shuffle"]}
-
-    def after() -> dict[str, Tensor]:
-        return {"eval_query": task.network(filled_inputs(case)["im_eval"])}
-
-    return train(case, task, convert_official, batch, after=after)
+    model = case["config"]["model"]
+    kind = moco.MoCoV2Pretraining if model.get("mlp") else moco.MoCoPretraining
+    task = kind(**_options(model), optim=_optim(case["config"]["train"]))
+    evaluated = filled_inputs(case)["im_eval"]
+    return train(case, task, convert_official, _pair, after=lambda: {"eval_query": task.network(evaluated)})
 
 
 run = by_entry(

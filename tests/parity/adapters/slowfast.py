@@ -7,15 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.data.video_transforms import (
-    centred_indices,
-    clip_window,
-    resize_clip,
-    short_side_size,
-    spread_indices,
-    uniform_crop_offset,
-)
-from zoo.metrics.video import FrameMAP, MultiLabelMAP
 from zoo.nn.resnet3d import RoIHead3d
 from zoo.parity import Case, dtype_of, filled_inputs, gradients, load_filled, named, shared, train
 from zoo.training import Optim, lr_at
@@ -25,7 +16,6 @@ from zoo.video.slowfast import (
     SlowFastDetection,
     SlowFastMultiLabel,
     convert_official,
-    slow_indices,
 )
 
 official = shared("pyslowfast")
@@ -36,9 +26,9 @@ def run(case: Case) -> dict[str, Tensor]:
     config = case["config"]
     for kind, mark in (
         (train_run, "train"),
-        (sampling, "windows"),
-        (frame_map, "groundtruth"),
-        (multi_label, "threshold"),
+        (official.sampling, "windows"),
+        (official.frame_map, "groundtruth"),
+        (official.multi_label, "threshold"),
     ):
         if mark in config:
             return kind(case)
@@ -95,9 +85,7 @@ def train_run(case: Case) -> dict[str, Tensor]:
     net, names = official.create(case), config["train"]["pathways"]
     kind = TASKS[given["MODEL.LOSS_FUNC"]]
     with torch.device("meta"):  # its network gives way to the case's
-        task: Any = kind(
-            model=None, width=8, num_classes=net.num_classes, channels_last=False, optim=official.optim(given)
-        )
+        task: Any = kind(width=8, num_classes=net.num_classes, optim=official.optim(given))
     task.network = net
     for metrics in (task.val_metrics, task.test_metrics):
         metrics.to_empty(device=case.get("device", "cpu"))
@@ -123,69 +111,3 @@ def schedule(case: Case) -> dict[str, Tensor]:
     optim = Optim(**official.schedule(given))
     total, peak = given["SOLVER.MAX_EPOCH"], optim.peak_lr(1)
     return {"lr": torch.tensor([lr_at(optim, epoch, total, peak) for epoch in case["config"]["epochs"]]).double()}
-
-
-# --------------------------------------------------------------------------------------------- data and scores
-
-
-def sampling(case: Case) -> dict[str, Tensor]:
-    config, inputs = case["config"], filled_inputs(case)
-    windows = []
-    for frames, length, clips, offset in config["windows"]:
-        delta = max(frames - length, 0)
-        for clip in range(clips):
-            start, end = clip_window(frames, length, clip, clips, offset)
-            windows.append([start, end, start / delta if delta else 0.0])
-    crops = [
-        uniform_crop_offset(height, width, size, which) for height, width, size in config["crops"] for which in range(3)
-    ]
-    clip = inputs["frames"]  # (C, T, H, W)
-    size = short_side_size(*clip.shape[2:], config["short_side"])
-    return {
-        "clip_windows": torch.tensor(windows, dtype=torch.float64),
-        "temporal_indices": torch.cat(
-            [spread_indices(a, b, n, frames) for frames, a, b, n in config["temporal_sampling"]]
-        ),
-        "slow_indices": torch.cat([slow_indices(frames, alpha) for frames, alpha in config["pack"]]),
-        "crop_offsets_yx": torch.tensor(crops),
-        "resized": resize_clip(clip, size),
-        "ava_sequence": torch.cat(
-            [centred_indices(centre, half, rate, frames) for centre, half, rate, frames in config["ava_sequence"]]
-        ),
-    }
-
-
-def multi_label(case: Case) -> dict[str, Tensor]:
-    config, inputs = case["config"], filled_inputs(case)
-    clips = torch.arange(len(inputs["preds"]))
-    labels = (inputs["labels"] > config["threshold"]).long()
-    videos = clips // config["num_clips"]
-    metric = MultiLabelMAP(config["num_classes"])
-    metric.update(inputs["preds"], labels[videos], videos, clips % config["num_clips"])
-    return {"map_max": metric.compute()["mAP"][None], "video_preds_max": metric.videos()[1]}
-
-
-def frame_map(case: Case) -> dict[str, Tensor]:
-    config, scores = case["config"], filled_inputs(case)["scores"]
-    names, boxes = config["video_names"], torch.tensor(config["det_boxes"], dtype=torch.float64)[:, 1:]
-    excluded = set(config["excluded"])
-    found: dict[str, list[int]] = {}
-    for i, (video, second) in enumerate(config["det_meta"]):
-        found.setdefault(f"{names[video]},{second:04d}", []).append(i)
-    true: dict[str, list[tuple[list[float], int]]] = {}
-    for key, box, label in config["groundtruth"]:
-        true.setdefault(key, []).append((box, label))
-    metric = FrameMAP(scores.shape[1], [label - 1 for label in config["class_ids"]])
-    for key in sorted({*found, *true} - excluded):
-        here, there = found.get(key, []), true.get(key, [])
-        video, _, second = key.rpartition(",")
-        metric.update(
-            scores[here],
-            boxes[here],
-            torch.tensor([box for box, _ in there], dtype=torch.float64).reshape(-1, 4),
-            torch.tensor([label - 1 for _, label in there], dtype=torch.long),
-            names.index(video),
-            int(second),
-        )
-    per_class = metric.per_class()
-    return {"map": metric.compute()["mAP"][None], "ap_per_class_nan_as_-1": per_class.nan_to_num(-1.0)}

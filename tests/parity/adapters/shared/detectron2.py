@@ -178,7 +178,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Our network's options; a part that is off is False.
+    """Our network's options; a part that is off is None.
 
     Raises:
         ZooError: what we have not.
@@ -201,7 +201,7 @@ def options(given: Mapping[str, Any]) -> dict[str, Any]:
         found["rpn"][name] = (found["rpn"][name]["0"], found["rpn"][name]["1"])
     for part in ("mask", "keypoint"):
         if not given.get(f"{part.upper()}_ON", True):
-            found[part] = False
+            found[part] = None
     if heads is not None:
         found["design"] = "fpn" if given["FPN.IN_FEATURES"] else "c4" if heads == "Res5ROIHeads" else "dc5"
     return found

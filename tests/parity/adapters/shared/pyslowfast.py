@@ -1,16 +1,27 @@
-"""What the adapters of papers in PySlowFast share: its configuration as networks, optimisers and schedules of ours."""
+"""What the adapters of papers in PySlowFast share: its configuration as networks, optimisers and schedules of ours, and
+the cases of its sampling and scores."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from zoo.data.video_transforms import (
+    centred_indices,
+    clip_window,
+    resize_clip,
+    short_side_size,
+    spread_indices,
+    uniform_crop_offset,
+)
 from zoo.errors import ZooError, unknown
+from zoo.metrics.video import FrameMAP, MultiLabelMAP
 from zoo.nn.resnet3d import ResNet3d, RoIHead3d, VideoNetwork
-from zoo.parity import Case, Config
+from zoo.parity import Case, Config, filled_inputs
 from zoo.training import Optim
-from zoo.video.slowfast import SLOW_KERNELS, SlowFast
+from zoo.video.slowfast import SLOW_KERNELS, SlowFast, slow_indices
 
 # The temporal kernels of networks of one pathway, and the pooling over time behind res2.
 ARCHS: dict[str, dict[str, Any]] = {
@@ -139,3 +150,69 @@ def clipping(given: Config) -> dict[str, Any]:
     if given.get("SOLVER.CLIP_GRAD_VAL"):
         return {"gradient_clip_val": given["SOLVER.CLIP_GRAD_VAL"], "gradient_clip_algorithm": "value"}
     return {"gradient_clip_val": given.get("SOLVER.CLIP_GRAD_L2NORM") or None}
+
+
+# --------------------------------------------------------------------------------------------- data and scores
+
+
+def sampling(case: Case) -> dict[str, Tensor]:
+    config, inputs = case["config"], filled_inputs(case)
+    windows = []
+    for frames, length, clips, offset in config["windows"]:
+        delta = max(frames - length, 0)
+        for clip in range(clips):
+            start, end = clip_window(frames, length, clip, clips, offset)
+            windows.append([start, end, start / delta if delta else 0.0])
+    crops = [
+        uniform_crop_offset(height, width, size, which) for height, width, size in config["crops"] for which in range(3)
+    ]
+    clip = inputs["frames"]  # (C, T, H, W)
+    size = short_side_size(*clip.shape[2:], config["short_side"])
+    return {
+        "clip_windows": torch.tensor(windows, dtype=torch.float64),
+        "temporal_indices": torch.cat(
+            [spread_indices(a, b, n, frames) for frames, a, b, n in config["temporal_sampling"]]
+        ),
+        "slow_indices": torch.cat([slow_indices(frames, alpha) for frames, alpha in config["pack"]]),
+        "crop_offsets_yx": torch.tensor(crops),
+        "resized": resize_clip(clip, size),
+        "ava_sequence": torch.cat(
+            [centred_indices(centre, half, rate, frames) for centre, half, rate, frames in config["ava_sequence"]]
+        ),
+    }
+
+
+def multi_label(case: Case) -> dict[str, Tensor]:
+    config, inputs = case["config"], filled_inputs(case)
+    clips = torch.arange(len(inputs["preds"]))
+    labels = (inputs["labels"] > config["threshold"]).long()
+    videos = clips // config["num_clips"]
+    metric = MultiLabelMAP(config["num_classes"])
+    metric.update(inputs["preds"], labels[videos], videos, clips % config["num_clips"])
+    return {"map_max": metric.compute()["mAP"][None], "video_preds_max": metric.videos()[1]}
+
+
+def frame_map(case: Case) -> dict[str, Tensor]:
+    config, scores = case["config"], filled_inputs(case)["scores"]
+    names, boxes = config["video_names"], torch.tensor(config["det_boxes"], dtype=torch.float64)[:, 1:]
+    excluded = set(config["excluded"])
+    found: dict[str, list[int]] = {}
+    for i, (video, second) in enumerate(config["det_meta"]):
+        found.setdefault(f"{names[video]},{second:04d}", []).append(i)
+    true: dict[str, list[tuple[list[float], int]]] = {}
+    for key, box, label in config["groundtruth"]:
+        true.setdefault(key, []).append((box, label))
+    metric = FrameMAP(scores.shape[1], [label - 1 for label in config["class_ids"]])
+    for key in sorted({*found, *true} - excluded):
+        here, there = found.get(key, []), true.get(key, [])
+        video, _, second = key.rpartition(",")
+        metric.update(
+            scores[here],
+            boxes[here],
+            torch.tensor([box for box, _ in there], dtype=torch.float64).reshape(-1, 4),
+            torch.tensor([label - 1 for _, label in there], dtype=torch.long),
+            names.index(video),
+            int(second),
+        )
+    per_class = metric.per_class()
+    return {"map": metric.compute()["mAP"][None], "ap_per_class_nan_as_-1": per_class.nan_to_num(-1.0)}
