@@ -115,7 +115,7 @@ def _same(a: Any, b: Any, place: str = "") -> list[str]:
         return [at for key in keys for at in _same(a.get(key), b.get(key), f"{place}/{key}")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         return [at for n, (x, y) in enumerate(zip(a, b, strict=True)) for at in _same(x, y, f"{place}/{n}")]
-    return [] if a == b else [place]
+    return [] if a == b or (a != a and b != b) else [place]
 
 
 def _initial_loss(name: str) -> Any:

@@ -181,6 +181,8 @@ def _fork(folder: Path, words: list[str], environment: dict[str, str], trap: Cal
         if trap is not None:
             trap()
         code = main(words)
+    except KeyboardInterrupt:  # it came before the command began
+        code = 130
     except BaseException:
         traceback.print_exc()
     finally:

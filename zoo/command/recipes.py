@@ -513,7 +513,8 @@ def _announce(cli: RecipeCLI, options: Mapping[str, Any]) -> None:
 
 
 def _interrupted(cli: RecipeCLI, words: list[str]) -> Stopped:
-    terminated = cli.interrupt.signal == signal.SIGTERM
+    # Before the first batch SIGTERM is Lightning's to note.
+    terminated = cli.interrupt.signal == signal.SIGTERM or cli.trainer.received_sigterm
     what = "terminated" if terminated else "interrupted"
     if cli.trainer.is_global_zero:
         if cli.last is not None and cli.last.path.exists():

@@ -20,8 +20,9 @@ class HeldSource:
 
     def __init__(self, source: Source, size: tuple[int, int]) -> None:
         self.source, self.class_names = source, source.class_names
-        self._images = torch.empty(len(source), 3, *size, dtype=torch.uint8)  # takes no room before it is written
-        self._known = torch.zeros(len(source), dtype=torch.bool)
+        with torch.inference_mode(False):  # an evaluation may come first, and training writes into them too
+            self._images = torch.empty(len(source), 3, *size, dtype=torch.uint8)  # takes no room before it is written
+            self._known = torch.zeros(len(source), dtype=torch.bool)
         self._facts: list[dict[str, Any]] = [{} for _ in range(len(source))]
 
     def name(self, index: int) -> str | None:

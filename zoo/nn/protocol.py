@@ -2,6 +2,7 @@
 
 # The annotations are evaluated here: TorchScript and torch.fx read those of networks.
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +33,12 @@ class StagedClassifier(nn.Module):
     (:meth:`_stem`) and its end (:meth:`_end`) compute.
     """
 
-    stages: nn.ModuleList
-    feature_info: list[dict[str, int | str]]
-    num_features: int
-    grad_checkpointing: bool
-    drop_rate: float
+    if TYPE_CHECKING:  # TorchScript would take them for its own types
+        stages: nn.ModuleList
+        feature_info: list[dict[str, int | str]]
+        num_features: int
+        grad_checkpointing: bool
+        drop_rate: float
 
     def _stem(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What the stem's intermediate is made of (:meth:`_stem_feature`), and what the first stage takes."""
