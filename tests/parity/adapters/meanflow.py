@@ -27,7 +27,8 @@ DRAWS = {"noise_e": "noise", "ratio_uniform": "chance", "aug_cond": "augment"}
 NO_NUMBER = {"jvp_fn", "num_steps", "num_classes", "dtype"}
 # What the official U-Net could be, and MeanFlow's is.
 FIXED = {"encoder_type": "standard", "decoder_type": "standard", "embedding_type": "positional"}
-# The official constructor has other defaults for these, so the case must give them.
+# Sizes that a case must give.
+DIT = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_classes")
 UNET = ["model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions", "dropout"]
 UNET += ["channel_mult_noise", "resample_filter", "img_resolution", "in_channels", "out_channels"]
 
@@ -48,7 +49,7 @@ def _last(x: Tensor) -> Tensor:
 
 
 def _transformer_task(case: Case, **options: Any) -> mf.ClassConditionalMeanFlow:
-    """What the case does not say is a default of the official constructors, which are ours."""
+    """What the case does not say of the method is a default of the official constructor, which are ours."""
     method = _renamed(case["config"].get("method", {}), METHOD)
     guided = method.pop("guidance_eq", "cfg") == "cfg"
     parts: list[dict[str, Any]] = []
@@ -57,7 +58,8 @@ def _transformer_task(case: Case, **options: Any) -> mf.ClassConditionalMeanFlow
         parts.append({name: method.pop(name) for name in names})
     guidance = mf.Guidance(**parts[0]) if guided else None
     options |= {name: value for name, value in method.items() if name not in NO_NUMBER}
-    net = _renamed(case["config"]["net"], NET)
+    given = case["config"]["net"]
+    net = _renamed({**given, **{name: given[name] for name in DIT}}, NET)
     task = mf.ClassConditionalMeanFlow(guidance=guidance, pairs=mf.TimePairs(**parts[1]), **net, **options)
     load_filled(task.network, case, mf.convert_official)
     return task
