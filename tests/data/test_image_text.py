@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning import LightningModule, Trainer
 from PIL import Image
 
 from zoo.data import ImageTextDataModule
@@ -310,6 +311,19 @@ def test_labelled_pictures_may_be_what_is_evaluated(shards: Path) -> None:
     batch = next(iter(data.val_dataloader()))
     assert batch.keys() == {"image", "label", "index"}
     assert batch["image"].shape == (4, 3, 32, 32)
+
+
+def test_what_is_trained_on_need_not_be_there_to_evaluate_another_set() -> None:
+    class Counts(LightningModule):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("test/count", float(len(batch["image"])))
+
+    data = ImageTextDataModule("laion400m", batch_size=4, tokenizer="shapes", eval_dataset="shapes", num_workers=0)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = Trainer(accelerator="cpu", limit_test_batches=1, **quiet)
+    assert trainer.test(Counts(), data, verbose=False) == [{"test/count": 4.0}]
+    with pytest.raises(ZooError, match="give its path as data_dir"):
+        data.source("train")
 
 
 def test_a_resumed_stream_goes_on(shards: Path) -> None:

@@ -815,8 +815,12 @@ class ImageTextDataModule(ImageDataModule):
         return open_pairs(self.dataset, split, self.data_dir, **options)
 
     def prepare_data(self) -> None:
-        """Fetch what is to be fetched, in one process a node: a set of the hub, the vocabulary, the shards' index."""
-        super().prepare_data()
+        """Fetch what is to be fetched, in one process a node: a set of the hub, the vocabulary, the shards' index.
+
+        Pictures of `eval_dataset` alone are evaluated, and what is trained on need not be there.
+        """
+        if self.eval_dataset is None or self.trainer is None or self.trainer.state.fn == "fit":
+            super().prepare_data()
         vocabulary_path(self.tokenize.vocabulary)
         path = Path(self.data_dir or self.dataset).expanduser()
         if path.is_dir():
