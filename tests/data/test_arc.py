@@ -19,7 +19,6 @@ from zoo.data.arc import (
     Canvas,
     Pair,
     View,
-    draw_grids,
     draw_view,
     evaluation_view,
     permute_colors,
@@ -29,6 +28,7 @@ from zoo.data.arc import (
     read_pairs,
     read_tasks,
 )
+from zoo.data.arc_predictions import draw_grids
 from zoo.data.arc_world import RULES, make_task
 from zoo.errors import ZooError
 from zoo.metrics import ARCScore, vote
