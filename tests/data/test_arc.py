@@ -32,6 +32,7 @@ from zoo.data.arc_predictions import draw_grids
 from zoo.data.arc_world import RULES, make_task
 from zoo.errors import ZooError
 from zoo.metrics import ARCScore, vote
+from zoo.metrics.arc import pixel_scores
 
 TASK = {"train": [{"input": [[1, 2], [0, 3]], "output": [[3]]}], "test": [{"input": [[4]], "output": [[0, 4]]}]}
 
@@ -392,3 +393,13 @@ def test_a_sheet_shows_every_grid_in_its_colours() -> None:
     assert sheet.shape == (3, 10 + 20 + 3 * 20, 20 + 10 + 3 * 20)
     assert sheet[:, 25, 25].tolist() == [0, 116, 217]
     assert sheet[:, 25, 65].tolist() == [238, 238, 238]  # the gap
+
+
+def test_exact_match_wants_every_scored_pixel() -> None:
+    target = torch.tensor([[[3, 11], [11, 11]], [[BACKGROUND] * 2, [1, 2]]])
+    logits = torch.nn.functional.one_hot(target.clamp_max(11), 12).permute(0, 3, 1, 2).float()
+    logits[1, :, 1, 1] = 0
+    logits[1, :, 0, 0] = torch.randn(12)  # off the output: whatever it is
+    exact, share, scored = pixel_scores(logits, target, BACKGROUND)
+    assert exact.tolist() == [1.0, 0.0]
+    assert (share.item(), scored.item()) == (pytest.approx(5 / 6), 6)
