@@ -197,8 +197,7 @@ def test_training_on_a_task_lowers_its_loss_and_follows_the_schedule() -> None:
 
 def test_every_view_is_decoded_into_the_task_s_own_terms(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network that knows the answers: each of the 51 x 3 views gives the right grid."""
-    task = one_task()
-    task = task._replace(test=(*task.test, task.train[0]))
+    task = one_task()._replace(test=(one_task().test[0], one_task().train[0]))
     pseudos = pseudo_tasks(task)
     net = tiny(num_tasks=51)
     answers: dict[tuple[int, bytes], Pair] = {}
@@ -268,7 +267,7 @@ def test_a_blind_protocol_never_sees_the_answers(tmp_path: Path) -> None:
     monkey = protocol(tmp_path / "b", runs=1, permutations=1)
     data.samples = lambda split: type(tasks().samples("test"))([hidden])  # type: ignore[method-assign]
     found = trainer(max_epochs=1).test(monkey, data, verbose=False)[0]
-    assert found["test/pass_at_2"] == 0  # nothing to score
+    assert not found  # nothing to score
     name = f"attempt_0/{sample.name}_predictions.json"
     assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
 

@@ -482,10 +482,15 @@ class VARCTestTimeTraining(ARCProtocol):
     ) -> None:
         super().__init__(optim, runs, work_dir, votes_with)
         self.save_hyperparameters()
-        least = {"batch_size": 1, "views": 1, "view_batch": 1, "runs": 0 if votes_with else 1, "permutations": 0}
-        for name, low in least.items():
-            if self.hparams[name] < low:
-                raise ZooError(f"model.{name} must be at least {low}, got {self.hparams[name]}")
+        for name, value, low in (
+            ("permutations", permutations, 0),
+            ("batch_size", batch_size, 1),
+            ("views", views, 1),
+            ("view_batch", view_batch, 1),
+            ("runs", runs, 0 if votes_with else 1),
+        ):
+            if value < low:
+                raise ZooError(f"model.{name} must be at least {low}, got {value}")
         self.permutations, self.batch_size, self.attempts, self.view_batch = permutations, batch_size, views, view_batch
         self.blind, self.init_from = blind, init_from
         self.network = self.make_network(num_tasks=1 + 5 * (1 + permutations), **network)

@@ -21,6 +21,11 @@ Grids = list[list[np.ndarray]]  # by test of a task
 _NO_FIT = "there is nothing to fit: run `zoo test RECIPE`, which solves each task by itself"
 
 
+def _seen(module: BaseModule, score: ARCScore) -> bool:
+    """Whether any process has scored a test: there may be no random views, and no answer may be known."""
+    return module.trainer.strategy.reduce_boolean_decision(bool(score.updates), all=False)
+
+
 class CanvasPrediction(BaseModule):
     """Grids on canvases, classified pixel by pixel, validated on the tasks' own tests. A method adds its training step.
 
@@ -72,7 +77,7 @@ class CanvasPrediction(BaseModule):
 
     def on_test_epoch_end(self) -> None:
         super().on_test_epoch_end()
-        if getattr(self.trainer.datamodule, "test_views", 0):  # type: ignore[attr-defined]  # the same on every process
+        if _seen(self, self.score):
             self.log_dict({f"test/{name}": value for name, value in self.score.compute().items()})
             self.score.reset()
 
@@ -106,7 +111,7 @@ class ARCProtocol(BaseModule):
 
     Logs the mean over runs of `test/pass_at_1`, `test/pass_at_2`, `test/oracle`, and `test/single_view` (pass@1 of the
     first grid alone); with several runs or `votes_with` also `test/ensemble_...`, of the common vote.
-    `work_dir/submission.json` holds the two answers in Kaggle's form.
+    Where no answer is known, nothing. `work_dir/submission.json` holds the two answers in Kaggle's form.
 
     A method gives :meth:`solve` and :meth:`settings`.
 
@@ -176,11 +181,12 @@ class ARCProtocol(BaseModule):
 
     def on_test_epoch_end(self) -> None:
         mean: dict[str, Tensor] = {}
-        if self.runs:
+        known = _seen(self, self.ensemble)
+        if self.runs and known:
             each = [score.compute() for score in self.scores]  # type: ignore[operator]
             mean = {f"test/{name}": torch.stack([one[name] for one in each]).mean() for name in each[0]}
             mean["test/single_view"] = self.single.compute()["pass_at_1"]
-        if self.runs > 1 or self.votes_with:
+        if known and (self.runs > 1 or self.votes_with):
             mean |= {f"test/ensemble_{name}": value for name, value in self.ensemble.compute().items()}
         for score in (*self.scores, self.single, self.ensemble):
             score.reset()
