@@ -294,7 +294,8 @@ def test_show_prints_a_dict_as_lines_and_parity_counts_a_case_once(capsys: pytes
     assert main(["show", "cifar10"]) == 0
     assert "\nsplits:\n  train: 50000\n  test: 10000\n" in capsys.readouterr().out
     row = {"paper": "mae", "case": "a", "function": "forward", "ok": True, "note": "", "seconds": 2.0}
-    show.print_verdicts([{**row, "output": "x"}, {**row, "output": "y"}, {**row, "case": "b", "output": "x"}])
+    more = {**row, "output": "y", "seconds": 0.0}  # with its first output stand a case's seconds
+    show.print_verdicts([{**row, "output": "x"}, more, {**row, "case": "b", "output": "x"}])
     assert "4.00 s" in capsys.readouterr().out
 
 
