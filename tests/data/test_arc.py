@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import zoo
+from zoo import catalog
 from zoo.data import ARCDataModule, ARCTaskDataModule, check
 from zoo.data.arc import (
     BACKGROUND,
@@ -19,6 +21,7 @@ from zoo.data.arc import (
     Canvas,
     Pair,
     View,
+    Views,
     draw_view,
     evaluation_view,
     permute_colors,
@@ -403,3 +406,19 @@ def test_exact_match_wants_every_scored_pixel() -> None:
     exact, share, scored = pixel_scores(logits, target, BACKGROUND)
     assert exact.tolist() == [1.0, 0.0]
     assert (share.item(), scored.item()) == (pytest.approx(5 / 6), 6)
+
+
+@pytest.mark.parametrize("row", ["arc_agi_1_prior_c", "arc_agi_1_prior_d"])
+def test_without_translation_every_view_is_the_same(row: str) -> None:
+    """So that these rows take one of each of the 51 pseudo-tasks."""
+    options = catalog.row(f"varc:{row}")[1].options
+    views = Views(64, options["model.scale"], options["model.translate"])
+    one = pair(3, 4, (2, 2))
+    assert len({views.draw(one, random.Random(seed)) for seed in range(20)}) == 1
+    assert options["model.views"] == 1
+
+
+def test_published_weights_come_with_their_canvas() -> None:
+    seen = zoo.create_preprocess("varc_vit_18m.arc1_rearc")([[1, 2], [3, 4]])
+    assert seen["image"].shape == (1, 64, 64)
+    assert seen["mask"].sum() == 16

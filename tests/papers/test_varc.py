@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 import zoo
-from zoo import catalog
 from zoo.beyond.varc import (
     VARCTestTimeTraining,
     VARCTraining,
@@ -35,7 +34,6 @@ from zoo.data.arc import BACKGROUND, ARCTask, Pair, View, Views, place, pseudo_t
 from zoo.errors import ZooError
 from zoo.ops.pos_embed import rope_2d
 from zoo.training import Optim
-from zoo.weights.pretrained import mismatch, shapes
 
 TINY: dict[str, Any] = {"img_size": 12, "embed_dim": 24, "depth": 2, "num_heads": 3, "mlp_dim": 20}
 WORLD = {"tasks": 3, "pairs": 8, "max_side": 5}
@@ -51,13 +49,12 @@ def batch(seed: int = 0, size: int = 12, count: int = 4) -> dict[str, Tensor]:
     return next(iter(module.train_dataloader()))
 
 
-def trainer(folder: Path | None = None, **options: Any) -> L.Trainer:
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    quiet |= {"accelerator": "cpu", "devices": 1, "enable_checkpointing": folder is not None, "max_epochs": 1}
-    return L.Trainer(**{**quiet, "default_root_dir": folder, **options})
+def trainer(**options: Any) -> L.Trainer:
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    return L.Trainer(**{**quiet, "accelerator": "cpu", "devices": 1, "max_epochs": 1, **options})
 
 
-# ---- networks -------------------------------------------------------------------------------------------------------
+# ---- networks, offline training -------------------------------------------------------------------------------------
 
 
 def test_the_tables_are_the_convolution() -> None:
@@ -128,26 +125,21 @@ def test_gradients_reach_every_parameter_of_the_unet() -> None:
     assert all(re.search(r"attn2\.to_[qk]|norm2", name) for name in without), without
 
 
-def test_wrong_sizes_are_named() -> None:
+def test_wrong_sizes_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZooError, match="canvases of 12 x 12, not"):
         tiny()(torch.zeros(1, 8, 8, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with pytest.raises(ZooError, match="not divisible"):
         tiny(num_heads=5)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ZooError, match=r"paperzoo\[beyond\]"):
+        VARCUNet()
+    monkeypatch.undo()
     pytest.importorskip("diffusers", reason="the U-Net wants diffusers")
     with pytest.raises(ZooError, match="multiple of 4"):
         VARCUNet(img_size=10)
 
 
-def test_without_diffusers_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ZooError, match=r"paperzoo\[beyond\]"):
-        VARCUNet()
-
-
-# ---- offline training -----------------------------------------------------------------------------------------------
-
-
-def test_offline_training_learns_and_scores(tmp_path: Path) -> None:
+def test_offline_training_learns_and_scores() -> None:
     world = {"tasks": 2, "pairs": 24, "max_side": 5, "rules": ["keep"]}
     data = ARCDataModule(image_size=12, batch_size=8, test_views=3, seed=0, options=world)
     optim = Optim(lr=3e-3, betas=(0.9, 0.999), weight_decay=0.0, schedule="constant")
@@ -163,14 +155,6 @@ def test_offline_training_learns_and_scores(tmp_path: Path) -> None:
     assert {"test/exact_match", "test/pixel_accuracy", "test/pass_at_1", "test/pass_at_2", "test/oracle"} <= set(test)
     assert test["test/oracle"] >= test["test/pass_at_2"] >= test["test/pass_at_1"]
     assert {"task", "input", "prediction", "answer"} == set(run.predict(task, data)[0][0])
-    task.trainer.save_checkpoint(tmp_path / "a.ckpt")
-    net = VARCViT(num_tasks=51, **TINY)
-    tokens = net.task_embed.weight.clone()
-    load_offline(net, tmp_path / "a.ckpt")
-    assert torch.equal(net.head.weight, task.network.head.weight)
-    assert torch.equal(net.task_embed.weight, tokens)
-    with pytest.raises(ZooError, match="does not fit"):
-        load_offline(VARCViT(**{**TINY, "depth": 3}), tmp_path / "a.ckpt")
 
 
 # ---- test-time training ---------------------------------------------------------------------------------------------
@@ -248,16 +232,6 @@ def test_a_lost_run_is_done_again_to_the_same_grids(tmp_path: Path) -> None:
         trainer(**{**mixed, "max_epochs": 3}).test(protocol(tmp_path), tasks(), verbose=False)
 
 
-@pytest.mark.parametrize("row", ["arc_agi_1_prior_c", "arc_agi_1_prior_d"])
-def test_without_translation_every_view_is_the_same(row: str) -> None:
-    """So that these rows take one of each of the 51 pseudo-tasks."""
-    options = catalog.row(f"varc:{row}")[1].options
-    views = Views(64, options["model.scale"], options["model.translate"])
-    pair = one_task().train[0]
-    assert len({views.draw(pair, random.Random(seed)) for seed in range(20)}) == 1
-    assert options["model.views"] == 1
-
-
 def test_a_blind_protocol_never_sees_the_answers(tmp_path: Path) -> None:
     module = protocol(tmp_path / "a", runs=1, blind=True, permutations=1)
     trainer(max_epochs=1).test(module, tasks(1), verbose=False)
@@ -309,8 +283,12 @@ def test_official_weights_load_key_for_key(tmp_path: Path) -> None:
     other = zoo.create_model("varc_vit_18m", weights=tmp_path / "checkpoint_best.pt", num_tasks=5, **TINY)
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in other.state_dict().items())
     fresh = VARCViT(num_tasks=51, **TINY)
+    tokens = fresh.task_embed.weight.clone()
     load_offline(fresh, tmp_path / "checkpoint_best.pt")
     assert torch.equal(fresh.pos_embed, net.pos_embed)
+    assert torch.equal(fresh.task_embed.weight, tokens)
+    with pytest.raises(ZooError, match="does not fit"):
+        load_offline(VARCViT(**{**TINY, "depth": 3}), tmp_path / "checkpoint_best.pt")
     state = official(net)
     with pytest.raises(ZooError, match=r"unknown key '_orig_mod\.stranger'"):
         convert_official({**state, "_orig_mod.stranger": torch.zeros(1)})
@@ -319,22 +297,3 @@ def test_official_weights_load_key_for_key(tmp_path: Path) -> None:
         convert_official({**state, rotary: state[rotary] + 1})
     with pytest.raises(ZooError, match="no square grid"):
         convert_official({**state, rotary: state[rotary][:-1]})
-
-
-@pytest.mark.parametrize(
-    ("file", "model"), [("offline_train_ViT", "varc_vit_18m"), ("offline_train_Unet", "varc_unet_big")]
-)
-def test_published_layouts(file: str, model: str, shared: Path) -> None:
-    if "unet" in model:
-        pytest.importorskip("diffusers", reason="the U-Net wants diffusers")
-    keys = json.loads((shared / "statedicts" / "varc" / f"{file}.json").read_text())["keys"]
-    state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
-    with torch.device("meta"):
-        net = zoo.create_model(model)
-    assert not mismatch(convert_official(state), shapes(net))
-
-
-def test_published_weights_come_with_their_canvas() -> None:
-    seen = zoo.create_preprocess("varc_vit_18m.arc1_rearc")([[1, 2], [3, 4]])
-    assert seen["image"].shape == (1, 64, 64)
-    assert seen["mask"].sum() == 16
