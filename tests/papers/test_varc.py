@@ -26,7 +26,6 @@ from zoo.beyond.varc import (
     convert_official,
     load_offline,
     pixel_loss,
-    predict_views,
     train_on_task,
 )
 from zoo.data import ARCDataModule, ARCTaskDataModule
@@ -34,6 +33,7 @@ from zoo.data.arc import BACKGROUND, ARCTask, Pair, View, Views, place, pseudo_t
 from zoo.errors import ZooError
 from zoo.ops.pos_embed import rope_2d
 from zoo.training import Optim
+from zoo.training.arc import predict_views
 
 TINY: dict[str, Any] = {"img_size": 12, "embed_dim": 24, "depth": 2, "num_heads": 3, "mlp_dim": 20}
 WORLD = {"tasks": 3, "pairs": 8, "max_side": 5}

@@ -42,14 +42,14 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding, linear
 
-from zoo.data.arc import BACKGROUND, NUM_COLORS, ARCTask, PseudoTask, Views, pseudo_tasks, read_grid
+from zoo.data.arc import BACKGROUND, NUM_COLORS, ARCTask, PseudoTask, Views, pseudo_tasks
 from zoo.errors import MissingPackage, ZooError
 from zoo.nn.vit import PatchEmbed
 from zoo.ops.attention import attention
 from zoo.ops.patches import patchify, unpatchify
 from zoo.ops.pos_embed import apply_rope, rope_2d
 from zoo.training import Optim, lr_at, make_optimizer, param_groups, seed_position
-from zoo.training.arc import ARCProtocol, CanvasPrediction
+from zoo.training.arc import ARCProtocol, CanvasPrediction, predict_views, uncached_autocast
 from zoo.weights.pretrained import fill, read_source
 
 __all__ = [
@@ -61,7 +61,6 @@ __all__ = [
     "VARCViT",
     "convert_official",
     "pixel_loss",
-    "predict_views",
     "train_on_task",
     "varc_unet_big",
     "varc_unet_medium",
@@ -337,12 +336,6 @@ class VARCUNetTraining(VARCTraining):
 # ------------------------------------------------------------------------------------------------ 4. test-time training
 
 
-def _autocast(kind: str) -> torch.autocast:
-    """The autocast around us without its cache: weights change between steps, the casts that it keeps would not."""
-    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
-
-
 def train_on_task(
     network: _Conditioned,
     pseudos: Sequence[PseudoTask],
@@ -385,7 +378,7 @@ def train_on_task(
             pairs, numbers = zip(*some, strict=True)
             batch = views.place(pairs, [views.draw(pair, rng) for pair in pairs], device)
             task = torch.tensor(numbers, device=device)
-            with _autocast(kind):
+            with uncached_autocast(kind):
                 value = (loss or network.loss)(batch["image"], task, batch["mask"], batch["target"])
             with torch.autocast(kind, enabled=False):
                 optimizer.zero_grad(set_to_none=True)
@@ -400,40 +393,6 @@ def train_on_task(
         if not np.isfinite(losses[-1]):
             raise ZooError(f"test-time training of {pseudos[0].task.name}: the loss is not finite in epoch {epoch}")
     return losses
-
-
-@torch.no_grad()
-def predict_views(
-    network: _Conditioned,
-    pseudos: Sequence[PseudoTask],
-    views: Views,
-    rng: random.Random,
-    attempts: int,
-    batch_size: int = 64,
-) -> list[list[np.ndarray]]:
-    """For every test of a task, the grids of its views in the original task's terms: `attempts` random ones of each
-    pseudo-task, attempt after attempt as the official code orders them; the order settles equal votes.
-
-    A view is drawn as in training: so that the output fits, too, where the task holds it.
-    """
-    jobs = [
-        (number, test, pair, views.draw(pair, rng))
-        for _ in range(attempts)
-        for number, pseudo in enumerate(pseudos)
-        for test, pair in enumerate(pseudo.task.test)
-    ]
-    device = next(network.parameters()).device
-    found: list[list[np.ndarray]] = [[] for _ in pseudos[0].task.test]
-    network.eval()
-    for first in range(0, len(jobs), batch_size):
-        numbers, tests, pairs, drawn = zip(*jobs[first : first + batch_size], strict=True)
-        batch = views.place(pairs, drawn, device)
-        with _autocast(device.type):
-            logits = network(batch["image"], torch.tensor(numbers, device=device), batch["mask"])
-        canvases = logits.argmax(dim=1).cpu().numpy()
-        for canvas, number, test, view in zip(canvases, numbers, tests, drawn, strict=True):
-            found[test].append(read_grid(canvas, view, pseudos[number].suffix, pseudos[number].color_map))
-    return found
 
 
 class VARCTestTimeTraining(ARCProtocol):

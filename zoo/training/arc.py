@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from zoo.data.arc import BACKGROUND, ARCTask, read_grid
+from zoo.data.arc import BACKGROUND, ARCTask, PseudoTask, Views, read_grid
 from zoo.data.arc_predictions import Predictions, by_test, draw_grids
 from zoo.errors import ZooError
 from zoo.metrics.arc import ARCScore, pixel_scores, two_answers, vote
@@ -24,6 +25,46 @@ _NO_FIT = "there is nothing to fit: run `zoo test RECIPE`, which solves each tas
 def _seen(module: BaseModule, score: ARCScore) -> bool:
     """Whether any process has scored a test: there may be no random views, and no answer may be known."""
     return module.trainer.strategy.reduce_boolean_decision(bool(score.updates), all=False)
+
+
+def uncached_autocast(kind: str) -> torch.autocast:
+    """The autocast around us without its cache: weights change between steps, the casts that it keeps would not."""
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
+
+
+@torch.no_grad()
+def predict_views(
+    network: nn.Module,
+    pseudos: Sequence[PseudoTask],
+    views: Views,
+    rng: random.Random,
+    attempts: int,
+    batch_size: int = 64,
+) -> Grids:
+    """For every test of a task, the grids that `network` sees, in the original task's terms: in `attempts` random views
+    of each pseudo-task, attempt after attempt as VARC's code orders them; the order settles equal votes.
+
+    A view is drawn as in training: so that the output fits, too, where the task holds it.
+    """
+    jobs = [
+        (number, test, pair, views.draw(pair, rng))
+        for _ in range(attempts)
+        for number, pseudo in enumerate(pseudos)
+        for test, pair in enumerate(pseudo.task.test)
+    ]
+    device = next(network.parameters()).device
+    found: Grids = [[] for _ in pseudos[0].task.test]
+    network.eval()
+    for first in range(0, len(jobs), batch_size):
+        numbers, tests, pairs, drawn = zip(*jobs[first : first + batch_size], strict=True)
+        batch = views.place(pairs, drawn, device)
+        with uncached_autocast(device.type):
+            logits = network(batch["image"], torch.tensor(numbers, device=device), batch["mask"])
+        canvases = logits.argmax(dim=1).cpu().numpy()
+        for canvas, number, test, view in zip(canvases, numbers, tests, drawn, strict=True):
+            found[test].append(read_grid(canvas, view, pseudos[number].suffix, pseudos[number].color_map))
+    return found
 
 
 class CanvasPrediction(BaseModule):
