@@ -8,7 +8,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 import zoo
 from tests.conftest import ROOT
@@ -61,8 +63,13 @@ def test_a_run_takes_its_options(
     monkeypatch.chdir(tmp_path)
     last = tmp_path / "runs" / words[1] / "1" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
-    last.touch()
-    (tmp_path / "my_folder").mkdir()
+    parts = ("state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers")
+    torch.save(
+        {"pytorch-lightning_version": "2.6.0", "global_step": 0, "epoch": 0} | {part: {} for part in parts}, last
+    )
+    for label in ("cat", "dog"):
+        (tmp_path / "my_folder" / label).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "my_folder" / label / "1.png")
     with pytest.raises(SystemExit) as end:
         main([*words, *["--print_config"] * ("--print_config" not in words)])
     assert end.value.code == 0

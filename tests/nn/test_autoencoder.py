@@ -74,7 +74,7 @@ def test_latents_are_scaled_draws() -> None:
         torch.testing.assert_close(net(images), net.decode(mean * 0.18215))
         sheet = net.picture(images)
     assert sheet.dtype == torch.uint8
-    assert sheet.shape == (3, 32, 32)
+    assert sheet.shape == (3, 22 + 2 * 128 + 4, 2 * 128 + 4)  # a line of titles, small images enlarged
 
 
 def test_pixels_are_their_own_latents() -> None:

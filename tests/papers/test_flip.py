@@ -154,9 +154,8 @@ def _data(**options: Any) -> ImageTextDataModule:
 
 def _trainer(**options: Any) -> L.Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    few = {"limit_val_batches": 2, "limit_test_batches": 2, "limit_predict_batches": 1}
     settings = {"accelerator": "cpu", "max_epochs": 1, "use_distributed_sampler": False, "enable_model_summary": False}
-    return L.Trainer(**{**settings, **quiet, **few, **options})
+    return L.Trainer(**{**settings, **quiet, **options})
 
 
 def _task(**options: Any) -> flip.FLIPPretraining:
@@ -264,8 +263,7 @@ def test_pictures_are_seen_as_in_the_published_evaluation() -> None:
     photo = torch.randint(0, 256, (3, 300, 401), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     square = resize(photo[:, :, 51:351], (224, 224), kernel="tensorflow_v1")
     mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
-    seen = create_preprocess("flip_large_patch16.laion2b")(photo)
-    torch.testing.assert_close(seen, (square / 255 - mean) / std)
+    torch.testing.assert_close(create_preprocess("flip_large_patch16.laion2b")(photo), (square / 255 - mean) / std)
     for name in ("pretrain_laion400m", "tune_laion400m"):
         content = yaml.safe_load(recipe_path(f"flip/{name}").read_text())["data"]["init_args"]
         assert torch.equal(EvalResizeCrop(**content["eval_transform"]["init_args"])(photo), square)

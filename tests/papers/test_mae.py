@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from zoo import catalog
 from zoo.errors import ZooError
-from zoo.nn.vit import Block, VisionTransformer
 from zoo.selfsup import mae
 from zoo.training import Optim
 
@@ -92,7 +90,7 @@ def test_whole_images_are_encoded_in_the_order_of_the_grid() -> None:
     torch.testing.assert_close(tokens[:, 1:], unshuffled, rtol=1e-4, atol=1e-5)
 
 
-def test_checkpointing_and_compilable_loss_change_no_number() -> None:
+def test_checkpointing_compiling_and_memory_order_change_no_number() -> None:
     network, images, noise = _autoencoder().double(), _images().double(), torch.rand(4, 16).double()
     plain = torch.autograd.grad(network.loss(images, 0.75, noise), network.mask_token)[0]
     network.set_grad_checkpointing()
@@ -100,13 +98,9 @@ def test_checkpointing_and_compilable_loss_change_no_number() -> None:
     torch.testing.assert_close(saved, plain)
     network.set_grad_checkpointing(False)
     graph = torch.compile(network.loss, backend="aot_eager", fullgraph=True)  # no graph breaks
-    torch.testing.assert_close(graph(images, 0.75, noise), network.loss(images, 0.75, noise))
-
-
-def test_channels_last_changes_no_number() -> None:
-    network, images, noise = _autoencoder(), _images(), torch.rand(4, 16)
-    other = network.loss(images.contiguous(memory_format=torch.channels_last), 0.75, noise)
-    torch.testing.assert_close(other, network.loss(images, 0.75, noise))
+    loss = network.loss(images, 0.75, noise)
+    torch.testing.assert_close(graph(images, 0.75, noise), loss)
+    torch.testing.assert_close(network.loss(images.to(memory_format=torch.channels_last), 0.75, noise), loss)
 
 
 def test_the_loss_at_the_start_is_the_variance_of_the_target() -> None:
@@ -150,8 +144,6 @@ def test_wrong_shapes_and_ratios_are_named() -> None:
         network.loss(_images(), 0.0)
     with pytest.raises(ZooError, match="noise"):
         network.loss(_images(), 0.75, torch.rand(4, 15))
-    with pytest.raises(ZooError, match="divisible"):
-        Block(10, 3)
 
 
 def test_a_reconstruction_keeps_what_is_visible_and_undoes_the_standardisation() -> None:
@@ -166,40 +158,13 @@ def test_a_reconstruction_keeps_what_is_visible_and_undoes_the_standardisation()
     torch.testing.assert_close(
         patches, pred * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True), rtol=1e-4, atol=1e-4
     )
-    sheet = network.picture(images, 0.75, noise)
-    assert sheet.dtype == torch.uint8
-    assert sheet.shape == (3, 4 * 128 + 3 * 4, 4 * 128 + 3 * 4)  # small images are shown enlarged
-    assert torch.equal(sheet[:, :128:8, :128:8], sheet[:, 7:128:8, 7:128:8])
-
-
-# --------------------------------------------------------------------------------------------------------- classifier
-
-
-@pytest.mark.parametrize("pool", ["avg", "token"])
-def test_classifier_protocol(pool: str) -> None:
-    network = VisionTransformer(**SIZES, num_classes=5, global_pool=pool, drop_path_rate=0.2)
-    tokens = network.forward_features(_images())
-    assert tokens.shape == (4, 17, 16)
-    assert network.forward_head(tokens, pre_logits=True).shape == (4, 16)
-    network(_images()).sum().backward()
-    assert all(p.grad is not None for p in network.parameters())
-    assert hasattr(network, "fc_norm") == (pool == "avg")
-    assert hasattr(network, "norm") == (pool == "token")
-    network.reset_classifier(0)
-    assert network(_images()).shape == (4, 16)
-    network.reset_classifier(7)
-    assert network.get_classifier().out_features == 7
-    ids = [network.layer_id(name) for name, _ in network.named_parameters()]
-    assert set(ids) == set(range(network.num_layer_ids))
-    with pytest.raises(ZooError, match="global_pool"):
-        VisionTransformer(**SIZES, global_pool="max")
-
-
-def test_drop_path_rises_with_depth_and_rests_in_evaluation() -> None:
-    network = VisionTransformer(**SIZES, num_classes=2, drop_path_rate=0.4)
-    assert [getattr(block.drop_path, "drop_prob", 0.0) for block in network.blocks] == [0.0, 0.2, 0.4]
-    network.eval()
-    assert torch.equal(network(_images()), network(_images()))
+    sheet = network.picture(images, 0.75, noise, mean=[0.5] * 3, std=[0.1] * 3)
+    assert sheet.shape[2] == 4 * 128 + 3 * 4
+    columns = [sheet[:, -(4 * 128 + 3 * 4) :: 8, x : x + 128 : 8][:, :16] for x in range(0, 4 * 132, 132)]
+    views = [(view[0] * 0.1 + 0.5).clamp(0, 1).mul(255).round() for view in (images, seen, predicted, pasted)]
+    views[1] = torch.where(visible[0], views[1], 128.0)  # hidden patches are gray
+    for column, view in zip(columns, views, strict=True):
+        assert torch.equal(column, view.to(torch.uint8))
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
@@ -211,15 +176,9 @@ def _loader(count: int = 8) -> DataLoader:
     return DataLoader(samples, batch_size=4)
 
 
-def _trainer(tmp_path: Path, **options) -> L.Trainer:
-    return L.Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"max_epochs": 1, "enable_checkpointing": False, **options},
-    )
+def _trainer(tmp_path: Path) -> L.Trainer:
+    quiet = {f"enable_{what}": False for what in ("progress_bar", "model_summary", "checkpointing")}
+    return L.Trainer(max_epochs=1, default_root_dir=tmp_path, accelerator="cpu", logger=False, **quiet)
 
 
 FAST = {"base_lr": 0.1, "warmup_epochs": 0.0}
@@ -256,16 +215,11 @@ def test_from_pretraining_to_fine_tuning_and_probing(tmp_path: Path) -> None:
     )
     probe.setup("fit")
     before = {name: value.clone() for name, value in probe.network.state_dict().items()}
-    assert [n for n, p in probe.named_parameters() if p.requires_grad] == [
-        "network.head.1.weight",
-        "network.head.1.bias",
-    ]
+    trained = {"head.1.weight", "head.1.bias"}
+    assert {n for n, p in probe.network.named_parameters() if p.requires_grad} == trained
     _trainer(tmp_path).fit(probe, _loader())
     changed = {n for n, value in probe.network.state_dict().items() if not torch.equal(value, before[n])}
-    assert changed == {
-        *("head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked"),
-        *("head.1.weight", "head.1.bias"),
-    }
+    assert changed == trained | {f"head.0.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
     probabilities = torch.cat(_trainer(tmp_path).predict(probe, _loader()))
     torch.testing.assert_close(probabilities.sum(1), torch.ones(8))
 
@@ -287,28 +241,6 @@ def test_fine_tuning_at_another_size_resizes_the_positions(tmp_path: Path) -> No
         mae.MAEFineTuning(**options, init_from=str(tmp_path / "absent.ckpt")).setup("fit")
 
 
-def test_pinned_masks_decide_the_loss() -> None:
-    task = mae.MAEPretraining(**SIZES, **DECODER)
-    images, noise = _images(), torch.rand(4, 16)
-    pinned = task.loss({"image": images, "mask_noise": noise})
-    assert torch.equal(pinned, task.loss({"image": images, "mask_noise": noise}))
-    assert not torch.equal(pinned, task.loss({"image": images, "mask_noise": 1 - noise}))
-    torch.manual_seed(3)
-    drawn = task.loss({"image": images})
-    torch.manual_seed(3)
-    assert torch.equal(drawn, task.loss({"image": images}))
-
-
-def test_mixed_labels_are_trained_on() -> None:
-    task = mae.MAEFineTuning(**SIZES, num_classes=3, drop_path_rate=0.0)
-    batch = {"image": _images(), "label": torch.tensor([0, 1, 2, 0])}
-    loss = task.training_step(batch, 0)
-    assert loss.isfinite()
-    assert batch["label"].ndim == 1
-    with pytest.raises(ZooError, match="even"):
-        task.training_step({key: value[:3] for key, value in batch.items()}, 0)
-
-
 def test_features_and_pictures_of_the_pretraining_task() -> None:
     batch = {"image": _images()}
     token = mae.MAEPretraining(**SIZES, **DECODER)
@@ -318,7 +250,6 @@ def test_features_and_pictures_of_the_pretraining_task() -> None:
     tokens = token.network.forward_features(batch["image"])
     torch.testing.assert_close(mean.features(batch["image"]), tokens[:, 1:].mean(1))
     assert token.picture(batch).shape[0] == 3
-    assert token.predict_step(batch, 0)["reconstruction"].shape == (4, 3, 16, 16)
 
 
 def test_wrong_arguments_of_tasks_are_named() -> None:
@@ -330,27 +261,15 @@ def test_wrong_arguments_of_tasks_are_named() -> None:
 
 # ------------------------------------------------------------------------------------------------- published layouts
 
-LAYOUTS = {
-    "mae_pretrain_vit_{}_full": ("mae_", {}),
-    "hf_vit-mae-{}": ("mae_", {}),
-    "mae_pretrain_vit_{}": ("", {"num_classes": 0, "global_pool": "token"}),
-    "mae_finetuned_vit_{}": ("", {}),
-}
 
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("size", "name"), [("base", "base_patch16"), ("large", "large_patch16"), ("huge", "huge_patch14")]
-)
-def test_published_layouts_convert_key_for_key(shared: Path, layout: str, size: str, name: str) -> None:
-    prefix, options = LAYOUTS[layout]
-    published = json.loads((shared / "statedicts" / "mae" / f"{layout.format(size)}.json").read_text())
+@pytest.mark.parametrize("size", ["base_patch16", "large_patch16", "huge_patch14"])
+def test_hugging_faces_layout_converts_key_for_key(shared: Path, size: str) -> None:
+    path = shared / "statedicts" / "mae" / f"hf_vit-mae-{size.partition('_')[0]}.json"
     with torch.device("meta"):
-        state = {key: torch.empty(shape) for key, shape in published["keys"].items()}
-        network = getattr(mae, f"{prefix}vit_{name}")(**options)
+        state = {key: torch.empty(shape) for key, shape in json.loads(path.read_text())["keys"].items()}
+        network = getattr(mae, f"mae_vit_{size}")()
     converted = mae.convert_official(state)
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in network.state_dict().items()}
-    assert sum(p.numel() for p in network.parameters()) == published["params"]
 
 
 def test_split_attention_of_hugging_face_is_joined_in_order() -> None:
@@ -378,11 +297,3 @@ def test_foreign_keys_are_refused() -> None:
         mae.convert_official({"vit.layers.0.attention.q_proj.weight": torch.zeros(2, 2)})
     with pytest.raises(ZooError, match="unknown key"):
         mae.convert_official({"vit.pooler.weight": torch.zeros(1)})
-
-
-def test_the_card_counts_the_parameters_right() -> None:
-    card = catalog.paper("mae")
-    for entry in card.models:
-        with torch.device("meta"):
-            network = getattr(mae, entry.name)()
-        assert sum(p.numel() for p in network.parameters()) == entry.params, entry.name

@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests.conftest import ROOT
-from zoo import catalog
+from tests.training.training_task import trainer
 from zoo.errors import ZooError
 from zoo.generation import meanflow as mf
-from zoo.training import EMA, Optim
+from zoo.nn.dit import MODERN
+from zoo.training import Optim
 
 SIZES: dict[str, Any] = {"img_size": 8, "patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
-UNET: dict[str, Any] = {
-    "img_size": 8,
-    "model_channels": 8,
-    "channel_mult": [1, 2],
-    "channel_mult_emb": 2,
-    "num_blocks": 1,
-    "attn_resolutions": [4],
-    "augment_dim": 6,
-}
+UNET: dict[str, Any] = {"img_size": 8, "model_channels": 8, "channel_mult": [1, 2], "channel_mult_emb": 2}
+UNET |= {"num_blocks": 1, "attn_resolutions": [4]}
 FAST = Optim(lr=1e-2, weight_decay=0.0, schedule="constant")
 
 
 def _task(**options: Any) -> mf.ClassConditionalMeanFlow:
     torch.manual_seed(0)
-    return mf.ClassConditionalMeanFlow(**{"model": None, **SIZES, "optim": FAST, **options})
+    return mf.ClassConditionalMeanFlow(**{**SIZES, "optim": FAST, **options})
 
 
 def _stirred(network: Any) -> Any:
@@ -52,16 +39,8 @@ def _batch(count: int = 8, channels: int = 4) -> dict[str, Tensor]:
     x, noise = torch.randn(2, count, channels, 8, 8, generator=draw, dtype=torch.float64)
     noise_t, noise_r = torch.randn(2, count, generator=draw, dtype=torch.float64)
     chance, drop = torch.rand(2, count, generator=draw, dtype=torch.float64)
-    return {
-        "image": x,
-        "noise": noise,
-        "noise_t": noise_t,
-        "noise_r": noise_r,
-        "chance": chance,
-        "drop": drop,
-        "label": torch.arange(count) % 5,
-        "index": torch.arange(count),
-    }
+    drawn = {"noise": noise, "noise_t": noise_t, "noise_r": noise_r, "chance": chance, "drop": drop}
+    return {"image": x, **drawn, "label": torch.arange(count) % 5, "index": torch.arange(count)}
 
 
 # ----------------------------------------------------------------------------------------------------------- equations
@@ -177,7 +156,7 @@ def test_checkpointing_changes_no_number() -> None:
 
 
 def test_gradients_reach_every_parameter_of_the_unet() -> None:
-    unet = mf.UnconditionalMeanFlow(None, **UNET)
+    unet = mf.UnconditionalMeanFlow(**UNET)
     _stirred(unet.network)
     batch = _batch(channels=3)
     unet.loss({**batch, "augment": torch.randn(8, 6, dtype=torch.float64)}).loss.backward()
@@ -198,86 +177,48 @@ def test_at_the_start_the_error_is_that_of_a_zero_network() -> None:
     torch.testing.assert_close(guided.error, 9 * velocity)
 
 
-def test_unpinned_draws_come_from_the_global_generator() -> None:
-    task = _task()
-    _stirred(task.network).float()
-    batch = {"image": torch.randn(8, 4, 8, 8), "label": torch.arange(8) % 5}
-    torch.manual_seed(3)
-    first = task.loss(batch).error
-    torch.manual_seed(3)
-    assert torch.equal(first, task.loss(batch).error)
-    assert not torch.equal(first, task.loss(batch).error)
-
-
 def _loader(channels: int = 4, count: int = 16) -> DataLoader:
     images = torch.randn(count, channels, 8, 8, generator=torch.Generator().manual_seed(0))
     return DataLoader([{"image": images[i], "label": i % 5, "index": i} for i in range(count)], batch_size=8)
 
 
-def _trainer(tmp_path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    return L.Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        **{"max_epochs": 1, "enable_checkpointing": False, **options},
-    )
+def _predicted(task: Any, batch_size: int = 8, **options: Any) -> Tensor:
+    parts: Any = trainer(**options).predict(task, DataLoader(_loader(3).dataset, batch_size=batch_size))
+    return torch.cat([part["picture"] for part in parts])
 
 
-def test_train_evaluate_sample_and_load(tmp_path: Path) -> None:
-    task, ema = _task(in_chans=3), EMA(0.5)
-    trainer = _trainer(tmp_path, ema, max_epochs=2)
-    trainer.fit(task, _loader(3), _loader(3))
-    assert {"train/loss", "train/error", "val/error", "val/velocity_error"} <= trainer.callback_metrics.keys()
-    (scores,) = trainer.test(task, _loader(3), verbose=False)
-    assert scores.keys() == {"test/error", "test/velocity_error"}
-    trainer.save_checkpoint(tmp_path / "own.ckpt")
+def test_a_checkpoint_samples_the_same(tmp_path: Path) -> None:
+    task = _task(in_chans=3)
+    run = trainer()
+    run.fit(task, _loader(3))
+    run.save_checkpoint(tmp_path / "own.ckpt")
     reloaded = mf.ClassConditionalMeanFlow.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=True)
     noise, label = torch.randn(2, *task.noise_shape), torch.tensor([0, 4])
     torch.testing.assert_close(reloaded.sample(noise, label), task.sample(noise, label))
-    assert reloaded.guidance == mf.Guidance()
-    assert reloaded.pairs == mf.TimePairs()
+    assert (reloaded.guidance, reloaded.pairs) == (mf.Guidance(), mf.TimePairs())
     assert not torch.equal(task.sample(noise, label), task.sample(noise, label.flip(0)))
 
-    (first, second) = trainer.predict(task, _loader(3))
-    assert first["picture"].shape == (8, 3, 8, 8)
-    assert first["picture"].dtype == torch.uint8
-    alone = trainer.predict(task, DataLoader(_loader(3).dataset, batch_size=3))
-    pictures = torch.cat([part["picture"] for part in alone])
-    difference = (pictures.int() - torch.cat([first["picture"], second["picture"]]).int()).abs()
-    assert difference.max() <= 1  # noise by index, whatever the batches
+
+def test_pictures_depend_on_the_index_alone_whatever_the_precision() -> None:
+    task = _task(in_chans=3)
+    _stirred(task.network).float()
+    pictures = _predicted(task)
+    assert pictures.shape == (16, 3, 8, 8)
+    assert pictures.dtype == torch.uint8
+    for other in (_predicted(task, batch_size=3), _predicted(task, precision="64-true")):
+        assert (pictures.int() - other.int()).abs().max() <= 1
 
 
-def test_few_steps_and_the_unconditional_task(tmp_path: Path) -> None:
-    task = mf.UnconditionalMeanFlow(None, **UNET, sampling_times=[1.0, 0.5, 0.0], optim=FAST)
-    _trainer(tmp_path).fit(task, _loader(3), _loader(3))
+def test_few_steps_and_the_unconditional_task() -> None:
+    task = mf.UnconditionalMeanFlow(**UNET, sampling_times=[1.0, 0.5, 0.0], optim=FAST)
+    trainer().fit(task, _loader(3), _loader(3))
     assert task.num_classes == 0
     task.eval()  # dropout
     noise = torch.randn(2, *task.noise_shape)
     *_, end = mf.steps(task.network, noise, None, (1.0, 0.5, 0.0))
     assert torch.equal(task.sample(noise), end)
     assert not torch.equal(task.sample(noise), task.network.sample(noise))
-    assert _trainer(tmp_path).predict(task, _loader(3))[0]["picture"].shape == (8, 3, 8, 8)
-
-
-def test_several_averages_of_one_run(tmp_path: Path) -> None:
-    """As the CIFAR-10 recipe keeps them: the first that evaluates is used, and all stand in the checkpoint."""
-    options = {"every_n_steps": 2, "per_step": True}
-    averages = [EMA(0.5, name="ema", **options), EMA(0.9, name="ema_9", evaluate=False, **options), EMA(0.1, name="x")]
-    task = _task()
-    trainer = _trainer(tmp_path, *averages, max_epochs=2)
-    trainer.fit(task, _loader(), _loader())
-    raw = {name: value.clone() for name, value in task.state_dict().items()}
-    trainer.validate(task, _loader(), verbose=False)
-    assert all(torch.equal(value, raw[name]) for name, value in task.state_dict().items())
-    trainer.save_checkpoint(tmp_path / "all.ckpt")
-    saved = torch.load(tmp_path / "all.ckpt", weights_only=True)
-    assert saved["ema_steps"] == saved["ema_9_steps"] == 4
-    name = "network.final_layer.linear.weight"
-    distances = [(saved[f"{key}_state_dict"][name] - saved["state_dict"][name]).norm() for key in ("x", "ema", "ema_9")]
-    assert distances[0] < distances[1] < distances[2]
+    assert _predicted(task).shape == (16, 3, 8, 8)
 
 
 def test_conditions_and_wrong_arguments_are_named() -> None:
@@ -286,63 +227,36 @@ def test_conditions_and_wrong_arguments_are_named() -> None:
         assert [name for name in ("t", "r", "h") if hasattr(task.network, f"{name}_embedder")] == times
         _stirred(task.network)
         assert task.loss(_batch()).loss.isfinite()
-    with pytest.raises(ZooError, match="did you mean 'meanflow_b4'"):
-        mf.ClassConditionalMeanFlow(model="meanflow_b44")
     with pytest.raises(ZooError, match="sampling_times"):
         _task(sampling_times=[0.0, 1.0])
     with pytest.raises(ZooError, match="augment_dim"):
-        mf.UnconditionalMeanFlow(None, **{**UNET, "augment_dim": 0})
+        mf.UnconditionalMeanFlow(**{**UNET, "augment_dim": 0})
+    with pytest.raises(TypeError, match="null_class"):  # a network without "no label" could not be guided
+        _task(null_class=False)
     with pytest.raises(ZooError, match="num_classes"):
         _task(num_classes=0)
 
 
-# -------------------------------------------------------------------------------------------------------- two processes
-
-
-def _ddp(kind: str, devices: int, out: Path) -> list[dict[str, Any]]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.papers.ddp_meanflow", kind, str(devices), str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
-    return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(devices)]
-
-
-@pytest.mark.parametrize("kind", ["unet"])
-def test_gradients_are_the_same_in_one_and_two_processes(tmp_path: Path, kind: str) -> None:
-    """torch.func.jvp works around DDP's wrapper; its hooks must see the gradients all the same."""
-    (one,) = _ddp(kind, 1, tmp_path / "one")
-    ranks = _ddp(kind, 2, tmp_path / "two")
-    assert len(one["gradients"]) == 3
-    for rank in ranks:
-        torch.testing.assert_close(rank, one, rtol=1e-7, atol=1e-10)
+def test_options_of_the_networks_reach_them() -> None:
+    unet = mf.UnconditionalMeanFlow(**UNET, resample_filter=[1, 1], channel_mult_noise=1).network
+    assert unet.enc["4x4_down"].conv0.resample_filter.shape[-2:] == (2, 2)
+    assert unet.map_layer0.in_features == 2 * 8
+    assert mf.UnconditionalMeanFlow(**UNET).network.map_layer0.in_features == 2 * 2 * 8
+    assert hasattr(_task(style=MODERN).network.blocks[0].mlp, "w12")
 
 
 # --------------------------------------------------------------------------------------------------- published weights
 
 
-@pytest.mark.parametrize(
-    ("layout", "model"), [("MF-B-4_flax", "meanflow_b4"), ("cifar10_unet", "meanflow_unet_cifar10")]
-)
-def test_published_layouts_convert_key_for_key(shared: Path, layout: str, model: str) -> None:
-    published = json.loads((shared / "statedicts" / "meanflow" / f"{layout}.json").read_text())
-    with torch.device("meta"):
-        state = {key: torch.empty(shape) for key, shape in published["keys"].items()}
-        network = getattr(mf, model)()
-    converted = mf.convert_official(state)
-    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in network.state_dict().items()}
-    copies = len({key.partition(".")[0] for key in state} & {"net", *mf.AVERAGES}) or 1
-    assert copies * sum(p.numel() for p in network.parameters()) == published["params"]
-
-
 def test_the_average_that_was_published_is_taken() -> None:
-    network = mf.UnconditionalMeanFlow(None, **UNET).network
+    network = mf.UnconditionalMeanFlow(**UNET).network
     sets = {name: {k: v + n for k, v in network.state_dict().items()} for n, name in enumerate(("net", *mf.AVERAGES))}
     state = {f"{name}.{key}": value for name, found in sets.items() for key, value in found.items()}
     state["num_updates"] = torch.tensor(16)
     assert all(torch.equal(value, sets["net_ema1"][key]) for key, value in mf.convert_official(state).items())
     assert torch.equal(mf.convert_official(state, "net")["map_layer0.bias"], sets["net"]["map_layer0.bias"])
     assert mf.convert_official(dict(network.state_dict())).keys() == network.state_dict().keys()
-    with pytest.raises(ZooError, match=r"unknown key 'net_ema1\.head\.weight'"):
+    with pytest.raises(ZooError, match=r"unknown keys, such as 'head\.weight'"):
         mf.convert_official({**state, "net_ema1.head.weight": torch.zeros(1)})
     with pytest.raises(ZooError, match="holds no 'net_ema1'"):
         mf.convert_official({k: v for k, v in state.items() if not k.startswith("net_ema1.")})
@@ -350,13 +264,6 @@ def test_the_average_that_was_published_is_taken() -> None:
         mf.convert_official({k: v for k, v in state.items() if k != "net_ema2.map_layer0.bias"})
     with pytest.raises(ZooError, match="unknown keys"):
         mf.convert_official({"net/blocks/layers_0/norm1/scale": torch.zeros(1)})
-
-
-def test_the_card_counts_the_parameters_right() -> None:
-    for entry in catalog.paper("meanflow").models:
-        with torch.device("meta"):
-            network = getattr(mf, entry.name)()
-        assert sum(p.numel() for p in network.parameters()) == entry.params, entry.name
 
 
 def test_published_weights_are_loaded_by_name_through_their_container(
@@ -389,4 +296,3 @@ def test_published_weights_are_loaded_by_name_through_their_container(
     network = create_model("meanflow_b4", weights=tmp_path / "MF-B-4.zip", **sizes)
     kernel = arrays["net/blocks/layers_0/attn/qkv/_flax_linear/kernel"]
     assert torch.equal(network.get_parameter("blocks.0.attn.qkv.weight"), torch.from_numpy(kernel).T)
-    assert dataclasses.is_dataclass(mf.TimePairs)

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from zoo.errors import ZooError
 from zoo.recognition.preact_resnet import PreActResNet
 from zoo.training import Classification, Optim
 
@@ -49,3 +50,12 @@ def test_crops_are_averaged_by_their_logits(tmp_path: Path) -> None:
     probabilities = torch.cat(_trainer(tmp_path).predict(task, _data(views=3)))
     torch.testing.assert_close(probabilities, logits.softmax(1))
     torch.testing.assert_close(torch.cat(_trainer(tmp_path).predict(task, _data())), whole.softmax(1))
+
+
+def test_mixed_labels_are_trained_on() -> None:
+    task = Classification(PreActResNet([1, 1, 1], [4, 8, 16], num_classes=3), Optim(), 3, mixup=0.8, cutmix=1.0)
+    batch = {"image": torch.randn(4, 3, 16, 16), "label": torch.tensor([0, 1, 2, 0])}
+    assert task.training_step(batch, 0).isfinite()
+    assert batch["label"].ndim == 1
+    with pytest.raises(ZooError, match="even"):
+        task.training_step({key: value[:3] for key, value in batch.items()}, 0)

@@ -166,6 +166,18 @@ def test_two_named_sets_in_a_checkpoint_and_evaluation_on_the_average(tmp_path: 
     assert tested.validated[-1].equal(raw["head.weight"])
 
 
+def test_several_averages_of_one_run(tmp_path: Path) -> None:
+    options = {"every_n_steps": 2, "per_step": True}
+    averages = [EMA(0.5, name="ema", **options), EMA(0.9, name="ema_9", evaluate=False, **options), EMA(0.1, name="x")]
+    module = fresh()
+    trainer(max_epochs=1, callbacks=[*averages, saver(tmp_path)], enable_checkpointing=True).fit(module, Data())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert module.validated[-1].equal(saved["ema_state_dict"]["head.weight"])  # the first that evaluates
+    raw = saved["state_dict"]["head.weight"]
+    distances = [(saved[f"{name}_state_dict"]["head.weight"] - raw).norm() for name in ("x", "ema", "ema_9")]
+    assert distances[0] < distances[1] < distances[2]
+
+
 def test_a_checkpoint_without_average_is_used_raw_with_a_warning(tmp_path: Path) -> None:
     trainer(max_epochs=1, callbacks=[saver(tmp_path)], enable_checkpointing=True).fit(fresh(), Data())
     tested = Classifier()

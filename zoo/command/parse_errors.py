@@ -187,6 +187,9 @@ def _unknown_key(
         known += sorted(handed_on - {*known, "class_path"})  # by **kwargs
         close = difflib.get_close_matches(words[0].lower(), known, n=1, cutoff=0.55)
         near = [".".join([*base, *close])] if close else _meant(shown, [*options], options)
+        if close == words[:1]:  # right so far: a dataclass that is handed on, in which the key is wrong
+            inside = [name for name in options if name.startswith(f"{below}{words[0]}.")]
+            near = difflib.get_close_matches(shown, inside, n=1) or near
     where = f" of {owner}" if owner else ""
     if near:
         return f"unknown key {shown!r}{where}; did you mean {near[0]!r}?"

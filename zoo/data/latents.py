@@ -267,7 +267,7 @@ class _Latents(Dataset):
             generator.manual_seed(seed)
             if self.flip:
                 view[n] = int(torch.randint(2, (), generator=generator))
-            noise.append(torch.randn(*self.source.facts["shape"], generator=generator))
+            noise.append(torch.randn(*self.source.facts["shape"], generator=generator, dtype=torch.float32))
         moments = self.source.read(self.indices[index], view)
         latents = (moments["mean"] + moments["std"] * torch.stack(noise)) * self.scale
         return {"image": latents, "label": moments["label"], "index": torch.from_numpy(index)}

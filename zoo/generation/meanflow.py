@@ -20,7 +20,6 @@ Deviations from the official code, none of which changes a value of a network wi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -34,12 +33,12 @@ from zoo.data.augment import EDMAugment
 from zoo.errors import ZooError, unknown
 from zoo.metrics.generation import to_uint8
 from zoo.nn.autoencoder import PIXELS, FrozenAutoencoder, convert_autoencoder, sd_vae
-from zoo.nn.dit import SIZES, DiT, flax_to_torch
-from zoo.nn.unet import SongUNet
+from zoo.nn.dit import SIZES, DiT, convert_dit, flax_to_torch
+from zoo.nn.unet import SongUNet, convert_edm
 from zoo.ops.flow import LinearPath, like, logit_normal
 from zoo.ops.guidance import drop_labels, scale_within
 from zoo.training import BaseModule, Optim
-from zoo.training.sampling import noise_of
+from zoo.training.sampling import draw_samples
 
 __all__ = [
     "ClassConditionalMeanFlow",
@@ -66,7 +65,8 @@ __all__ = [
 ]
 
 PATH = LinearPath(noise_at=1)
-TIMES = ("t", "h")
+Time = Literal["t", "r", "h"]
+TIMES: tuple[Time, ...] = ("t", "h")
 
 # ------------------------------------------------------------------------------------------------------- 1. equations
 
@@ -99,12 +99,13 @@ class TimePairs:
     order: Literal["sort", "clamp"] = "sort"
 
     def __post_init__(self) -> None:
-        for kind, value, known in (
-            ("distribution of times", self.distribution, ("logit_normal", "uniform")),
-            ("equal_by", self.equal_by, ("count", "chance")),
-            ("order of times", self.order, ("sort", "clamp")),
-        ):
-            if value not in known:
+        words = {
+            "distribution": ("logit_normal", "uniform"),
+            "equal_by": ("count", "chance"),
+            "order": ("sort", "clamp"),
+        }
+        for kind, known in words.items():
+            if (value := getattr(self, kind)) not in known:
                 raise unknown(kind, value, known)
         if not 0 <= self.equal <= 1:
             raise ZooError(f"the share of samples with r = t must be in [0, 1], not {self.equal}")
@@ -122,10 +123,7 @@ class TimePairs:
             t = logit_normal(t, self.mean, self.std)
             mean_r = self.mean if self.mean_r is None else self.mean_r
             r = logit_normal(r, mean_r, self.std if self.std_r is None else self.std_r)
-        if self.order == "sort":
-            t, r = torch.maximum(t, r), torch.minimum(t, r)
-        else:
-            r = torch.minimum(t, r)
+        t, r = torch.maximum(t, r) if self.order == "sort" else t, torch.minimum(t, r)
         if self.equal_by == "count":
             equal = torch.arange(len(t), device=t.device) < int(len(t) * self.equal)
         elif chance is None:
@@ -288,14 +286,17 @@ def steps(
 
 
 class MeanFlowDiT(DiT):
-    """A transformer of average velocities on Stable Diffusion's latents, or on pixels."""
+    """A transformer of average velocities on Stable Diffusion's latents, or on pixels.
+
+    Args:
+        times: which of t, r and h = t - r it is conditioned on (Table 1c).
+        options: sizes and blocks, of :class:`~zoo.nn.dit.DiT`.
+    """
 
     autoencoder = "sd_vae.ft_mse"
 
-    @property
-    def noise_shape(self) -> tuple[int, int, int]:
-        """(C, S, S) of what a sample starts from, and of what it is."""
-        return self.in_chans, self.img_size, self.img_size
+    def __init__(self, times: Sequence[Time] = TIMES, **options: Any) -> None:
+        super().__init__(times=times, pos_embed="fixed", out_chans=None, null_class=True, **options)
 
     @torch.no_grad()
     def sample(self, noise: Tensor, label: Tensor | None = None, times: Sequence[float] = (1.0, 0.0)) -> Tensor:
@@ -304,14 +305,36 @@ class MeanFlowDiT(DiT):
 
 
 class MeanFlowUNet(SongUNet):
-    """An unconditional U-Net of average velocities, on pixels."""
+    """An unconditional U-Net of average velocities, on pixels. The defaults are the paper's on CIFAR-10.
 
-    num_classes = 0
+    Args:
+        img_size: side of the square pictures.
+        in_chans: their channels.
+        dropout, augment_dim, channel_mult_noise, resample_filter: as in :class:`~zoo.nn.unet.SongUNet`, as are
+        options: its other sizes.
+    """
 
-    @property
-    def noise_shape(self) -> tuple[int, int, int]:
-        """(C, S, S) of what a sample starts from, and of what it is."""
-        return self.in_channels, self.img_resolution, self.img_resolution
+    def __init__(
+        self,
+        img_size: int = 32,
+        in_chans: int = 3,
+        dropout: float = 0.2,
+        augment_dim: int = 6,
+        channel_mult_noise: int = 2,
+        resample_filter: Sequence[float] = (1, 3, 3, 1),
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            img_resolution=img_size,
+            in_channels=in_chans,
+            out_channels=in_chans,
+            dropout=dropout,
+            augment_dim=augment_dim,
+            channel_mult_noise=channel_mult_noise,
+            resample_filter=resample_filter,
+            num_times=len(TIMES),
+            **options,
+        )
 
     @torch.no_grad()
     def sample(self, noise: Tensor, label: None = None, times: Sequence[float] = (1.0, 0.0)) -> Tensor:
@@ -354,6 +377,7 @@ class MeanFlow(BaseModule):
         if len(sampling_times) < 2 or any(t <= r for t, r in pairwise(sampling_times)):
             raise ZooError(f"sampling_times must fall from the noise at 1 to the data at 0, not {list(sampling_times)}")
         self.network: Any = network
+        self.num_classes, self.noise_shape = network.num_classes, network.noise_shape
         # A checkpoint holds declarations as plain mappings.
         self.pairs = TimePairs(**pairs) if isinstance(pairs, Mapping) else pairs
         self.loss_power, self.loss_eps = loss_power, loss_eps
@@ -375,14 +399,21 @@ class MeanFlow(BaseModule):
         noise = self.draws(batch, "noise", *x.shape[1:], normal=True)
         return noise.to(x.dtype), t.to(x.dtype), r.to(x.dtype)
 
-    def loss(self, batch: Mapping[str, Any]) -> Loss:
+    def condition(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the loss of a batch depends on besides: further arguments of :func:`meanflow_loss`."""
         raise NotImplementedError
+
+    def loss(self, batch: Mapping[str, Any]) -> Loss:
+        """The loss of a batch."""
+        noise, t, r = self._draws(batch)
+        options = {"power": self.loss_power, "eps": self.loss_eps, **self.condition(batch)}
+        return meanflow_loss(self.network, batch["image"], noise, t, r, **options)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         out = self.loss(batch)
-        error, watched = out.error.mean(), out.velocity_error.mean()
+        error = out.error.mean()
         self.log("train/error", error, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(out.error))
-        return {"loss": out.loss, "error": error, "velocity_error": watched}
+        return {"loss": out.loss, "error": error, "velocity_error": out.velocity_error.mean()}
 
     def _evaluate(self, stage: str, batch: Mapping[str, Any]) -> None:
         out = self.loss(batch)
@@ -395,25 +426,15 @@ class MeanFlow(BaseModule):
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._evaluate("test", batch)
 
-    @property
-    def num_classes(self) -> int:
-        """0 for an unconditional model."""
-        return self.network.num_classes
-
-    @property
-    def noise_shape(self) -> tuple[int, int, int]:
-        """(C, S, S) of the noise that a sample starts from."""
-        return self.network.noise_shape
-
     @torch.no_grad()
     def sample(self, noise: Tensor, label: Tensor | None = None) -> Tensor:
         """Pictures (B, 3, H, W), about in [-1, 1], of noise (B, C, S, S) and, for a conditional model, labels (B,)."""
-        return self.autoencoder.decode(self.network.sample(noise, label, self.sampling_times))
+        return self.autoencoder.decode(self.network.sample(noise.to(self.dtype), label, self.sampling_times))
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """A generated picture (B, 3, H, W), uint8, of each sample's class, from noise that its index decides."""
-        noise = noise_of(batch["index"].tolist(), self.noise_shape).to(batch["image"])
-        pictures = self.sample(noise, batch["label"] if self.num_classes else None)
+        label = batch["label"] if self.num_classes else None
+        pictures = draw_samples(self, batch["index"].tolist(), batch["image"].device, label=label)
         return {"picture": to_uint8(pictures), "index": batch["index"]}
 
 
@@ -423,84 +444,45 @@ class ClassConditionalMeanFlow(MeanFlow):
     Batches hold `label` (B,) too.
 
     Args:
-        model: a published size, or null for one made of the sizes that follow. A size given overrides `model`'s.
-        img_size, in_chans: of the latents, or of the pictures.
-        num_classes: taken from the data module by a recipe.
-        times: which of t, r and h = t - r the network is conditioned on.
         guidance: null trains without.
         label_dropout: share of samples that train without label; count(draws below it) of them, the first of the batch.
         tangent: (dr, dt) of the Jacobian-vector product; other than [0, 1] it is wrong on purpose (Table 1b).
-        optim, pairs, loss_power, loss_eps, sampling_times, autoencoder: as in :class:`MeanFlow`.
+        pairs, loss_power, loss_eps, sampling_times, autoencoder, optim: as in :class:`MeanFlow`.
+        network: of :class:`MeanFlowDiT`; a recipe takes `img_size` and `num_classes` from the data module.
+
+    Raises:
+        ZooError: as :class:`MeanFlow`, or no classes.
     """
 
     batch_keys = ("image", "label")
 
     def __init__(
         self,
-        model: str | None = "meanflow_b4",
-        img_size: int | None = None,
-        patch_size: int | None = None,
-        in_chans: int | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        mlp_ratio: float | None = None,
-        num_classes: int = 1000,
-        times: list[Literal["t", "r", "h"]] | None = None,
         guidance: Guidance | None = Guidance(),
         label_dropout: float = 0.1,
-        pairs: TimePairs = TimePairs(),
         tangent: tuple[float, float] = (0.0, 1.0),
+        pairs: TimePairs = TimePairs(),
         loss_power: float = 1.0,
         loss_eps: float = 0.01,
-        sampling_times: list[float] | None = None,
+        sampling_times: Sequence[float] = (1.0, 0.0),
         autoencoder: str = PIXELS,
-        grad_checkpointing: bool = False,
         optim: Optim = Optim(lr=1e-4, weight_decay=0.0, schedule="constant"),  # noqa: B008 (frozen)
+        **network: Any,
     ) -> None:
-        if num_classes < 1:
-            raise ZooError("a class-conditional model wants num_classes of 1 or more")
-        options: dict[str, Any] = {
-            "img_size": img_size,
-            "patch_size": patch_size,
-            "in_chans": in_chans,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "num_classes": num_classes,
-            "times": times,
-            "grad_checkpointing": grad_checkpointing,
-        }
-        options = {key: value for key, value in options.items() if value is not None}
-        if model is not None and model not in TRANSFORMERS:
-            raise unknown("model", model, TRANSFORMERS)
-        network = (TRANSFORMERS[model] if model else _transformer)(**options)
-        super().__init__(network, optim, pairs, loss_power, loss_eps, sampling_times or [1.0, 0.0], autoencoder)
+        super().__init__(MeanFlowDiT(**network), optim, pairs, loss_power, loss_eps, sampling_times, autoencoder)
         self.save_hyperparameters()
+        if self.num_classes < 1:
+            raise ZooError("a class-conditional model wants num_classes of 1 or more")
         self.label_dropout, self.tangent = label_dropout, tangent
         self.guidance = Guidance(**guidance) if isinstance(guidance, Mapping) else guidance
 
-    def loss(self, batch: Mapping[str, Any]) -> Loss:
-        x, labels = batch["image"], batch["label"]
-        noise, t, r = self._draws(batch)
+    def condition(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        labels = batch["label"]
         dropped = self.draws(batch, "drop") < self.label_dropout
         if self.training:  # as many, but the first of the batch
-            dropped = torch.arange(len(x), device=x.device) < dropped.sum()
-        return meanflow_loss(
-            self.network,
-            x,
-            noise,
-            t,
-            r,
-            labels,
-            self.guidance,
-            self.num_classes,
-            dropped,
-            self.loss_power,
-            self.loss_eps,
-            self.tangent,
-        )
+            dropped = torch.arange(len(labels), device=labels.device) < dropped.sum()
+        known = {"guidance": self.guidance, "null_label": self.num_classes, "tangent": self.tangent}
+        return {"condition": labels, "dropped": dropped, **known}
 
 
 class UnconditionalMeanFlow(MeanFlow):
@@ -509,128 +491,75 @@ class UnconditionalMeanFlow(MeanFlow):
     Batches may hold `augment` (B, A), which says how pictures were augmented; sampling goes without.
 
     Args:
-        model: the published network, or null for one of the sizes that follow. A size given overrides `model`'s.
-        img_size: side of the pictures.
-        dropout: in every block.
-        augment_dim: A; 0 for none.
         augment: chance of each of EDM's geometric changes in training, whose labels the network sees; 0 for none.
-        optim, pairs, loss_power, loss_eps, sampling_times: as in :class:`MeanFlow`.
+        pairs, loss_power, loss_eps, sampling_times, optim: as in :class:`MeanFlow`.
+        network: of :class:`MeanFlowUNet`; a recipe takes `img_size` from the data module.
+
+    Raises:
+        ZooError: as :class:`MeanFlow`, or `augment_dim` is not the length of the augmentation's labels.
     """
 
     def __init__(
         self,
-        model: str | None = "meanflow_unet_cifar10",
-        img_size: int | None = None,
-        in_chans: int | None = None,
-        model_channels: int | None = None,
-        channel_mult: list[int] | None = None,
-        channel_mult_emb: int | None = None,
-        num_blocks: int | None = None,
-        attn_resolutions: list[int] | None = None,
-        dropout: float | None = None,
-        augment_dim: int | None = None,
         augment: float = 0.12,
         pairs: TimePairs = TimePairs(mean=-2.0, std=2.0, equal=0.25, equal_by="chance"),
         loss_power: float = 0.75,
         loss_eps: float = 1e-3,
-        sampling_times: list[float] | None = None,
+        sampling_times: Sequence[float] = (1.0, 0.0),
         optim: Optim = Optim(lr=6e-4, betas=(0.9, 0.999), weight_decay=0.0, schedule="constant", warmup_epochs=200),  # noqa: B008
+        **network: Any,
     ) -> None:
-        options: dict[str, Any] = {
-            "img_resolution": img_size,
-            "in_channels": in_chans,
-            "out_channels": in_chans,
-            "model_channels": model_channels,
-            "channel_mult": channel_mult,
-            "channel_mult_emb": channel_mult_emb,
-            "num_blocks": num_blocks,
-            "attn_resolutions": attn_resolutions,
-            "dropout": dropout,
-            "augment_dim": augment_dim,
-        }
-        options = {key: value for key, value in options.items() if value is not None}
-        if model is not None and model not in UNETS:
-            raise unknown("model", model, UNETS)
-        network = (UNETS[model] if model else _unet)(**options)
-        super().__init__(network, optim, pairs, loss_power, loss_eps, sampling_times or [1.0, 0.0])
+        super().__init__(MeanFlowUNet(**network), optim, pairs, loss_power, loss_eps, sampling_times)
         self.save_hyperparameters()
         self.augment = EDMAugment(augment) if augment else None
-        if self.augment is not None and self.augment.label_dim != network.augment_dim:
-            raise ZooError(
-                f"the augmentation's labels hold {self.augment.label_dim} numbers: set augment_dim, or augment: 0"
-            )
+        if self.augment is not None and self.augment.label_dim != self.network.augment_dim:
+            length = self.augment.label_dim
+            raise ZooError(f"the augmentation's labels hold {length} numbers: set augment_dim, or augment: 0")
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         if self.augment is not None and "augment" not in batch:
             batch = self.augment(dict(batch))
         return super().training_step(batch, batch_idx)
 
-    def loss(self, batch: Mapping[str, Any]) -> Loss:
-        noise, t, r = self._draws(batch)
-        condition = batch.get("augment")
-        return meanflow_loss(
-            self.network, batch["image"], noise, t, r, condition, power=self.loss_power, eps=self.loss_eps
-        )
+    def condition(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"condition": batch.get("augment")}
 
 
 # ---------------------------------------------------------------------------------------------------------- 4. models
 
 
-def _transformer(**overrides: Any) -> MeanFlowDiT:
-    return MeanFlowDiT(**{"times": TIMES, "pos_embed": "fixed", **overrides})
-
-
 def meanflow_b4(**overrides: Any) -> MeanFlowDiT:
     """MF-B/4 on latents of 32 x 32 x 4."""
-    return _transformer(**{**SIZES["B"], "patch_size": 4, **overrides})
+    return MeanFlowDiT(**{**SIZES["B"], "patch_size": 4, **overrides})
 
 
 def meanflow_b2(**overrides: Any) -> MeanFlowDiT:
     """MF-B/2 on latents of 32 x 32 x 4."""
-    return _transformer(**{**SIZES["B"], "patch_size": 2, **overrides})
+    return MeanFlowDiT(**{**SIZES["B"], "patch_size": 2, **overrides})
 
 
 def meanflow_m2(**overrides: Any) -> MeanFlowDiT:
     """MF-M/2 on latents of 32 x 32 x 4."""
-    return _transformer(**{**SIZES["M"], "patch_size": 2, **overrides})
+    return MeanFlowDiT(**{**SIZES["M"], "patch_size": 2, **overrides})
 
 
 def meanflow_l2(**overrides: Any) -> MeanFlowDiT:
     """MF-L/2 on latents of 32 x 32 x 4."""
-    return _transformer(**{**SIZES["L"], "patch_size": 2, **overrides})
+    return MeanFlowDiT(**{**SIZES["L"], "patch_size": 2, **overrides})
 
 
 def meanflow_xl2(**overrides: Any) -> MeanFlowDiT:
     """MF-XL/2 on latents of 32 x 32 x 4."""
-    return _transformer(**{**SIZES["XL"], "patch_size": 2, **overrides})
-
-
-def _unet(**overrides: Any) -> MeanFlowUNet:
-    return MeanFlowUNet(**{"channel_mult_noise": 2, "resample_filter": (1, 3, 3, 1), "num_times": 2, **overrides})
+    return MeanFlowDiT(**{**SIZES["XL"], "patch_size": 2, **overrides})
 
 
 def meanflow_unet_cifar10(**overrides: Any) -> MeanFlowUNet:
     """The DDPM++ U-Net for CIFAR-10, with labels of augmentation and dropout 0.2."""
-    return _unet(**{"dropout": 0.2, "augment_dim": 6, **overrides})
+    return MeanFlowUNet(**overrides)
 
-
-TRANSFORMERS = {f.__name__: f for f in (meanflow_b4, meanflow_b2, meanflow_m2, meanflow_l2, meanflow_xl2)}
-UNETS = {f.__name__: f for f in (meanflow_unet_cifar10,)}
 
 # ------------------------------------------------------------------------------------------------ 5. official weights
 
-_AFFINE = r"\.(?:weight|bias)"
-_TRANSFORMER = re.compile(
-    rf"x_embedder\.proj{_AFFINE}|[th]_embedder\.mlp\.[02]{_AFFINE}|y_embedder\.embedding_table\.weight"
-    rf"|blocks\.\d+\.(?:attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2|adaLN_modulation\.1){_AFFINE}"
-    rf"|final_layer\.(?:linear|adaLN_modulation\.1){_AFFINE}"
-)
-_UNET = re.compile(
-    rf"map_augment\.weight|map_layer[01]{_AFFINE}|(?:enc|dec)\.\d+x\d+_(?:conv|aux_norm|aux_conv){_AFFINE}"
-    rf"|(?:enc|dec)\.\d+x\d+_(?:block\d+|down|up|in[01])"
-    rf"\.(?:norm[012]{_AFFINE}|affine{_AFFINE}|qkv{_AFFINE}|proj{_AFFINE}"
-    r"|(?:conv[01]|skip)\.(?:weight|bias|resample_filter))"
-)
 AVERAGES = ("net_ema", "net_ema1", "net_ema2")
 
 
@@ -646,20 +575,14 @@ def convert_official(state_dict: Mapping[str, Tensor], average: str = "net_ema1"
         ZooError: a key that belongs to neither layout.
     """
     if any("/" in key for key in state_dict):
-        state = flax_to_torch({key.removeprefix("net/"): value for key, value in state_dict.items()})
-        if foreign := [key for key in state if not _TRANSFORMER.fullmatch(key)]:
-            raise ZooError(f"not a MeanFlow checkpoint: {len(foreign)} unknown keys, such as {foreign[0]!r}")
-        return state
+        return _checked(flax_to_torch({key.removeprefix("net/"): value for key, value in state_dict.items()}))
     sets: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
         name, _, rest = key.partition(".")
-        if key == "num_updates":
-            continue
-        if name not in ("net", *AVERAGES):
-            name, rest = "net", key
-        if not (_UNET.fullmatch(rest) or _TRANSFORMER.fullmatch(rest)):
-            raise ZooError(f"not a MeanFlow checkpoint: unknown key {key!r}")
-        sets.setdefault(name, {})[rest] = value
+        if key != "num_updates":
+            name, rest = (name, rest) if name in ("net", *AVERAGES) else ("net", key)
+            sets.setdefault(name, {})[rest] = value
+    sets = {name: _checked(found) for name, found in sets.items()}
     if len(sets) == 1:
         return next(iter(sets.values()))
     if average not in sets:
@@ -667,3 +590,8 @@ def convert_official(state_dict: Mapping[str, Tensor], average: str = "net_ema1"
     if odd := next((name for name, found in sets.items() if found.keys() != sets[average].keys()), None):
         raise ZooError(f"the sets of weights {odd} and {average} of the checkpoint hold different keys")
     return sets[average]
+
+
+def _checked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    transformer = any(key.startswith("blocks.") for key in state)
+    return convert_dit(state, times=("t", "r", "h")) if transformer else convert_edm(state)

@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate, pad, silu
 
 from zoo.errors import ZooError
 from zoo.ops.attention import attention
+from zoo.ops.sheet import titled_sheet
 
 SD_SCALE = 0.18215
 NORM_EPS = 1e-6
@@ -254,15 +255,14 @@ class AutoencoderKL(Autoencoder):
 
     @torch.no_grad()
     def picture(self, images: Tensor, mean: Any = (0.5,) * 3, std: Any = (0.5,) * 3) -> Tensor:
-        """A uint8 sheet (3, H, W): a row an image, as it was and as it comes back. `mean` and `std` are those by which
-        `images` were normalised."""
+        """A uint8 sheet (3, H, W): a row an image; titled columns original and reconstruction. `mean` and `std` are
+        those by which `images` were normalised."""
         shift, scale = (
             torch.as_tensor(v, dtype=images.dtype, device=images.device)[:, None, None] for v in (mean, std)
         )
         pixels = images * scale + shift  # in [0, 1]
         back = (self(pixels * 2 - 1) + 1) / 2
-        rows = torch.cat([pixels, back], dim=3)
-        return (torch.cat(list(rows), dim=1).clamp(0, 1) * 255).round().to(torch.uint8)
+        return titled_sheet({"original": pixels, "reconstruction": back})
 
 
 def sd_vae(**overrides: Any) -> AutoencoderKL:

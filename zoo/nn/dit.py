@@ -308,6 +308,11 @@ class DiT(nn.Module):
                 nn.init.zeros_(parameter)
 
     @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of what a sample starts from."""
+        return self.in_chans, self.img_size, self.img_size
+
+    @property
     def time_embedders(self) -> list[Any]:
         """In the order of `times`."""
         return [getattr(self, f"{name}_embedder") for name in self.times]
@@ -378,21 +383,25 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 _AFFINE = r"\.(?:weight|bias)"
-_OFFICIAL = re.compile(
-    rf"pos_embed|x_embedder\.proj{_AFFINE}|t_embedder\.mlp\.[02]{_AFFINE}|y_embedder\.embedding_table\.weight"
+_OFFICIAL = (
+    rf"pos_embed|x_embedder\.proj{_AFFINE}|[TIMES]_embedder\.mlp\.[02]{_AFFINE}|y_embedder\.embedding_table\.weight"
     rf"|blocks\.\d+\.(?:attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2|adaLN_modulation\.1){_AFFINE}"
     rf"|final_layer\.(?:linear|adaLN_modulation\.1){_AFFINE}"
 )
 
 
-def convert_dit(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published DiT or SiT state dict in the names of :class:`DiT`, which are the official ones.
+def convert_dit(state_dict: Mapping[str, Tensor], times: Sequence[str] = ("t",)) -> dict[str, Tensor]:
+    """A published state dict of DiT, SiT or a descendant in the names of :class:`DiT`, which are the official ones.
+
+    Args:
+        times: the scalar conditions that the layout may have, a letter each.
 
     Raises:
         ZooError: a key of another layout.
     """
-    if foreign := [key for key in state_dict if not _OFFICIAL.fullmatch(key)]:
-        raise ZooError(f"not a DiT or SiT checkpoint: {len(foreign)} unknown keys, such as {foreign[0]!r}")
+    known = re.compile(_OFFICIAL.replace("TIMES", "".join(times)))
+    if foreign := [key for key in state_dict if not known.fullmatch(key)]:
+        raise ZooError(f"not a checkpoint of this transformer: {len(foreign)} unknown keys, such as {foreign[0]!r}")
     return dict(state_dict)
 
 

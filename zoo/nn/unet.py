@@ -8,7 +8,8 @@ forward-mode derivative, so that `torch.func.jvp` runs through the network.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +146,8 @@ class SongUNet(nn.Module):
         num_times: times the network is conditioned on; their sinusoids are concatenated.
     """
 
+    num_classes = 0
+
     def __init__(
         self,
         img_resolution: int = 32,
@@ -208,6 +211,11 @@ class SongUNet(nn.Module):
         self.dec[f"{img_resolution}x{img_resolution}_aux_norm"] = _norm(width)
         self.dec[f"{img_resolution}x{img_resolution}_aux_conv"] = ResampleConv2d(width, out_channels, 3, gain=TINY)
 
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of what a sample starts from."""
+        return self.in_channels, self.img_resolution, self.img_resolution
+
     def condition(self, times: Sequence[Tensor], augment: Tensor | None = None) -> Tensor:
         """The condition (B, E) of all blocks, of `num_times` times (B,) and augmentation labels (B, augment_dim)."""
         if len(times) != self.num_times:
@@ -235,3 +243,23 @@ class SongUNet(nn.Module):
                 x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, emb)
         return conv(silu(norm(x)))
+
+
+_AFFINE = r"\.(?:weight|bias)"
+_OFFICIAL = re.compile(
+    rf"map_augment\.weight|map_layer[01]{_AFFINE}|(?:enc|dec)\.\d+x\d+_(?:conv|aux_norm|aux_conv){_AFFINE}"
+    rf"|(?:enc|dec)\.\d+x\d+_(?:block\d+|down|up|in[01])"
+    rf"\.(?:norm[012]{_AFFINE}|affine{_AFFINE}|qkv{_AFFINE}|proj{_AFFINE}"
+    r"|(?:conv[01]|skip)\.(?:weight|bias|resample_filter))"
+)
+
+
+def convert_edm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in the names of EDM's releases, which are those of :class:`SongUNet`.
+
+    Raises:
+        ZooError: a key of another layout.
+    """
+    if foreign := [key for key in state_dict if not _OFFICIAL.fullmatch(key)]:
+        raise ZooError(f"not a checkpoint of this U-Net: {len(foreign)} unknown keys, such as {foreign[0]!r}")
+    return dict(state_dict)

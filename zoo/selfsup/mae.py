@@ -34,6 +34,7 @@ from zoo.nn.vit import NORM_EPS, Block, PatchEmbed, VisionTransformer, init_as_l
 from zoo.ops.masking import Masking, random_masking, take_tokens, tokens_at
 from zoo.ops.patches import patchify, unpatchify
 from zoo.ops.pos_embed import resize_pos_embed, sincos_2d
+from zoo.ops.sheet import titled_sheet
 from zoo.training import BaseModule, Classification, LinearClassification, Optim, probe_head
 from zoo.weights.pretrained import fill, read_source
 
@@ -59,6 +60,7 @@ __all__ = [
 ]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
 
 # ------------------------------------------------------------------------------------------------------- 1. equations
 
@@ -250,7 +252,8 @@ class MaskedAutoencoder(nn.Module):
         mean: Any = IMAGENET_MEAN,
         std: Any = IMAGENET_STD,
     ) -> Tensor:
-        """A uint8 sheet (3, H, W): a row an image; columns original, masked, reconstruction, reconstruction + visible.
+        """A uint8 sheet (3, H, W): a row an image; titled columns original, masked, reconstruction, and reconstruction
+        + visible.
 
         `mean` and `std` are those by which `images` (B, C, S, S) were normalised. Small images are shown enlarged.
         """
@@ -259,14 +262,9 @@ class MaskedAutoencoder(nn.Module):
         shift, scale = (
             torch.as_tensor(v, dtype=images.dtype, device=images.device)[:, None, None] for v in (mean, std)
         )
-        pixels = [(view * scale + shift).clamp(0, 1) for view in views]
+        pixels = [view * scale + shift for view in views]
         pixels[1] = torch.where(seen, pixels[1], 0.5)
-        zoom = max(1, 128 // images.shape[-1])
-        pixels = [view.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) for view in pixels]
-        gap = max(1, pixels[0].shape[-1] // 32)
-        framed = [nn.functional.pad(view, (0, gap, 0, gap), value=1.0) for view in pixels]
-        sheet = torch.cat(list(torch.cat(framed, dim=3)), dim=1)[:, :-gap, :-gap]
-        return (sheet * 255).round().to(torch.uint8).expand(3, -1, -1)
+        return titled_sheet(dict(zip(_COLUMNS, pixels, strict=True)))
 
 
 # ----------------------------------------------------------------------------------------------------------- 3. tasks
@@ -335,7 +333,7 @@ class MAEPretraining(BaseModule):
         return tokens[:, 0] if self.feature == "token" else tokens[:, 1:].mean(dim=1)
 
     def picture(self, batch: Mapping[str, Any]) -> Tensor:
-        """A uint8 sheet (3, H, W) of original, masked, reconstructed, and reconstructed + visible images."""
+        """The sheet (3, H, W) of :meth:`MaskedAutoencoder.picture`."""
         data = getattr(self._trainer, "datamodule", None)
         mean, std = getattr(data, "mean", IMAGENET_MEAN), getattr(data, "std", IMAGENET_STD)
         return self.network.picture(batch["image"], self.mask_ratio, batch.get("mask_noise"), mean, std)

@@ -63,7 +63,7 @@ def noise_of(indices: Sequence[int], shape: Sequence[int], seed: int = 0) -> Ten
     rows = []
     for index in indices:
         generator.manual_seed(int(hash64(seed, 0x6E6F697365, index)[0]))  # apart from other uses of the seed
-        rows.append(torch.randn(*shape, generator=generator))
+        rows.append(torch.randn(*shape, generator=generator, dtype=torch.float32))  # whatever the default is
     return torch.stack(rows)
 
 

@@ -549,8 +549,12 @@ def _first_that_reads(
 
 
 def _check_pictures(entry: Weight, data: Any) -> None:
+    from zoo.data import LatentDataModule
+
     facts = entry.preprocess
     if facts.canvas or facts.longest is not None:  # neither crop nor mean are the data module's
+        return
+    if isinstance(data, LatentDataModule):  # its side is that of latents
         return
     for key, theirs in (("image_size", facts.size), ("mean", facts.mean), ("std", facts.std)):
         given = getattr(data, key, None)
