@@ -63,8 +63,10 @@ def test_a_run_takes_its_options(
     monkeypatch.chdir(tmp_path)
     last = tmp_path / "runs" / words[1] / "1" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
-    state = dict.fromkeys(("state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers"), {})
-    torch.save({"pytorch-lightning_version": "2.6.0", "global_step": 0, "epoch": 0, **state}, last)
+    parts = ("state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers")
+    torch.save(
+        {"pytorch-lightning_version": "2.6.0", "global_step": 0, "epoch": 0} | {part: {} for part in parts}, last
+    )
     for label in ("cat", "dog"):
         (tmp_path / "my_folder" / label).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "my_folder" / label / "1.png")

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.environment import ROOT
+from benchmarks.environment import ROOT, package_version
 from zoo.errors import ZooError
 
 # Dense tensor-core peaks in TFLOP/s from the makers' data sheets: (float32 as TF32, bfloat16).
@@ -227,6 +230,93 @@ def time_loading(loaders: list[Loader], work: Work, setting: Setting) -> dict[st
     """Interleaved batches of the data pipelines; the first is ours."""
     records = interleave({x.name: (lambda x=x: _loading_step(x)) for x in loaders}, setting.repeats, setting.warmup)
     return _report(loaders, records, work, setting)
+
+
+# What a recipe says of the run is of no use here: the harness has the steps, the precision and the device.
+_NO_RUN = {"trainer.accelerator": "cpu", "trainer.precision": "32-true", "trainer.logger": False}
+
+
+def recipe_task(recipe: str, options: Mapping[str, Any], device: str = "cpu") -> Any:
+    """The task of a recipe, with options as on the command line, to train on a device; on "meta" it has no values."""
+    import zoo
+
+    with torch.device("meta" if device == "meta" else "cpu"):
+        task: Any = zoo.load_recipe(recipe, {**_NO_RUN, **options})[0]
+    task.log = lambda *_, **__: None  # there is no trainer; its peers log nothing either
+    return task.to(device).train()
+
+
+def from_recipe(
+    recipe: str, options: Mapping[str, Any], batch: Callable[[Tensor], Mapping[str, Any]], setting: Setting
+) -> Trainer:
+    """Our contender: the training step of a recipe's task, and the fused optimiser that the recipe declares.
+
+    Args:
+        recipe: its name, or that of a leaderboard row.
+        options: as on the command line. `model.optim.lr` keeps a few steps without a warm-up finite.
+        batch: from the images that all contenders get to the batch that the task reads.
+        setting: device, and the batch by which a `base_lr` is scaled.
+    """
+    import zoo
+    from zoo.training.optim import make_optimizer, param_groups
+
+    task = recipe_task(recipe, options, setting.device)
+    rate = task.optim.peak_lr(task.optim.global_batch or setting.batch)
+    optimizer = make_optimizer(param_groups(task.trainable(), task.optim), task.optim, rate, fused=True)
+
+    def loss(images: Tensor) -> Tensor:
+        found = task.training_step(batch(images), 0)
+        return found["loss"] if isinstance(found, Mapping) else found
+
+    kind = type(task)
+    about = f"{kind.__module__}.{kind.__name__} of {recipe}: its training step and its own optimiser, fused"
+    return Trainer("zoo", zoo.__version__, loss, optimizer, about)
+
+
+def data_from_recipe(recipe: str, options: Mapping[str, Any], folder: Path, batch: int) -> Loader:
+    """Our pipeline: the training images of a recipe's data module, read in this process from a folder of classes."""
+    import zoo
+
+    own = {"data.dataset": str(folder), "data.batch_size": batch, "data.num_workers": 0}
+    data: Any = zoo.load_recipe(recipe, {**_NO_RUN, **own, **options})[1]
+    data.setup("fit")
+    about = f"{type(data).__name__} of {recipe}: JPEG decoding and crop on uint8 tensors"
+    return Loader("zoo", zoo.__version__, forever(data.train_dataloader(), lambda b: b["image"]), about)
+
+
+def peer_loader(name: str, package: str, dataset: Any, batch: int, about: str) -> Loader:
+    """A peer's pipeline: shuffled batches of a dataset of (image, label), loaded in this process."""
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(dataset, batch_size=batch, shuffle=True, drop_last=True)
+    version = f"{package} " * (package != name) + (package_version(package) or "")
+    return Loader(name, version, forever(loader, lambda b: b[0]), about)
+
+
+def import_from(checkout: Path, name: str) -> ModuleType:
+    """A module of a checkout, with what it imports from there; sys.path and sys.modules stay as they were.
+
+    Raises:
+        ZooError: the checkout has no such module.
+    """
+    if not (checkout / f"{name}.py").is_file():
+        raise ZooError(f"{checkout} is not the official checkout: it has no {name}.py")
+    tops = {path.stem for path in checkout.iterdir() if path.is_dir() or path.suffix == ".py"}
+
+    def of_these_names() -> dict[str, ModuleType]:
+        return {key: module for key, module in sys.modules.items() if key.partition(".")[0] in tops}
+
+    before = of_these_names()
+    for key in before:
+        del sys.modules[key]
+    sys.path.insert(0, str(checkout))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(checkout))
+        for key in of_these_names():
+            del sys.modules[key]
+        sys.modules.update(before)
 
 
 def forever(loader: Any, image: Callable[[Any], Tensor]) -> Iterator[Tensor]:

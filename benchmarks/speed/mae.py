@@ -8,106 +8,60 @@ it is installed or checked out.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from timm.models import vision_transformer
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from benchmarks.environment import package_version
-from benchmarks.speed.harness import Loader, Setting, Trainer, Work, count_flops, forever, photos, revision
-from zoo.errors import ZooError
+from benchmarks.speed import harness
+from benchmarks.speed.harness import Loader, Setting, Trainer, Work
 
-MASK_RATIO = 0.75
-LR, BETAS, WEIGHT_DECAY = 1.5e-4, (0.9, 0.95), 0.05
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RECIPE, MASK_RATIO, LR = "mae/pretrain_imagenet1k", 0.75, 1.5e-4
 PACKAGES = ("transformers", "lightly")
 LOADING_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Size:
-    """The sizes of a masked autoencoder, in our names."""
-
-    img_size: int
-    patch_size: int
-    embed_dim: int
-    depth: int
-    num_heads: int
-    decoder_embed_dim: int = 512
-    decoder_depth: int = 8
-    decoder_num_heads: int = 16
-
-    @property
-    def patches(self) -> int:
-        return (self.img_size // self.patch_size) ** 2
-
-
-MODELS = {
-    "vit_base_patch16": Size(224, 16, 768, 12, 12),
-    "vit_large_patch16": Size(224, 16, 1024, 24, 16),
-    "vit_huge_patch14": Size(224, 14, 1280, 32, 16),
-    "tiny": Size(32, 8, 32, 2, 2, 32, 1, 2),  # for the harness's own test
+DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
+MODELS: dict[str, dict[str, int]] = {
+    "vit_base_patch16": {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **DECODER},
+    "vit_large_patch16": {
+        "img_size": 224,
+        "patch_size": 16,
+        "embed_dim": 1024,
+        "depth": 24,
+        "num_heads": 16,
+        **DECODER,
+    },
+    "vit_huge_patch14": {"img_size": 224, "patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **DECODER},
+    "tiny": {  # for the harness's own test
+        **{"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+        **{"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2},
+    },
 }
 DEFAULT_MODEL = "vit_base_patch16"
 
 
-def _decay_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """The two groups of the official script: no weight decay on biases and one-dimensional parameters."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    plain = [p for name, p in named if p.ndim == 1 or name.endswith(".bias")]
-    decayed = [p for name, p in named if not (p.ndim == 1 or name.endswith(".bias"))]
-    return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": WEIGHT_DECAY}]
+def _options(size: dict[str, int]) -> dict[str, Any]:
+    """The recipe's, for a network of this size."""
+    own = {f"model.{name}": value for name, value in size.items() if name != "img_size"}
+    return {**own, "data.image_size": size["img_size"], "model.mask_ratio": MASK_RATIO, "model.optim.lr": LR}
 
 
-def _ours_network(size: Size) -> nn.Module:
-    from dataclasses import asdict
-
-    from zoo.selfsup.mae import MaskedAutoencoder
-
-    return MaskedAutoencoder(**asdict(size), mlp_ratio=4, norm_pix_loss=True)
-
-
-def ours(size: Size, setting: Setting) -> Trainer:
-    import zoo
-    from zoo.training import optim
-
-    network = _ours_network(size).to(setting.device)
-    declared = optim.Optim(name="adamw", lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
-    optimizer = optim.make_optimizer(optim.param_groups(network, declared), declared, LR, fused=True)
-    return Trainer(
-        "zoo",
-        zoo.__version__,
-        lambda images: network.loss(images, MASK_RATIO),
-        optimizer,
-        "zoo.selfsup.mae: the loss and the fused AdamW of its task",
-    )
+def _adamw(network: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """With the two groups of the official script: no weight decay on biases and one-dimensional parameters."""
+    return torch.optim.AdamW(param_groups_weight_decay(network, 0.05), lr=LR, betas=(0.9, 0.95), **options)
 
 
 @contextlib.contextmanager
 def _as_when_written() -> Iterator[None]:
     """Give the official code what it expects of the libraries of 2021: `qk_scale` in timm's Block, `np.float`."""
-    from timm.models import vision_transformer
-
-    block = vision_transformer.Block
-
-    class BlockOf2021(block):  # type: ignore[valid-type,misc]
-        def __init__(self, *args: Any, qk_scale: float | None = None, **kwargs: Any) -> None:
-            if qk_scale is not None:
-                raise ValueError("this shim knows the default scale only")
-            super().__init__(*args, **kwargs)
-
-    had_float = "float" in vars(np)
-    vision_transformer.Block = BlockOf2021
-    if not had_float:
-        np.float = float  # type: ignore[attr-defined]
+    block, had_float = vision_transformer.Block, "float" in vars(np)
+    vision_transformer.Block = lambda *sizes, qk_scale=None, **options: block(*sizes, **options)
+    np.float = float  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -116,237 +70,115 @@ def _as_when_written() -> Iterator[None]:
             del np.float  # type: ignore[attr-defined]
 
 
-def _official_module(checkout: Path) -> ModuleType:
-    """Import `models_mae` of a checkout of facebookresearch/mae, leaving sys.path and sys.modules as they were."""
-    source = checkout / "models_mae.py"
-    if not source.is_file():
-        raise ZooError(f"{checkout} is no checkout of facebookresearch/mae: it has no models_mae.py")
-    spec = importlib.util.spec_from_file_location("official_models_mae", source)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = {name: m for name, m in sys.modules.items() if name == "util" or name.startswith("util.")}
-    for name in before:
-        del sys.modules[name]
-    sys.path.insert(0, str(checkout))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(checkout))
-        for name in [n for n in sys.modules if n == "util" or n.startswith("util.")]:
-            del sys.modules[name]
-        sys.modules.update(before)
-    return module
-
-
-def official(size: Size, setting: Setting, fused_attention: bool) -> Trainer:
+def official(size: dict[str, int], setting: Setting, fused_attention: bool) -> Trainer:
     assert setting.official is not None
+    options = {"mlp_ratio": 4, "norm_layer": partial(nn.LayerNorm, eps=1e-6), "norm_pix_loss": True}
     with _as_when_written():
-        network = (
-            _official_module(setting.official)
-            .MaskedAutoencoderViT(
-                img_size=size.img_size,
-                patch_size=size.patch_size,
-                embed_dim=size.embed_dim,
-                depth=size.depth,
-                num_heads=size.num_heads,
-                decoder_embed_dim=size.decoder_embed_dim,
-                decoder_depth=size.decoder_depth,
-                decoder_num_heads=size.decoder_num_heads,
-                mlp_ratio=4,
-                norm_layer=partial(nn.LayerNorm, eps=1e-6),
-                norm_pix_loss=True,
-            )
-            .to(setting.device)
-        )
-    if not fused_attention:
-        for module in network.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = False
-    optimizer = torch.optim.AdamW(_decay_groups(network), lr=LR, betas=BETAS)
+        module = harness.import_from(setting.official, "models_mae")
+        network = module.MaskedAutoencoderViT(**size, **options).to(setting.device)
+    for module in network.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = module.fused_attn and fused_attention
     attention = "today's timm blocks" if fused_attention else "attention written out, as in the timm it was written for"
-    return Trainer(
-        "official" if fused_attention else "official, 2021 attention",
-        revision(setting.official),
-        lambda images: network(images, MASK_RATIO)[0],
-        optimizer,
-        f"facebookresearch/mae, {attention}; torch.optim.AdamW defaults as in its script",
-    )
+    name = "official" if fused_attention else "official, 2021 attention"
+    about = f"facebookresearch/mae, {attention}; torch.optim.AdamW defaults as in its script"
+    version = harness.revision(setting.official)
+    return Trainer(name, version, lambda images: network(images, MASK_RATIO)[0], _adamw(network), about)
 
 
-def transformers_vit_mae(size: Size, setting: Setting) -> Trainer:
+def transformers_vit_mae(size: dict[str, int], setting: Setting) -> Trainer:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    config = ViTMAEConfig(
-        image_size=size.img_size,
-        patch_size=size.patch_size,
-        hidden_size=size.embed_dim,
-        num_hidden_layers=size.depth,
-        num_attention_heads=size.num_heads,
-        intermediate_size=4 * size.embed_dim,
-        decoder_hidden_size=size.decoder_embed_dim,
-        decoder_num_hidden_layers=size.decoder_depth,
-        decoder_num_attention_heads=size.decoder_num_heads,
-        decoder_intermediate_size=4 * size.decoder_embed_dim,
-        mask_ratio=MASK_RATIO,
-        norm_pix_loss=True,
-        attn_implementation="sdpa",
-    )
-    network = ViTMAEForPreTraining(config).to(setting.device).train()
-    optimizer = torch.optim.AdamW(_decay_groups(network), lr=LR, betas=BETAS, fused=True)
-    return Trainer(
-        "transformers",
-        package_version("transformers") or "",
-        lambda images: network(images).loss,
-        optimizer,
-        "ViTMAEForPreTraining with SDPA; fused AdamW, the default of its Trainer",
-    )
+    names = {"img_size": "image_size", "patch_size": "patch_size", "embed_dim": "hidden_size"}
+    names |= {"depth": "num_hidden_layers", "num_heads": "num_attention_heads"}
+    names |= {"decoder_embed_dim": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers"}
+    names |= {"decoder_num_heads": "decoder_num_attention_heads"}
+    options: dict[str, Any] = {theirs: size[ours] for ours, theirs in names.items()}
+    options |= {"intermediate_size": 4 * size["embed_dim"], "decoder_intermediate_size": 4 * size["decoder_embed_dim"]}
+    options |= {"mask_ratio": MASK_RATIO, "norm_pix_loss": True, "attn_implementation": "sdpa"}
+    network = ViTMAEForPreTraining(ViTMAEConfig(**options)).to(setting.device).train()
+    about = "ViTMAEForPreTraining with SDPA; fused AdamW, the default of its Trainer"
+    optimizer = _adamw(network, fused=True)
+    return Trainer("transformers", package_version("transformers") or "", lambda x: network(x).loss, optimizer, about)
 
 
-class _LightlyMAE(nn.Module):
+def lightly_mae(size: dict[str, int], setting: Setting) -> Trainer:
     """MAE put together from lightly's parts, as its documentation describes."""
+    from lightly.models import utils
+    from lightly.models.modules import MaskedVisionTransformerTIMM
+    from lightly.models.modules.masked_vision_transformer_decoder_timm import MaskedVisionTransformerDecoderTIMM
 
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        from lightly.models.modules import MaskedVisionTransformerTIMM
-        from lightly.models.modules.masked_vision_transformer_decoder_timm import MaskedVisionTransformerDecoderTIMM
-        from timm.models.vision_transformer import VisionTransformer
+    of_decoder = {name: size[f"decoder_{name}"] for name in ("embed_dim", "depth", "num_heads")}
+    of_encoder = {name: value for name, value in size.items() if not name.startswith("decoder")}
+    vit = vision_transformer.VisionTransformer(**of_encoder, num_classes=0)  # type: ignore[arg-type]
+    patch, width = size["patch_size"], of_decoder["embed_dim"]
+    parts = {
+        "encoder": MaskedVisionTransformerTIMM(vit=vit),
+        "embed": nn.Linear(size["embed_dim"], width),
+        "decoder": MaskedVisionTransformerDecoderTIMM(num_patches=(size["img_size"] // patch) ** 2, **of_decoder),
+        "predict": nn.Linear(width, patch**2 * 3),
+    }
+    network: Any = nn.ModuleDict(parts).to(setting.device)
+    decoder = network["decoder"]
 
-        vit = VisionTransformer(
-            img_size=size.img_size,
-            patch_size=size.patch_size,
-            embed_dim=size.embed_dim,
-            depth=size.depth,
-            num_heads=size.num_heads,
-            num_classes=0,
-        )
-        self.patch_size = size.patch_size
-        self.backbone = MaskedVisionTransformerTIMM(vit=vit)
-        self.embed = nn.Linear(size.embed_dim, size.decoder_embed_dim)
-        self.decoder = MaskedVisionTransformerDecoderTIMM(
-            num_patches=size.patches,
-            embed_dim=size.decoder_embed_dim,
-            depth=size.decoder_depth,
-            num_heads=size.decoder_num_heads,
-        )
-        self.predict = nn.Linear(size.decoder_embed_dim, size.patch_size**2 * 3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B,C,H,W) to the scalar loss."""
-        from lightly.models import utils
-
-        shape = (images.shape[0], self.decoder.sequence_length)
+    def loss(images: Tensor) -> Tensor:
+        shape = (images.shape[0], decoder.sequence_length)
         keep, masked = utils.random_token_mask(size=shape, mask_ratio=MASK_RATIO, device=images.device)
-        latent = self.embed(self.backbone.encode(images=images, idx_keep=keep))
-        tokens = utils.repeat_token(self.decoder.mask_token, shape)
+        latent = network["embed"](network["encoder"].encode(images=images, idx_keep=keep))
+        tokens = utils.repeat_token(decoder.mask_token, shape)
         tokens = utils.set_at_index(tokens, keep, latent.type_as(tokens))
-        decoded = self.decoder.decode(self.decoder.add_pos_embed(tokens))
-        predicted = self.predict(utils.get_at_index(decoded, masked))
-        target = utils.get_at_index(utils.patchify(images, self.patch_size), masked - 1)
+        decoded = decoder.decode(decoder.add_pos_embed(tokens))
+        predicted = network["predict"](utils.get_at_index(decoded, masked))
+        target = utils.get_at_index(utils.patchify(images, patch), masked - 1)
         return nn.functional.mse_loss(predicted, utils.normalize_mean_var(target))
 
-
-def lightly_mae(size: Size, setting: Setting) -> Trainer:
-    network = _LightlyMAE(size).to(setting.device)
-    optimizer = torch.optim.AdamW(_decay_groups(network), lr=LR, betas=BETAS)
-    return Trainer(
-        "lightly",
-        package_version("lightly") or "",
-        network,
-        optimizer,
-        "MaskedVisionTransformerTIMM and its decoder; predicts masked patches only; torch.optim.AdamW defaults",
-    )
+    about = "MaskedVisionTransformerTIMM and its decoder; predicts masked patches only; torch.optim.AdamW defaults"
+    return Trainer("lightly", package_version("lightly") or "", loss, _adamw(network), about)
 
 
 def trainers(setting: Setting) -> list[Trainer]:
     """Everyone who is here, ours first. A peer that is not installed and a checkout that is not given are left out."""
     size = MODELS[setting.model]
-    builders: list[Callable[[], Trainer]] = [lambda: ours(size, setting)]
+    found = [harness.from_recipe(RECIPE, _options(size), lambda images: {"image": images}, setting)]
     if setting.official is not None:
-        builders.append(lambda: official(size, setting, fused_attention=True))
-        builders.append(lambda: official(size, setting, fused_attention=False))
-    if package_version("transformers"):
-        builders.append(lambda: transformers_vit_mae(size, setting))
-    if package_version("lightly"):
-        builders.append(lambda: lightly_mae(size, setting))
-    return [build() for build in builders]
+        found += [official(size, setting, fused_attention=fused) for fused in (True, False)]
+    peers: dict[str, Callable[..., Trainer]] = {"transformers": transformers_vit_mae, "lightly": lightly_mae}
+    return found + [build(size, setting) for name, build in peers.items() if package_version(name)]
 
 
 def images(setting: Setting) -> Tensor:
     """Seeded noise images (B,3,H,W): the time of a step does not depend on what is in them."""
-    side = MODELS[setting.model].img_size
-    generator = torch.Generator().manual_seed(0)
+    side, generator = MODELS[setting.model]["img_size"], torch.Generator().manual_seed(0)
     return torch.randn(setting.batch, 3, side, side, generator=generator).to(setting.device)
 
 
 def work(setting: Setting) -> Work:
     """Tokens that pass the encoder (the visible quarter and cls) and the decoder (all and cls); measured FLOPs."""
     size = MODELS[setting.model]
-    encoder, decoder = int(size.patches * (1 - MASK_RATIO)) + 1, size.patches + 1
-    with torch.device("meta"):
-        network = _ours_network(size)
-        batch = torch.empty(setting.batch, 3, size.img_size, size.img_size)
-        flops = count_flops(lambda: network(batch, MASK_RATIO)[0])
+    network, side = harness.recipe_task(RECIPE, _options(size), "meta").network, size["img_size"]
+    batch = torch.empty(setting.batch, 3, side, side, device="meta")
+    flops = harness.count_flops(lambda: network(batch, MASK_RATIO)[0])
+    encoder, decoder = int(network.num_patches * (1 - MASK_RATIO)) + 1, network.num_patches + 1
     detail = {"encoder_tokens": encoder, "decoder_tokens": decoder, "mask_ratio": MASK_RATIO}
     return Work(setting.batch, setting.batch * (encoder + decoder), flops, detail)
-
-
-def _zoo_loader(folder: Path, side: int, batch: int) -> Loader:
-    import zoo
-    from zoo.data.datamodule import ImageDataModule
-    from zoo.data.transforms import MAEPretrain
-
-    module = ImageDataModule(
-        dataset=str(folder), batch_size=batch, image_size=side, train_transform=MAEPretrain(side), num_workers=0, seed=0
-    )
-    module.setup("fit")
-    return Loader(
-        "zoo",
-        zoo.__version__,
-        forever(module.train_dataloader(), lambda b: b["image"]),
-        "ImageDataModule with MAEPretrain: JPEG decoding and bicubic crop on uint8 tensors",
-    )
-
-
-def _official_loader(folder: Path, side: int, batch: int) -> Loader:
-    from torch.utils.data import DataLoader
-    from torchvision import datasets, transforms
-
-    steps = [
-        transforms.RandomResizedCrop(side, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(MEAN, STD),
-    ]
-    data = datasets.ImageFolder(str(folder), transforms.Compose(steps))
-    loader = DataLoader(data, batch_size=batch, shuffle=True, drop_last=True)
-    return Loader(
-        "official",
-        f"torchvision {package_version('torchvision')}",
-        forever(loader, lambda b: b[0]),
-        "torchvision ImageFolder and the PIL transforms of the official script",
-    )
-
-
-def _timm_loader(folder: Path, side: int, batch: int) -> Loader:
-    from timm.data import ImageDataset, create_transform
-    from torch.utils.data import DataLoader
-
-    transform = create_transform(
-        side, is_training=True, scale=(0.2, 1.0), color_jitter=None, interpolation="bicubic", mean=MEAN, std=STD
-    )
-    data = ImageDataset(str(folder), transform=transform)
-    loader = DataLoader(data, batch_size=batch, shuffle=True, drop_last=True)
-    return Loader(
-        "timm", package_version("timm") or "", forever(loader, lambda b: b[0]), "ImageDataset, create_transform"
-    )
 
 
 @contextlib.contextmanager
 def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
     """The pipelines from JPEG files to a batch, in this process (no workers), ours first."""
-    side = MODELS[setting.model].img_size
-    batch = LOADING_BATCH
-    with photos(setting, 4 * LOADING_BATCH) as (folder, name):
-        makers = (_zoo_loader, _official_loader, _timm_loader)
-        yield [make(folder, side, batch) for make in makers], Work(batch, detail={"data": name, "crop": side})
+    from timm.data import ImageDataset, create_transform
+    from torchvision import datasets, transforms
+
+    size, batch, crop = MODELS[setting.model], LOADING_BATCH, {"scale": (0.2, 1.0)}
+    side, mean, std = size["img_size"], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    steps = [transforms.RandomResizedCrop(side, interpolation=transforms.InterpolationMode.BICUBIC, **crop)]
+    steps += [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    timms = create_transform(side, True, color_jitter=None, interpolation="bicubic", mean=mean, std=std, **crop)
+    with harness.photos(setting, 4 * batch) as (folder, name):
+        theirs = datasets.ImageFolder(str(folder), transforms.Compose(steps))
+        about = "torchvision ImageFolder and the PIL transforms of the official script"
+        found = [harness.data_from_recipe(RECIPE, _options(size), folder, batch)]
+        found += [harness.peer_loader("official", "torchvision", theirs, batch, about)]
+        data = ImageDataset(str(folder), transform=timms)
+        found += [harness.peer_loader("timm", "timm", data, batch, "ImageDataset, create_transform")]
+        yield found, Work(batch, detail={"data": name, "crop": side})

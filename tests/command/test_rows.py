@@ -120,7 +120,8 @@ def test_a_row_is_tested_with_its_weights(here: Path, capsys: pytest.CaptureFixt
         assert line in err.splitlines()[-1]
 
 
-def test_weights_for_other_pictures_are_refused(here: Path) -> None:
+def test_weights_for_other_pictures_are_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zoo.data import LatentDataModule
     from zoo.weights.pretrained import load_published
 
     class Data:
@@ -132,6 +133,10 @@ def test_weights_for_other_pictures_are_refused(here: Path) -> None:
     Data.image_size, Data.eval_transform.size = 64, 96  # what evaluation sees counts, not what training does
     with pytest.raises(zoo.ZooError, match="expects pictures of image_size 64; the recipe's data give 96"):
         load_published(torch.nn.Linear(1, 1), "tiny.a", catalog.paper("toys"), Data())
+    latents = LatentDataModule("none", image_size=8, num_classes=3)  # their side is not the pictures'
+    monkeypatch.setattr("zoo.weights.pretrained.fetch_weights", {}.__getitem__)
+    with pytest.raises(KeyError, match="tiny"):  # fetched
+        load_published(torch.nn.Linear(1, 1), "tiny.a", catalog.paper("toys"), latents)
 
 
 def test_show_a_row(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

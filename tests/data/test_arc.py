@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import zoo
+from zoo import catalog
 from zoo.data import ARCDataModule, ARCTaskDataModule, check
 from zoo.data.arc import (
     BACKGROUND,
@@ -19,7 +21,7 @@ from zoo.data.arc import (
     Canvas,
     Pair,
     View,
-    draw_grids,
+    Views,
     draw_view,
     evaluation_view,
     permute_colors,
@@ -29,9 +31,11 @@ from zoo.data.arc import (
     read_pairs,
     read_tasks,
 )
+from zoo.data.arc_predictions import draw_grids
 from zoo.data.arc_world import RULES, make_task
 from zoo.errors import ZooError
 from zoo.metrics import ARCScore, vote
+from zoo.metrics.arc import pixel_scores
 
 TASK = {"train": [{"input": [[1, 2], [0, 3]], "output": [[3]]}], "test": [{"input": [[4]], "output": [[0, 4]]}]}
 
@@ -392,3 +396,29 @@ def test_a_sheet_shows_every_grid_in_its_colours() -> None:
     assert sheet.shape == (3, 10 + 20 + 3 * 20, 20 + 10 + 3 * 20)
     assert sheet[:, 25, 25].tolist() == [0, 116, 217]
     assert sheet[:, 25, 65].tolist() == [238, 238, 238]  # the gap
+
+
+def test_exact_match_wants_every_scored_pixel() -> None:
+    target = torch.tensor([[[3, 11], [11, 11]], [[BACKGROUND] * 2, [1, 2]]])
+    logits = torch.nn.functional.one_hot(target.clamp_max(11), 12).permute(0, 3, 1, 2).float()
+    logits[1, :, 1, 1] = 0
+    logits[1, :, 0, 0] = torch.randn(12)  # off the output: whatever it is
+    exact, share, scored = pixel_scores(logits, target, BACKGROUND)
+    assert exact.tolist() == [1.0, 0.0]
+    assert (share.item(), scored.item()) == (pytest.approx(5 / 6), 6)
+
+
+@pytest.mark.parametrize("row", ["arc_agi_1_prior_c", "arc_agi_1_prior_d"])
+def test_without_translation_every_view_is_the_same(row: str) -> None:
+    """So that these rows take one of each of the 51 pseudo-tasks."""
+    options = catalog.row(f"varc:{row}")[1].options
+    views = Views(64, options["model.scale"], options["model.translate"])
+    one = pair(3, 4, (2, 2))
+    assert len({views.draw(one, random.Random(seed)) for seed in range(20)}) == 1
+    assert options["model.views"] == 1
+
+
+def test_published_weights_come_with_their_canvas() -> None:
+    seen = zoo.create_preprocess("varc_vit_18m.arc1_rearc")([[1, 2], [3, 4]])
+    assert seen["image"].shape == (1, 64, 64)
+    assert seen["mask"].sum() == 16

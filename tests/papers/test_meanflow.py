@@ -182,6 +182,11 @@ def _loader(channels: int = 4, count: int = 16) -> DataLoader:
     return DataLoader([{"image": images[i], "label": i % 5, "index": i} for i in range(count)], batch_size=8)
 
 
+def _predicted(task: Any, batch_size: int = 8, **options: Any) -> Tensor:
+    parts: Any = trainer(**options).predict(task, DataLoader(_loader(3).dataset, batch_size=batch_size))
+    return torch.cat([part["picture"] for part in parts])
+
+
 def test_a_checkpoint_samples_the_same(tmp_path: Path) -> None:
     task = _task(in_chans=3)
     run = trainer()
@@ -197,15 +202,11 @@ def test_a_checkpoint_samples_the_same(tmp_path: Path) -> None:
 def test_pictures_depend_on_the_index_alone_whatever_the_precision() -> None:
     task = _task(in_chans=3)
     _stirred(task.network).float()
-    parts = trainer().predict(task, _loader(3))
-    alone = trainer().predict(task, DataLoader(_loader(3).dataset, batch_size=3))
-    wide = trainer(precision="64-true").predict(task, _loader(3))
-    pictures = torch.cat([part["picture"] for part in parts])
+    pictures = _predicted(task)
     assert pictures.shape == (16, 3, 8, 8)
     assert pictures.dtype == torch.uint8
-    for other in (alone, wide):
-        difference = pictures.int() - torch.cat([part["picture"] for part in other]).int()
-        assert difference.abs().max() <= 1
+    for other in (_predicted(task, batch_size=3), _predicted(task, precision="64-true")):
+        assert (pictures.int() - other.int()).abs().max() <= 1
 
 
 def test_few_steps_and_the_unconditional_task() -> None:
@@ -217,7 +218,7 @@ def test_few_steps_and_the_unconditional_task() -> None:
     *_, end = mf.steps(task.network, noise, None, (1.0, 0.5, 0.0))
     assert torch.equal(task.sample(noise), end)
     assert not torch.equal(task.sample(noise), task.network.sample(noise))
-    assert trainer().predict(task, _loader(3))[0]["picture"].shape == (8, 3, 8, 8)
+    assert _predicted(task).shape == (16, 3, 8, 8)
 
 
 def test_conditions_and_wrong_arguments_are_named() -> None:

@@ -1,4 +1,4 @@
-"""VARC: networks, losses, both stages of training, official weights, two processes."""
+"""VARC: networks, losses, both stages of training, official weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from torch import Tensor
 
 import zoo
 from zoo.beyond.varc import (
-    MODELS,
     VARCTestTimeTraining,
     VARCTraining,
     VARCUNet,
@@ -27,17 +26,14 @@ from zoo.beyond.varc import (
     convert_official,
     load_offline,
     pixel_loss,
-    predict_views,
     train_on_task,
 )
-from zoo.command.cli import main
 from zoo.data import ARCDataModule, ARCTaskDataModule
-from zoo.data.arc import BACKGROUND, ARCTask, Pair, pseudo_tasks, read_tasks
+from zoo.data.arc import BACKGROUND, ARCTask, Pair, View, Views, place, pseudo_tasks, read_tasks
 from zoo.errors import ZooError
-from zoo.ops.attention import attention
-from zoo.ops.pos_embed import apply_rope, rope_2d
+from zoo.ops.pos_embed import rope_2d
 from zoo.training import Optim
-from zoo.weights.pretrained import mismatch, shapes
+from zoo.training.arc import predict_views
 
 TINY: dict[str, Any] = {"img_size": 12, "embed_dim": 24, "depth": 2, "num_heads": 3, "mlp_dim": 20}
 WORLD = {"tasks": 3, "pairs": 8, "max_side": 5}
@@ -53,43 +49,12 @@ def batch(seed: int = 0, size: int = 12, count: int = 4) -> dict[str, Tensor]:
     return next(iter(module.train_dataloader()))
 
 
-def trainer(folder: Path | None = None, **options: Any) -> L.Trainer:
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    quiet |= {"accelerator": "cpu", "devices": 1, "enable_checkpointing": folder is not None, "max_epochs": 1}
-    return L.Trainer(**{**quiet, "default_root_dir": folder, **options})
+def trainer(**options: Any) -> L.Trainer:
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    return L.Trainer(**{**quiet, "accelerator": "cpu", "devices": 1, "max_epochs": 1, **options})
 
 
-# ---- rotary embedding and attention ---------------------------------------------------------------------------------
-
-
-def test_rotation_shows_relative_positions_only() -> None:
-    cos, sin = (table.double() for table in rope_2d(8, (5, 6), num_prefix=1))
-    q, k = torch.randn(2, 8, dtype=torch.float64)
-    scores = apply_rope(q.expand(31, -1), cos, sin) @ apply_rope(k.expand(31, -1), cos, sin).T
-    assert torch.allclose(scores[0, 0], q @ k)  # the prefix does not turn
-    grid = scores[1:, 1:].reshape(5, 6, 5, 6)
-    assert torch.allclose(grid[1, 1, 3, 2], grid[0, 3, 2, 4])  # two down, one to the right
-    assert not torch.allclose(grid[1, 1, 3, 2], grid[1, 1, 2, 3])
-    with pytest.raises(ZooError, match="divisible by 4"):
-        rope_2d(6, (2, 2))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masked_keys_are_not_seen(dtype: torch.dtype) -> None:
-    q, k, v = torch.randn(3, 2, 4, 7, 8).to(dtype)
-    mask = torch.rand(2, 1, 1, 7) < 0.6
-    mask[..., 0] = True
-    out = attention(q, k, v, mask)
-    moved = torch.where(mask.transpose(-1, -2), v, 100 * torch.ones_like(v))
-    assert torch.equal(attention(q, torch.where(mask.transpose(-1, -2), k, -k), moved, mask), out)
-    reference = ((q.double() @ k.double().mT) / 8**0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v.double()
-    assert torch.allclose(out.double(), reference, atol=1e-5 if dtype == torch.float32 else 3e-2)
-    torch.manual_seed(0)
-    dropped = torch.stack([attention(q, k, v, mask, dropout=0.5) for _ in range(300)]).double().mean(0)
-    assert (dropped - reference).abs().mean() < 0.1
-
-
-# ---- networks -------------------------------------------------------------------------------------------------------
+# ---- networks, offline training -------------------------------------------------------------------------------------
 
 
 def test_the_tables_are_the_convolution() -> None:
@@ -109,12 +74,9 @@ def test_the_loss_of_the_kept_patches_is_the_loss(options: dict[str, Any]) -> No
     grads = torch.autograd.grad(whole, list(net.parameters()))
     part = net.loss(data["image"], data["task"], data["mask"], data["target"])
     assert torch.allclose(part, whole, rtol=1e-12)
-    for name, a, b in zip(
-        dict(net.named_parameters()), torch.autograd.grad(part, list(net.parameters())), grads, strict=True
-    ):
-        assert torch.allclose(a, b, atol=1e-12), name
+    for a, b in zip(torch.autograd.grad(part, list(net.parameters())), grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
     lengths = []
-    net.blocks[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     wide = tiny(img_size=32).eval()
     wide.blocks[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     few = batch(size=32, count=2)
@@ -122,14 +84,6 @@ def test_the_loss_of_the_kept_patches_is_the_loss(options: dict[str, Any]) -> No
     few["mask"][:, :2, :2], few["target"][:, :2, :2] = True, 3
     wide.loss(few["image"], few["task"], few["mask"], few["target"])
     assert lengths == [1 + 16]  # of 256 patches
-
-
-def test_the_loss_at_the_start_is_that_of_a_guess() -> None:
-    net = tiny(depth=1)
-    data = batch()
-    torch.nn.init.zeros_(net.head.weight)
-    loss = net.loss(data["image"], data["task"], data["mask"], data["target"])
-    assert loss.item() == pytest.approx(np.log(12), rel=1e-6)
 
 
 def test_a_patch_off_the_input_is_no_key() -> None:
@@ -161,50 +115,36 @@ def test_tasks_have_their_own_token_and_nothing_else() -> None:
     assert net.task_embed.weight.std().item() == pytest.approx(0.02, rel=0.2)
 
 
-@pytest.mark.parametrize("kind", ["vit", "unet"])
-def test_gradients_reach_every_parameter(kind: str) -> None:
-    if kind == "unet":
-        pytest.importorskip("diffusers", reason="the U-Net wants diffusers")
-        net: Any = VARCUNet(num_tasks=5, img_size=12, embed_dim=20, depth=1, num_heads=1, mid_block=False)
-    else:
-        net = tiny()
+def test_gradients_reach_every_parameter_of_the_unet() -> None:
+    pytest.importorskip("diffusers", reason="the U-Net wants diffusers")
+    net = VARCUNet(num_tasks=5, img_size=12, embed_dim=20, depth=1, num_heads=1, mid_block=False)
     data = batch(count=8)
-    data["task"] = torch.arange(8) % 5
-    net.loss(data["image"], data["task"], data["mask"], data["target"]).backward()
+    net.loss(data["image"], torch.arange(8) % 5, data["mask"], data["target"]).backward()
     without = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-9}
-    # With one token of context its weight is 1, whatever the U-Net's queries and keys are.
-    assert all(kind == "unet" and re.search(r"attn2\.to_[qk]|norm2", name) for name in without), without
+    # With one token of context its weight is 1, whatever the queries and keys are.
+    assert all(re.search(r"attn2\.to_[qk]|norm2", name) for name in without), without
 
 
-def test_wrong_sizes_are_named() -> None:
+def test_wrong_sizes_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZooError, match="canvases of 12 x 12, not"):
         tiny()(torch.zeros(1, 8, 8, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with pytest.raises(ZooError, match="not divisible"):
         tiny(num_heads=5)
-    with pytest.raises(ZooError, match="did you mean 'varc_vit_18m'"):
-        VARCTraining("varc_vit_18")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ZooError, match=r"paperzoo\[beyond\]"):
+        VARCUNet()
+    monkeypatch.undo()
     pytest.importorskip("diffusers", reason="the U-Net wants diffusers")
-    with pytest.raises(ZooError, match=r"model\.patch_size is not a size of varc_unet_small"):
-        VARCTraining("varc_unet_small", patch_size=2)
     with pytest.raises(ZooError, match="multiple of 4"):
         VARCUNet(img_size=10)
 
 
-def test_without_diffusers_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ZooError, match=r"paperzoo\[beyond\]"):
-        VARCUNet()
-
-
-# ---- offline training -----------------------------------------------------------------------------------------------
-
-
-def test_offline_training_learns_scores_and_draws(tmp_path: Path) -> None:
+def test_offline_training_learns_and_scores() -> None:
     world = {"tasks": 2, "pairs": 24, "max_side": 5, "rules": ["keep"]}
     data = ARCDataModule(image_size=12, batch_size=8, test_views=3, seed=0, options=world)
     optim = Optim(lr=3e-3, betas=(0.9, 0.999), weight_decay=0.0, schedule="constant")
     L.seed_everything(0, verbose=False)
-    task = VARCTraining(None, num_tasks=data.num_tasks, dropout=0.0, optim=optim, **TINY)
+    task = VARCTraining(num_tasks=data.num_tasks, dropout=0.0, optim=optim, **TINY)
     run = trainer(max_epochs=12, gradient_clip_val=1.0, inference_mode=False)  # metrics are validated, then fitted
     before = run.validate(task, data, verbose=False)[0]
     run.fit(task, data)
@@ -214,32 +154,7 @@ def test_offline_training_learns_scores_and_draws(tmp_path: Path) -> None:
     test = run.test(task, data, verbose=False)[0]
     assert {"test/exact_match", "test/pixel_accuracy", "test/pass_at_1", "test/pass_at_2", "test/oracle"} <= set(test)
     assert test["test/oracle"] >= test["test/pass_at_2"] >= test["test/pass_at_1"]
-    found = run.predict(task, data)[0]
-    assert len(found[0]["answer"]) <= 5
-    assert {"task", "input", "prediction", "answer"} == set(found[0])
-    sheet = task.picture(next(iter(data.val_dataloader())))
-    assert sheet.dtype == torch.uint8
-    assert sheet.shape[0] == 3
-    task.trainer.save_checkpoint(tmp_path / "a.ckpt")
-    net = VARCViT(num_tasks=51, **TINY)
-    tokens = net.task_embed.weight.clone()
-    load_offline(net, tmp_path / "a.ckpt")
-    assert torch.equal(net.head.weight, task.network.head.weight)
-    assert torch.equal(net.task_embed.weight, tokens)
-    with pytest.raises(ZooError, match="does not fit"):
-        load_offline(VARCViT(**{**TINY, "depth": 3}), tmp_path / "a.ckpt")
-
-
-def test_exact_match_wants_every_scored_pixel() -> None:
-    from zoo.beyond.varc import _correct
-
-    target = torch.tensor([[[3, 11], [11, 11]], [[BACKGROUND] * 2, [1, 2]]])
-    logits = torch.nn.functional.one_hot(target.clamp_max(11), 12).permute(0, 3, 1, 2).float()
-    logits[1, :, 1, 1] = 0
-    logits[1, :, 0, 0] = torch.randn(12)  # off the output: whatever it is
-    exact, share, scored = _correct(logits, target)
-    assert exact.tolist() == [1.0, 0.0]
-    assert (share.item(), scored.item()) == (pytest.approx(5 / 6), 6)
+    assert {"task", "input", "prediction", "answer"} == set(run.predict(task, data)[0][0])
 
 
 # ---- test-time training ---------------------------------------------------------------------------------------------
@@ -254,20 +169,19 @@ def test_training_on_a_task_lowers_its_loss_and_follows_the_schedule() -> None:
     optim = Optim(lr=3e-3, betas=(0.9, 0.999), weight_decay=0.0, interval="epoch", warmup_epochs=2)
     net = tiny(num_tasks=6, dropout=0.0)
     start = copy.deepcopy(net.state_dict())
-    losses = train_on_task(net, pseudos, 12, 4, optim, 12, random.Random(0))
+    losses = train_on_task(net, pseudos, Views(12), random.Random(0), 12, 4, optim)
     assert len(losses) == 12
     assert losses[-1] < 0.75 * losses[0]
     again = tiny(num_tasks=6, dropout=0.0)
-    assert train_on_task(again, pseudos, 12, 4, optim, 12, random.Random(0)) == losses
+    assert train_on_task(again, pseudos, Views(12), random.Random(0), 12, 4, optim) == losses
     still = tiny(num_tasks=6, dropout=0.0)
-    train_on_task(still, pseudos, 1, 4, optim, 12, random.Random(0))  # the first epoch's rate is 0
+    train_on_task(still, pseudos, Views(12), random.Random(0), 1, 4, optim)  # the first epoch's rate is 0
     assert all(torch.equal(value, start[key]) for key, value in still.state_dict().items())
 
 
 def test_every_view_is_decoded_into_the_task_s_own_terms(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network that knows the answers: each of the 51 x 3 views gives the right grid."""
-    task = one_task()
-    task = task._replace(test=(*task.test, task.train[0]))
+    task = one_task()._replace(test=(one_task().test[0], one_task().train[0]))
     pseudos = pseudo_tasks(task)
     net = tiny(num_tasks=51)
     answers: dict[tuple[int, bytes], Pair] = {}
@@ -275,8 +189,6 @@ def test_every_view_is_decoded_into_the_task_s_own_terms(monkeypatch: pytest.Mon
         answers |= {(number, pair.input.tobytes()): pair for pair in pseudo.task.test}
 
     def oracle(canvas: Tensor, number: Tensor, mask: Tensor) -> Tensor:
-        from zoo.data.arc import View, place
-
         logits = torch.zeros(len(canvas), 12, 12, 12)
         for n in range(len(canvas)):
             rows, columns = np.nonzero(mask[n].numpy())
@@ -290,7 +202,7 @@ def test_every_view_is_decoded_into_the_task_s_own_terms(monkeypatch: pytest.Mon
         return logits
 
     monkeypatch.setattr(net, "forward", oracle)
-    found = predict_views(net, pseudos, 3, 12, random.Random(0), batch_size=20)
+    found = predict_views(net, pseudos, Views(12), random.Random(0), 3, batch_size=20)
     assert [len(grids) for grids in found] == [153, 153]
     for grids, pair in zip(found, task.test, strict=True):
         assert all(np.array_equal(grid, pair.output) for grid in grids)
@@ -300,46 +212,24 @@ def protocol(work: Path, **options: Any) -> VARCTestTimeTraining:
     optim = Optim(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, interval="epoch", warmup_epochs=1)
     given = {"permutations": 0, "views": 2, "runs": 2, "work_dir": str(work), "optim": optim, **TINY, **options}
     L.seed_everything(0, verbose=False)
-    return VARCTestTimeTraining(None, **given)
+    return VARCTestTimeTraining(**given)
 
 
 def tasks(count: int = 2) -> ARCTaskDataModule:
     return ARCTaskDataModule(image_size=12, options={"tasks": count, "max_side": 5, "test_pairs": 2})
 
 
-def test_the_protocol_scores_resumes_and_votes_with_others(tmp_path: Path) -> None:
+def test_a_lost_run_is_done_again_to_the_same_grids(tmp_path: Path) -> None:
     mixed: dict[str, Any] = {"max_epochs": 2, "precision": "bf16-mixed"}
-    first = trainer(**mixed).test(protocol(tmp_path / "a"), tasks(), verbose=False)[0]
-    wanted = {"pass_at_1", "pass_at_2", "oracle", "single_view", "ensemble_pass_at_2"}
-    assert {f"test/{name}" for name in wanted} <= set(first)
-    files = sorted(path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*.json"))
-    assert len(files) == 2 * 2 + 2
-    path = tmp_path / "a" / files[2]
+    first = trainer(**mixed).test(protocol(tmp_path), tasks(), verbose=False)[0]
+    path = tmp_path / "attempt_1" / "evaluation_000_recolor_predictions.json"
     kept = json.loads(path.read_text())
     assert {key: len(grids) for key, grids in kept.items()} == {"0": 12, "1": 12}
-    answers = json.loads((tmp_path / "a" / "submission.json").read_text())
-    assert {name: len(tests) for name, tests in answers.items()} == {
-        "evaluation_000_recolor": 2,
-        "evaluation_001_keep": 2,
-    }
-    # one of the second run is lost: only that is done again, to the same grids; the finished ones are not touched
     path.unlink()
-    others = {name: (tmp_path / "a" / name).stat().st_mtime_ns for name in files[:2]}
-    assert trainer(**mixed).test(protocol(tmp_path / "a"), tasks(), verbose=False)[0] == first
+    assert trainer(**mixed).test(protocol(tmp_path), tasks(), verbose=False)[0] == first
     assert json.loads(path.read_text()) == kept
-    assert all((tmp_path / "a" / name).stat().st_mtime_ns == stamp for name, stamp in others.items())
-    # other settings do not mix
     with pytest.raises(ZooError, match=r"other settings \(epochs\)"):
-        trainer(**{**mixed, "max_epochs": 3}).test(protocol(tmp_path / "a"), tasks(), verbose=False)
-    # predictions of others vote, alone too
-    module = protocol(tmp_path / "b", runs=0, votes_with=[str(tmp_path / "a")])
-    voted = trainer(max_epochs=2).test(module, tasks(), verbose=False)[0]
-    assert voted["test/ensemble_pass_at_2"] == first["test/ensemble_pass_at_2"]
-    with pytest.raises(ZooError, match=r"has no attempt_\*"):
-        trainer(max_epochs=2).test(protocol(tmp_path / "c", votes_with=[str(tmp_path)]), tasks(), verbose=False)
-    found = trainer(**mixed).predict(protocol(tmp_path / "a"), tasks())
-    assert [[answers[name] for name in ("attempt_1", "attempt_2")] for answers in found[0][0]["answers"]]
-    assert found[1][0]["answers"] == answers["evaluation_001_keep"]
+        trainer(**{**mixed, "max_epochs": 3}).test(protocol(tmp_path), tasks(), verbose=False)
 
 
 def test_a_blind_protocol_never_sees_the_answers(tmp_path: Path) -> None:
@@ -351,13 +241,13 @@ def test_a_blind_protocol_never_sees_the_answers(tmp_path: Path) -> None:
     monkey = protocol(tmp_path / "b", runs=1, permutations=1)
     data.samples = lambda split: type(tasks().samples("test"))([hidden])  # type: ignore[method-assign]
     found = trainer(max_epochs=1).test(monkey, data, verbose=False)[0]
-    assert found["test/pass_at_2"] == 0  # nothing to score
+    assert not found  # nothing to score
     name = f"attempt_0/{sample.name}_predictions.json"
     assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
 
 
 def test_a_task_starts_from_the_offline_weights_each_time(tmp_path: Path) -> None:
-    offline = VARCTraining(None, num_tasks=3, **TINY)
+    offline = VARCTraining(num_tasks=3, **TINY)
     run = trainer(max_epochs=1, limit_train_batches=1)
     run.fit(offline, ARCDataModule(image_size=12, batch_size=8, seed=0, options=WORLD))
     run.save_checkpoint(tmp_path / "a.ckpt")
@@ -367,8 +257,6 @@ def test_a_task_starts_from_the_offline_weights_each_time(tmp_path: Path) -> Non
     ours, theirs = module.network.state_dict(), offline.network.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours if key != "task_embed.weight")
     assert ours["task_embed.weight"].shape[0] == 6
-    with pytest.raises(ZooError, match="zoo test"):
-        trainer().fit(module, ARCDataModule(image_size=12, options=WORLD))
 
 
 # ---- official weights -----------------------------------------------------------------------------------------------
@@ -395,8 +283,12 @@ def test_official_weights_load_key_for_key(tmp_path: Path) -> None:
     other = zoo.create_model("varc_vit_18m", weights=tmp_path / "checkpoint_best.pt", num_tasks=5, **TINY)
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in other.state_dict().items())
     fresh = VARCViT(num_tasks=51, **TINY)
+    tokens = fresh.task_embed.weight.clone()
     load_offline(fresh, tmp_path / "checkpoint_best.pt")
     assert torch.equal(fresh.pos_embed, net.pos_embed)
+    assert torch.equal(fresh.task_embed.weight, tokens)
+    with pytest.raises(ZooError, match="does not fit"):
+        load_offline(VARCViT(**{**TINY, "depth": 3}), tmp_path / "checkpoint_best.pt")
     state = official(net)
     with pytest.raises(ZooError, match=r"unknown key '_orig_mod\.stranger'"):
         convert_official({**state, "_orig_mod.stranger": torch.zeros(1)})
@@ -405,50 +297,3 @@ def test_official_weights_load_key_for_key(tmp_path: Path) -> None:
         convert_official({**state, rotary: state[rotary] + 1})
     with pytest.raises(ZooError, match="no square grid"):
         convert_official({**state, rotary: state[rotary][:-1]})
-
-
-@pytest.mark.parametrize(
-    ("file", "model"), [("offline_train_ViT", "varc_vit_18m"), ("offline_train_Unet", "varc_unet_big")]
-)
-def test_published_layouts(file: str, model: str, shared: Path) -> None:
-    if "unet" in model:
-        pytest.importorskip("diffusers", reason="the U-Net wants diffusers")
-    keys = json.loads((shared / "statedicts" / "varc" / f"{file}.json").read_text())["keys"]
-    state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
-    with torch.device("meta"):
-        net = MODELS[model]()
-    assert not mismatch(convert_official(state), shapes(net))
-
-
-def test_published_weights_come_with_their_canvas() -> None:
-    seen = zoo.create_preprocess("varc_vit_18m.arc1_rearc")([[1, 2], [3, 4]])
-    assert seen["image"].shape == (1, 64, 64)
-    assert seen["mask"].sum() == 16
-
-
-# ---- two processes, the command -------------------------------------------------------------------------------------
-
-
-def test_the_pocket_recipe_runs_through_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    few = ["--model.embed_dim", "24", "--model.num_heads", "3", "--model.depth", "1", "--trainer.precision", "32-true"]
-    few += ["--data.options", "{tasks: 3, pairs: 16, max_side: 6}", "--data.batch_size", "16", "--data.test_views", "2"]
-    assert main(["fit", "varc/pocket", *few, "--trainer.max_epochs", "1"]) == 0
-    assert len(list(tmp_path.glob("runs/varc/pocket/*/pictures/*.png"))) == 1
-    for command in ("validate", "test", "predict"):
-        assert main([command, "varc/pocket", *few, "--ckpt_path", "last"]) == 0
-    assert list(tmp_path.glob("runs/varc/pocket/*/predictions.pt"))
-    assert len(list(tmp_path.glob("runs/varc/pocket/*/pictures/*.png"))) == 2  # predict draws, too
-    ckpt = next(tmp_path.glob("runs/varc/pocket/*/checkpoints/last.ckpt"))
-    options = [
-        "--model.init_from",
-        str(ckpt),
-        "--model.depth",
-        "1",
-        "--model.embed_dim",
-        "24",
-        "--model.num_heads",
-        "3",
-    ]
-    options += ["--trainer.max_epochs", "2", "--model.views", "1", "--model.permutations", "0", "--data.limit", "1"]
-    assert main(["test", "varc/pocket_ttt", *options, "--trainer.precision", "32-true"]) == 0

@@ -12,7 +12,8 @@ the answers.
 
 Conventions: canvases (B, S, S) of colours 0..11 (10 background, 11 border of an output); mask (B, S, S) true on the
 input grid; logits (B, 12, S, S). Tasks, canvases, pseudo-tasks and the decoding of a canvas stand in
-:mod:`zoo.data.arc`, the vote and the score in :mod:`zoo.metrics.arc`.
+:mod:`zoo.data.arc`, the vote and the score in :mod:`zoo.metrics.arc`, the
+benchmark's protocol in :mod:`zoo.training.arc`.
 
 Deviations from the official code, none of which changes a value but the last two:
 - A pixel has one of 12 colours: embedding colours and then patches is one table a place in the patch (12 x D), looked
@@ -28,7 +29,6 @@ Deviations from the official code, none of which changes a value but the last tw
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import re
@@ -42,40 +42,25 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding, linear
 
-from zoo.data.arc import (
-    BACKGROUND,
-    NUM_COLORS,
-    ARCTask,
-    Pair,
-    PseudoTask,
-    View,
-    draw_grids,
-    draw_view,
-    place,
-    pseudo_tasks,
-    read_grid,
-    read_predictions,
-    stack,
-    write_json,
-    write_predictions,
-)
-from zoo.errors import MissingPackage, ZooError, unknown
-from zoo.metrics.arc import ARCScore, two_answers, vote
+from zoo.data.arc import BACKGROUND, NUM_COLORS, ARCTask, PseudoTask, Views, pseudo_tasks
+from zoo.errors import MissingPackage, ZooError
 from zoo.nn.vit import PatchEmbed
 from zoo.ops.attention import attention
 from zoo.ops.patches import patchify, unpatchify
 from zoo.ops.pos_embed import apply_rope, rope_2d
-from zoo.training import BaseModule, Optim, lr_at, make_optimizer, param_groups, seed_position
+from zoo.training import Optim, lr_at, make_optimizer, param_groups, seed_position
+from zoo.training.arc import ARCProtocol, CanvasPrediction, predict_views, uncached_autocast
 from zoo.weights.pretrained import fill, read_source
 
 __all__ = [
     "VARCTestTimeTraining",
     "VARCTraining",
     "VARCUNet",
+    "VARCUNetTestTimeTraining",
+    "VARCUNetTraining",
     "VARCViT",
     "convert_official",
     "pixel_loss",
-    "predict_views",
     "train_on_task",
     "varc_unet_big",
     "varc_unet_medium",
@@ -138,6 +123,7 @@ class _Conditioned(nn.Module):
     """What both networks share: a table of task tokens, and the loss."""
 
     task_embed: nn.Embedding
+    img_size: int
 
     def reset_tasks(self, num_tasks: int) -> None:
         """Fresh tokens for `num_tasks` tasks; a table of that many is drawn anew in place."""
@@ -145,6 +131,12 @@ class _Conditioned(nn.Module):
             old = self.task_embed.weight
             self.task_embed = nn.Embedding(num_tasks, old.shape[1], device=old.device, dtype=old.dtype)
         nn.init.trunc_normal_(self.task_embed.weight, std=0.02)
+
+    def check(self, canvas: Tensor) -> None:
+        """Raises a ZooError where canvases (B, H, W) are not of this size."""
+        side = self.img_size
+        if canvas.shape[1:] != (side, side):
+            raise ZooError(f"the model takes canvases of {side} x {side}, not {tuple(canvas.shape[1:])}")
 
     def loss(self, canvas: Tensor, task: Tensor, mask: Tensor | None, target: Tensor) -> Tensor:
         """:func:`pixel_loss` of canvases (B, S, S) of tasks (B,) for targets (B, S, S)."""
@@ -176,7 +168,8 @@ class VARCViT(_Conditioned):
         num_task_tokens: int = 1,
     ) -> None:
         super().__init__()
-        self.embed_dim, self.num_colors, self.num_task_tokens = embed_dim, num_colors, num_task_tokens
+        self.img_size, self.embed_dim = img_size, embed_dim
+        self.num_colors, self.num_task_tokens = num_colors, num_task_tokens
         self.color_embed = nn.Embedding(num_colors, embed_dim)
         self.task_embed = nn.Embedding(num_tasks, embed_dim * num_task_tokens)
         self.patch_embed = PatchEmbed(img_size, patch_size, embed_dim, embed_dim)
@@ -196,9 +189,7 @@ class VARCViT(_Conditioned):
 
     def _patches(self, canvas: Tensor) -> Tensor:
         """Canvases (B, S, S) as patches (B, L, p*p)."""
-        side = self.patch_embed.img_size
-        if canvas.shape[1:] != (side, side):
-            raise ZooError(f"the model takes canvases of {side} x {side}, not {tuple(canvas.shape[1:])}")
+        self.check(canvas)
         return patchify(canvas.unsqueeze(1), self.patch_embed.patch_size)
 
     def _embed(self, patches: Tensor) -> Tensor:
@@ -304,181 +295,65 @@ class VARCUNet(_Conditioned):
 
     def forward(self, canvas: Tensor, task: Tensor, mask: Tensor | None = None) -> Tensor:
         """Canvases (B, S, S) of tasks (B,) to logits (B, K, S, S); `mask` is not used."""
-        if canvas.shape[1:] != (self.img_size, self.img_size):
-            raise ZooError(f"the model takes canvases of {self.img_size} pixels, not {tuple(canvas.shape[1:])}")
+        self.check(canvas)
         context = self.task_embed(task).unflatten(-1, (self.num_task_tokens, -1))
         return self.encoder(self.color_embed(canvas).permute(0, 3, 1, 2), 0, context).sample
 
 
-# ----------------------------------------------------------------------------------------------------------- 3. tasks
+# ------------------------------------------------------------------------------------------------ 3. offline training
+
+SCHEDULE = Optim(lr=3e-4, betas=(0.9, 0.999), weight_decay=0.0, interval="epoch", warmup_epochs=10)
 
 
-def _network(model: str | None, **options: Any) -> _Conditioned:
-    """The model named, or a ViT of the sizes given, with the `options` that are not None."""
-    options = {key: value for key, value in options.items() if value is not None}
-    if model is not None and model not in MODELS:
-        raise unknown("model", model, MODELS)
-    try:
-        return MODELS[model](**options) if model is not None else VARCViT(**options)
-    except TypeError as error:
-        if found := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
-            raise ZooError(f"model.{found[1]} is not a size of {model}") from error
-        raise
-
-
-def _correct(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits (B, K, S, S) for targets (B, S, S): whether all scored pixels are right (B,), the share of right ones
-    over the batch, and the number of scored ones."""
-    scored = target != BACKGROUND
-    right = (logits.argmax(dim=1) == target) & scored
-    exact = (right == scored).flatten(1).all(dim=1)
-    return exact.float(), right.sum() / scored.sum().clamp_min(1), scored.sum()
-
-
-class VARCTraining(BaseModule):
-    """Offline training (section 3.4), validated on the tasks' own tests.
-
-    Batches are those of :class:`zoo.data.arc.CanvasSet`. Logs `val/exact_match`: all scored pixels of the fixed view
-    right, as the official code validates; `val/pixel_accuracy`; `val/loss`. In test also `test/pass_at_1`, `pass_at_2`
-    and `oracle` of the vote over the random views, where the data module gives any (`test_views`).
+class VARCTraining(CanvasPrediction):
+    """Offline training (section 3.4) of the ViT; evaluated as :class:`~zoo.training.arc.CanvasPrediction`.
 
     Args:
-        model: a published size, or null for a ViT of the sizes that follow. A size given overrides `model`'s.
-        img_size: side of the canvas; taken from the data module by a recipe.
-        num_tasks: taken from the data module by a recipe.
         compile: compile the training loss with torch.compile.
         optim: optimiser and schedule.
+        network: of :class:`VARCViT`; a recipe takes `img_size` and `num_tasks` from the data module.
     """
 
-    monitor = ("val/exact_match", "max")
-    batch_keys = ("image", "task", "mask", "target")
-
-    def __init__(
-        self,
-        model: str | None = "varc_vit_18m",
-        img_size: int | None = None,
-        num_tasks: int | None = None,
-        patch_size: int | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        mlp_dim: int | None = None,
-        dropout: float | None = None,
-        compile: bool = False,
-        optim: Optim = Optim(  # noqa: B008 (frozen)
-            lr=3e-4, betas=(0.9, 0.999), weight_decay=0.0, interval="epoch", warmup_epochs=10
-        ),
-    ) -> None:
-        super().__init__(optim)
+    def __init__(self, compile: bool = False, optim: Optim = SCHEDULE, **network: Any) -> None:
+        super().__init__(self.make_network(**network), optim)
         self.save_hyperparameters()
-        self.network = _network(
-            model,
-            img_size=img_size,
-            num_tasks=num_tasks,
-            patch_size=patch_size,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_dim=mlp_dim,
-            dropout=dropout,
-        )
         self._loss = torch.compile(self.network.loss) if compile else self.network.loss
-        self.score = ARCScore()
 
-    def trainable(self) -> nn.Module:
-        return self.network
+    def make_network(self, **network: Any) -> _Conditioned:
+        return VARCViT(**network)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         return self._loss(batch["image"], batch["task"], batch["mask"], batch["target"])
 
-    def _evaluate(self, logits: Tensor, target: Tensor, split: str) -> None:
-        exact, accuracy, scored = _correct(logits, target)
-        if scored:  # else no answer is known
-            self.tally(f"{split}/exact_match", exact)
-            self.tally(f"{split}/pixel_accuracy", accuracy, scored)
-            self.tally(f"{split}/loss", pixel_loss(logits.float(), target), scored)
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        logits = self.network(batch["image"], batch["task"], batch["mask"])
-        self._evaluate(logits, batch["target"], "val")
+class VARCUNetTraining(VARCTraining):
+    """:class:`VARCTraining` of the U-Net; `network` is of :class:`VARCUNet`."""
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        image, mask, target, task = batch["image"], batch["mask"], batch["target"], batch["task"]
-        if image.ndim == 3:
-            self._evaluate(self.network(image, task, mask), target, "test")
-            return
-        views = image.shape[1]
-        logits = self.network(image.flatten(0, 1), task.repeat_interleave(views), mask.flatten(0, 1))
-        logits = logits.unflatten(0, (-1, views))
-        self._evaluate(logits[:, 0], target[:, 0], "test")
-        seen = logits.argmax(dim=2).cpu().numpy()
-        for canvases, pair, some, weight in zip(seen, batch["pair"], batch["view"], batch["weight"], strict=True):
-            if pair.output is not None:
-                grids = [read_grid(canvas, view) for canvas, view in zip(canvases[1:], some[1:], strict=True)]
-                self.score.update(grids, pair.output, float(weight))
-
-    def on_test_epoch_end(self) -> None:
-        super().on_test_epoch_end()
-        if getattr(self.trainer.datamodule, "test_views", 0):  # type: ignore[attr-defined]  # the same on every process
-            self.log_dict({f"test/{name}": value for name, value in self.score.compute().items()})
-            self.score.reset()
-
-    def _decoded(self, batch: Mapping[str, Any]) -> list[np.ndarray]:
-        canvases = self.network(batch["image"], batch["task"], batch["mask"]).argmax(dim=1).cpu().numpy()
-        return [read_grid(canvas, view) for canvas, view in zip(canvases, batch["view"], strict=True)]
-
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """For each test: number of the `task`, grids of the `input`, the `prediction`, and the `answer` or None."""
-        return [
-            {
-                "task": int(task),
-                "input": pair.input.tolist(),
-                "prediction": grid.tolist(),
-                "answer": None if pair.output is None else pair.output.tolist(),
-            }
-            for task, pair, grid in zip(batch["task"], batch["pair"], self._decoded(batch), strict=True)
-        ]
-
-    def picture(self, batch: Mapping[str, Any]) -> Tensor:
-        """A uint8 sheet (3, H, W): a row a pair; columns input, prediction, answer."""
-        rows = [(pair.input, grid, pair.output) for pair, grid in zip(batch["pair"], self._decoded(batch), strict=True)]
-        return draw_grids(rows)
+    def make_network(self, **network: Any) -> _Conditioned:
+        return VARCUNet(**network)
 
 
 # ------------------------------------------------------------------------------------------------ 4. test-time training
 
 
-def _to(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-
-
-def _autocast(kind: str) -> torch.autocast:
-    """The autocast around us without its cache: weights change between steps, the casts that it keeps would not."""
-    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
-
-
 def train_on_task(
     network: _Conditioned,
     pseudos: Sequence[PseudoTask],
+    views: Views,
+    rng: random.Random,
     epochs: int,
     batch_size: int,
     optim: Optim,
-    size: int,
-    rng: random.Random,
-    scale: int | None = None,
-    translate: bool = True,
     clip: float | None = 1.0,
     loss: Callable[..., Tensor] | None = None,
 ) -> list[float]:
     """Trains `network` on the demonstrations of pseudo-tasks, whose places are their numbers; mean loss by epoch.
 
     Args:
+        views: how views are drawn.
+        rng: draws orders and views. Dropout is the global generator's.
         epochs: passes over all demonstrations, each at a new view in a new order; the schedule of `optim` spans them.
         batch_size: samples a step; an epoch's last batch may be smaller.
-        size: side of the canvas.
-        rng: draws orders and views. Dropout is the global generator's.
-        scale, translate: as of :func:`zoo.data.arc.draw_view`.
         clip: largest norm of the gradients.
         loss: `network.loss` (the default), or that compiled.
 
@@ -500,10 +375,11 @@ def train_on_task(
         total = torch.zeros((), device=device)
         for first in range(0, len(samples), batch_size):
             some = samples[first : first + batch_size]
-            placed = [place(pair, size, draw_view(pair, size, rng.randint, scale, translate)) for pair, _ in some]
-            batch = _to({**stack(placed), "task": torch.tensor([number for _, number in some])}, device)
-            with _autocast(kind):
-                value = (loss or network.loss)(batch["image"], batch["task"], batch["mask"], batch["target"])
+            pairs, numbers = zip(*some, strict=True)
+            batch = views.place(pairs, [views.draw(pair, rng) for pair in pairs], device)
+            task = torch.tensor(numbers, device=device)
+            with uncached_autocast(kind):
+                value = (loss or network.loss)(batch["image"], task, batch["mask"], batch["target"])
             with torch.autocast(kind, enabled=False):
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(value).backward()
@@ -519,65 +395,18 @@ def train_on_task(
     return losses
 
 
-@torch.no_grad()
-def predict_views(
-    network: _Conditioned,
-    pseudos: Sequence[PseudoTask],
-    views: int,
-    size: int,
-    rng: random.Random,
-    scale: int | None = None,
-    translate: bool = True,
-    batch_size: int = 64,
-) -> list[list[np.ndarray]]:
-    """For every test of a task, the grids of its views in the original task's terms: `views` random ones of each
-    pseudo-task, attempt after attempt as the official code orders them; the order settles equal votes.
-
-    A view is drawn as in training: so that the output fits, too, where the task holds it.
-    """
-    jobs: list[tuple[int, PseudoTask, int, Pair, View]] = []
-    for _ in range(views):
-        for number, pseudo in enumerate(pseudos):
-            for test, pair in enumerate(pseudo.task.test):
-                view = draw_view(pair, size, rng.randint, scale, translate)
-                jobs.append((number, pseudo, test, pair, view))
-    device = next(network.parameters()).device
-    found: list[list[np.ndarray]] = [[] for _ in pseudos[0].task.test]
-    network.eval()
-    for first in range(0, len(jobs), batch_size):
-        some = jobs[first : first + batch_size]
-        batch = _to(stack([place(pair, size, view) for *_, pair, view in some]), device)
-        task = torch.tensor([number for number, *_ in some], device=device)
-        with _autocast(device.type):
-            canvases = network(batch["image"], task, batch["mask"]).argmax(dim=1).cpu().numpy()
-        for canvas, (_, pseudo, test, _, view) in zip(canvases, some, strict=True):
-            found[test].append(read_grid(canvas, view, pseudo.suffix, pseudo.color_map))
-    return found
-
-
-_NO_FIT = "test-time training needs no fit: run `zoo test RECIPE`, which trains on each task by itself"
-
-
-class VARCTestTimeTraining(BaseModule):
-    """The benchmark's protocol: trains on every task of the test loader by itself, predicts, votes, scores: `zoo test`.
+class VARCTestTimeTraining(ARCProtocol):
+    """Trains the ViT on every task by itself, predicts, votes, scores: :class:`~zoo.training.arc.ARCProtocol`.
 
     Starts each time from `init_from` with fresh task tokens, and trains for `trainer.max_epochs` epochs at
-    `trainer.precision` with `trainer.gradient_clip_val`. The grids of every task and run are kept in `work_dir`, as
-    `attempt_<run>/<task>_predictions.json` ({test: [grid, ...]}, the layout of the published predictions): a run that
-    was stopped goes on behind the last finished one. Tasks are dealt to the devices; no result depends on how.
-
-    Logs the mean over runs of `test/pass_at_1`, `test/pass_at_2`, `test/oracle`, and `test/single_view` (pass@1 of the
-    first view alone); with several runs or `votes_with` also `test/ensemble_...`, of the common vote.
-    `work_dir/submission.json` holds the two answers in Kaggle's form.
+    `trainer.precision` with `trainer.gradient_clip_val`. Tasks are dealt to the devices; no result depends on how.
 
     Args:
-        model: a published size, or null for a ViT of the sizes that follow. A size given overrides `model`'s.
-        img_size: side of the canvas; taken from the data module by a recipe.
         init_from: the offline training: a checkpoint of :class:`VARCTraining`, a published file, or the name of
             published weights; null trains every task from scratch (Fig. 9).
         permutations: of colours for each turned or flipped variant; 5 * (1 + permutations) + 1 pseudo-tasks.
         batch_size: samples a training step.
-        views: random views of each pseudo-task at inference.
+        views: random views of each pseudo-task at inference; without translation and at a fixed scale all are the same.
         view_batch: views computed together.
         runs: independent trainings of every task; 0 lets `votes_with` vote alone.
         scale: a fixed one instead of random ones (Fig. 7 c to e).
@@ -588,18 +417,13 @@ class VARCTestTimeTraining(BaseModule):
         votes_with: further folders that hold attempt_*/*_predictions.json, to vote with.
         compile: compile the training loss with torch.compile.
         optim: optimiser and schedule.
+        network: of :class:`VARCViT`; a recipe takes `img_size` from the data module.
     """
+
+    not_exported = "a network for each task; VARCTraining exports the one they start from"
 
     def __init__(
         self,
-        model: str | None = "varc_vit_18m",
-        img_size: int | None = None,
-        patch_size: int | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        mlp_dim: int | None = None,
-        dropout: float | None = None,
         init_from: str | None = None,
         permutations: int = 9,
         batch_size: int = 8,
@@ -612,63 +436,39 @@ class VARCTestTimeTraining(BaseModule):
         work_dir: str = "runs/varc_ttt",
         votes_with: list[str] | None = None,
         compile: bool = False,
-        optim: Optim = Optim(  # noqa: B008 (frozen)
-            lr=3e-4, betas=(0.9, 0.999), weight_decay=0.0, interval="epoch", warmup_epochs=10
-        ),
+        optim: Optim = SCHEDULE,
+        **network: Any,
     ) -> None:
-        super().__init__(optim)
+        super().__init__(optim, runs, work_dir, votes_with)
         self.save_hyperparameters()
-        least = 0 if votes_with else 1
         for name, value, low in (
+            ("permutations", permutations, 0),
             ("batch_size", batch_size, 1),
             ("views", views, 1),
             ("view_batch", view_batch, 1),
-            ("runs", runs, least),
+            ("runs", runs, 0 if votes_with else 1),
         ):
             if value < low:
                 raise ZooError(f"model.{name} must be at least {low}, got {value}")
-        if permutations < 0:
-            raise ZooError(f"model.permutations must not be negative, got {permutations}")
-        self.permutations, self.batch_size, self.views, self.view_batch = permutations, batch_size, views, view_batch
-        self.runs, self.scale, self.translate, self.blind, self.init_from = runs, scale, translate, blind, init_from
-        self.work_dir, self.votes_with = Path(work_dir).expanduser(), [Path(p).expanduser() for p in votes_with or ()]
-        self.network = _network(
-            model,
-            img_size=img_size,
-            num_tasks=1 + 5 * (1 + permutations),
-            patch_size=patch_size,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_dim=mlp_dim,
-            dropout=dropout,
-        )
-        self.size = img_size or 64
+        self.permutations, self.batch_size, self.attempts, self.view_batch = permutations, batch_size, views, view_batch
+        self.blind, self.init_from = blind, init_from
+        self.network = self.make_network(num_tasks=1 + 5 * (1 + permutations), **network)
+        self.views = Views(self.network.img_size, scale, translate)
         self._loss = torch.compile(self.network.loss) if compile else self.network.loss
-        self.scores = nn.ModuleList(ARCScore() for _ in range(runs))
-        self.single, self.ensemble = ARCScore(), ARCScore()
         self._start: dict[str, Tensor] | None = None
 
-    batch_keys = ("arc_task",)
-    stages = ("test", "predict")
-    not_exported = "a network for each task; VARCTraining exports the one they start from"
-
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        raise ZooError(_NO_FIT)
+    def make_network(self, **network: Any) -> _Conditioned:
+        return VARCViT(**network)
 
     def setup(self, stage: str) -> None:
         """Fetch the offline training, once; its task tokens are left out."""
-        if stage == "fit":
-            raise ZooError(_NO_FIT)
-        if self._start is None:
+        if stage != "fit" and self._start is None:
             if self.init_from is not None and self.runs:
                 load_offline(self.network, self.init_from)
             self._start = {key: value.clone() for key, value in self.network.state_dict().items()}
-            if self.runs:
-                self._claim_folder()
+        super().setup(stage)
 
-    def _settings(self) -> dict[str, Any]:
-        """All that decides a prediction but the task and the run."""
+    def settings(self) -> dict[str, Any]:
         trainer = self.trainer
         left_out = ("init_from", "work_dir", "votes_with", "runs", "view_batch", "compile")
         settings = {key: value for key, value in self.hparams.items() if key not in left_out}
@@ -680,140 +480,34 @@ class VARCTestTimeTraining(BaseModule):
         settings |= {"weights": digest.hexdigest(), "epochs": trainer.max_epochs, "precision": str(trainer.precision)}
         settings |= {"clip": trainer.gradient_clip_val, "seed": int(os.environ.get("PL_GLOBAL_SEED", 0))}
         data = trainer.datamodule  # type: ignore[attr-defined]
-        settings |= {"dataset": data.dataset, "split": getattr(data, "split", None), "options": data.options}
-        return json.loads(json.dumps(settings, default=str))
+        return settings | {"dataset": data.dataset, "split": getattr(data, "split", None), "options": data.options}
 
-    def _claim_folder(self) -> None:
-        """Note the settings in `work_dir`, or refuse one that holds predictions of others."""
-        path, settings = self.work_dir / "settings.json", self._settings()
-        if path.is_file():
-            kept = json.loads(path.read_text())
-            if changed := sorted(key for key in {**kept, **settings} if kept.get(key) != settings.get(key)):
-                raise ZooError(
-                    f"{self.work_dir} holds predictions of other settings ({', '.join(changed[:4])}); give another"
-                    " model.work_dir, or remove it"
-                )
-        elif self.trainer.is_global_zero:
-            write_json(path, settings)
-
-    def _predicted(self, task: ARCTask, run: int) -> list[list[np.ndarray]]:
-        """The grids for each test of a task in one run: from the folder, or trained and predicted now."""
-        path = self.work_dir / f"attempt_{run}" / f"{task.name}_predictions.json"
-        if path.is_file():
-            return read_predictions(path)
+    def solve(self, task: ARCTask, run: int) -> list[list[np.ndarray]]:
+        """Train on the demonstrations of the task's pseudo-tasks, and predict its tests."""
         if self.blind:
             task = task._replace(test=tuple(pair._replace(output=None) for pair in task.test))
         pseudos = pseudo_tasks(task, self.permutations)
         start = int(hashlib.sha256(f"{task.name} {run}".encode()).hexdigest()[:8], 16)
-        with torch.inference_mode(False), torch.random.fork_rng(devices=_devices(self.device)), torch.enable_grad():
+        devices = [self.device.index or 0] if self.device.type == "cuda" else []
+        with torch.inference_mode(False), torch.random.fork_rng(devices=devices), torch.enable_grad():
             seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
             seed_position(seed, 4, start)
             rng = random.Random(f"{seed} {task.name} {run}")
+            epochs, clip = self.trainer.max_epochs, self.trainer.gradient_clip_val
             assert self._start is not None
+            assert epochs is not None
             self.network.load_state_dict(self._start)
             self.network.reset_tasks(len(pseudos))
-            epochs, clip = self.trainer.max_epochs, self.trainer.gradient_clip_val
-            assert epochs is not None
-            train_on_task(
-                self.network,
-                pseudos,
-                epochs,
-                self.batch_size,
-                self.optim,
-                self.size,
-                rng,
-                self.scale,
-                self.translate,
-                clip,
-                self._loss,
-            )
-            found = predict_views(
-                self.network, pseudos, self.views, self.size, rng, self.scale, self.translate, self.view_batch
-            )
-        write_predictions(path, found)
-        return found
-
-    def _attend(self, task: ARCTask) -> list[list[list[np.ndarray]]]:
-        """The grids by run and test."""
-        return [self._predicted(task, run) for run in range(self.runs)]
-
-    def _others(self, task: ARCTask) -> list[list[list[np.ndarray]]]:
-        found = []
-        for folder in self.votes_with:
-            paths = sorted(folder.glob(f"attempt_*/{task.name}_predictions.json"))
-            if not paths:
-                raise ZooError(f"model.votes_with: {folder} has no attempt_*/{task.name}_predictions.json")
-            found += [read_predictions(path) for path in paths]
-        return found
-
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        for task in batch["arc_task"]:
-            others = self._others(task)
-            runs = self._attend(task)
-            for test, pair in enumerate(task.test):
-                if pair.output is None:
-                    continue
-                weight = 1 / len(task.test)
-                for score, grids in zip(self.scores, runs, strict=True):
-                    score.update(grids[test], pair.output, weight)  # type: ignore[operator]
-                    self.single.update(grids[test][:1], pair.output, weight)
-                together = [grid for grids in (*others, *runs) for grid in grids[test]]
-                self.ensemble.update(together, pair.output, weight)
-            self._say(task)
-
-    def _say(self, task: ARCTask) -> None:
-        found = self.ensemble
-        if self.trainer.world_size == 1 and found.weight > 0:
-            solved, seen = float(found.hits[1]), float(found.weight)
-            print(f"{task.name}: {solved:g} of {seen:g} tasks so far with two answers", flush=True)
-
-    def on_test_epoch_end(self) -> None:
-        mean: dict[str, Tensor] = {}
-        if self.runs:
-            each = [score.compute() for score in self.scores]  # type: ignore[operator]
-            mean = {f"test/{name}": torch.stack([one[name] for one in each]).mean() for name in each[0]}
-            mean["test/single_view"] = self.single.compute()["pass_at_1"]
-        if self.runs > 1 or self.votes_with:
-            mean |= {f"test/ensemble_{name}": value for name, value in self.ensemble.compute().items()}
-        for score in (*self.scores, self.single, self.ensemble):
-            score.reset()
-        self.log_dict(mean)
-        self.trainer.strategy.barrier()
-        if self.runs and self.trainer.is_global_zero:
-            self._submit()
-
-    def _submit(self) -> None:
-        """Kaggle's file, of every task predicted in the folder."""
-        answers = {}
-        for path in sorted(self.work_dir.glob("attempt_0/*_predictions.json")):
-            name = path.name.removesuffix("_predictions.json")
-            runs = [read_predictions(other) for other in sorted(self.work_dir.glob(f"attempt_*/{path.name}"))]
-            answers[name] = [two_answers([grid for run in runs for grid in run[test]]) for test in range(len(runs[0]))]
-        write_json(self.work_dir / "submission.json", answers)
-
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """For each task its `name` and the two `answers` to each test, {"attempt_1", "attempt_2"}."""
-        found = []
-        for task in batch["arc_task"]:
-            runs = [*self._others(task), *self._attend(task)]
-            tests = range(len(task.test))
-            answers = [two_answers([grid for run in runs for grid in run[test]]) for test in tests]
-            found.append({"name": task.name, "answers": answers})
-        return found
-
-    def picture(self, batch: Mapping[str, Any]) -> Tensor:
-        """A uint8 sheet (3, H, W): a row a test; columns input, first and second answer, the answer's grid."""
-        rows = []
-        for task in batch["arc_task"]:
-            runs = [*self._others(task), *self._attend(task)]
-            for test, pair in enumerate(task.test):
-                ranked = [grid for grid, _ in vote(grid for run in runs for grid in run[test])]
-                rows.append((pair.input, ranked[0], ranked[1] if len(ranked) > 1 else None, pair.output))
-        return draw_grids(rows)
+            how = (self.network, pseudos, self.views, rng)
+            train_on_task(*how, epochs, self.batch_size, self.optim, clip, self._loss)
+            return predict_views(*how, self.attempts, self.view_batch)
 
 
-def _devices(device: torch.device) -> list[int]:
-    return [device.index or 0] if device.type == "cuda" else []
+class VARCUNetTestTimeTraining(VARCTestTimeTraining):
+    """:class:`VARCTestTimeTraining` of the U-Net; `network` is of :class:`VARCUNet`."""
+
+    def make_network(self, **network: Any) -> _Conditioned:
+        return VARCUNet(**network)
 
 
 # ---------------------------------------------------------------------------------------------------------- 5. models
@@ -848,10 +542,6 @@ def varc_unet_big(**overrides: Any) -> VARCUNet:
     """U-Net of 160, 320 and 320 channels, two blocks a resolution and a middle block (Table 7, "55M")."""
     return VARCUNet(**{"embed_dim": 320, "depth": 2, "num_heads": 8, "mid_block": True, **overrides})
 
-
-MODELS: dict[str, Callable[..., _Conditioned]] = {
-    f.__name__: f for f in (varc_vit_6m, varc_vit_18m, varc_vit_66m, varc_unet_small, varc_unet_medium, varc_unet_big)
-}
 
 # ------------------------------------------------------------------------------------------------ 6. official weights
 

@@ -46,8 +46,10 @@ def row_commands(name: str) -> list[str]:
     _, row = catalog.row(name)
     if row.recipe is None:
         return []
-    what = ["test", "fit"] if row.weights else ["fit"]
-    return [*(f"zoo {one} {name}" for one in what), f"zoo fit {shlex.join([row.recipe, *row_words(row)])}"]
+    head = re.search(r"^# Run: zoo (\w+)", catalog.recipe_path(row.recipe).read_text(encoding="utf-8"), re.MULTILINE)
+    main = head[1] if head else "fit"  # test-time training is a test
+    what = dict.fromkeys(["test", main] if row.weights else [main])
+    return [*(f"zoo {one} {name}" for one in what), f"zoo {main} {shlex.join([row.recipe, *row_words(row)])}"]
 
 
 def tolerance_of(row: Row) -> float | None:

@@ -14,9 +14,9 @@ output; the rule between them is the task's own. Layouts on disk, found by thems
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from zoo import files as whole
 from zoo.data import files
 from zoo.data.arc_world import Grid, make_task
 from zoo.data.base import SALT, Batch, SeededDataModule, at_least_one, key_parts, sample_seeds
@@ -36,11 +35,6 @@ BACKGROUND, BORDER = 10, 11
 NUM_COLORS = 12  # 0..9, background, border
 MAX_SIDE = 30
 WORLD = "arc_like"
-# The benchmark's own colours, then background and border.
-PALETTE = (
-    (0, 0, 0), (0, 116, 217), (255, 65, 54), (46, 204, 64), (255, 220, 0), (170, 170, 170), (240, 18, 190),
-    (255, 133, 27), (127, 219, 255), (135, 12, 37), (255, 255, 255), (90, 90, 90),
-)  # fmt: skip
 
 
 class Pair(NamedTuple):
@@ -299,6 +293,23 @@ def _shrink(grid: Grid, scale: int) -> Grid:
     votes = np.zeros((rows * scale, columns * scale, NUM_COLORS), np.int64)
     votes[: grid.shape[0], : grid.shape[1]] = grid[..., None] == np.arange(NUM_COLORS)
     return votes.reshape(rows, scale, columns, scale, NUM_COLORS).sum((1, 3)).argmax(-1)
+
+
+@dataclass(frozen=True)
+class Views:
+    """How views on a canvas of `size` x `size` are drawn; `scale` and `translate` as of :func:`draw_view`."""
+
+    size: int
+    scale: int | None = None
+    translate: bool = True
+
+    def draw(self, pair: Pair, rng: random.Random) -> View:
+        return draw_view(pair, self.size, rng.randint, self.scale, self.translate)
+
+    def place(self, pairs: Sequence[Pair], views: Sequence[View], device: torch.device) -> dict[str, Tensor]:
+        """Pairs at their views as :func:`stack` gives them, on `device`."""
+        placed = stack([place(pair, self.size, view) for pair, view in zip(pairs, views, strict=True)])
+        return {key: value.to(device, non_blocking=True) for key, value in placed.items()}
 
 
 class Canvas(nn.Module):
@@ -646,48 +657,3 @@ class ARCTaskDataModule(SeededDataModule):
 
     def train_dataloader(self) -> Any:
         raise ZooError("test-time training needs no fit: run `zoo test RECIPE`, which trains on each task by itself")
-
-
-# ------------------------------------------------------------------------------------------- predictions and pictures
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a file whole or not at all."""
-    whole.write_json(path, content, indent=None)
-
-
-def write_predictions(path: Path, grids: list[list[Grid]]) -> None:
-    """The grids predicted for each test of a task, as {test: [grid, ...]}."""
-    write_json(path, {str(test): [grid.tolist() for grid in some] for test, some in enumerate(grids)})
-
-
-def read_predictions(path: Path) -> list[list[Grid]]:
-    """What :func:`write_predictions` wrote, and the official script's files; an empty grid, [], is (0, 0)."""
-    content = json.loads(path.read_text())
-    tests = sorted((key for key in content if key.isdigit()), key=int)
-    return [
-        [np.array(rows, dtype=np.int64).reshape(len(rows), len(rows[0]) if rows else 0) for rows in content[key]]
-        for key in tests
-    ]
-
-
-def draw_grids(rows: Sequence[Sequence[Grid | None]], cell: int = 10) -> Tensor:
-    """A uint8 sheet (3, H, W) of grids in the benchmark's colours, a row of them each; None leaves a gap."""
-    palette = np.array(PALETTE, np.uint8)
-    gap, ground = 2 * cell, 238
-    tiles = [[np.zeros((1, 1), np.int64) if grid is None or not grid.size else grid for grid in row] for row in rows]
-    widths = [max(row[column].shape[1] for row in tiles) for column in range(len(tiles[0]))]
-    heights = [max(grid.shape[0] for grid in row) for row in tiles]
-    shape = (sum(heights) * cell + gap * (len(rows) + 1), sum(widths) * cell + gap * (len(widths) + 1), 3)
-    sheet = np.full(shape, ground, np.uint8)
-    top = gap
-    for row, given, height in zip(tiles, rows, heights, strict=True):
-        left = gap
-        for grid, original, width in zip(row, given, widths, strict=True):
-            if original is not None and original.size:
-                picture = palette[grid].repeat(cell, 0).repeat(cell, 1)
-                picture[::cell] = picture[:, ::cell] = 70  # lines between the cells
-                sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-            left += width * cell + gap
-        top += height * cell + gap
-    return torch.from_numpy(sheet).permute(2, 0, 1).contiguous()

@@ -47,12 +47,14 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic",
         resized = interpolate(image if several else image[None], size=size, mode=interpolation, antialias=antialias)
         return resized if several else resized[0]
     pixels = image.to(torch.float32)
-    for axis in (-1, -2):
-        if pixels.shape[axis] != size[axis]:
-            places, weights = cubic_taps(pixels.shape[axis], size[axis], kernel)
-            shape = (-1, 1) if axis == -2 else (-1,)
-            taps = zip(places.unbind(1), weights.unbind(1), strict=True)
-            pixels = sum(pixels.index_select(axis, at) * weight.view(shape) for at, weight in taps)  # type: ignore[assignment]
+    for length in size:  # rows, which lie in one piece; then the columns as rows
+        if pixels.shape[-2] != length:
+            places, weights = cubic_taps(pixels.shape[-2], length, kernel)
+            taps = [pixels.index_select(-2, at) for at in places.unbind(1)]
+            pixels = taps[0].mul_(weights[:, :1])
+            for k in (1, 2, 3):
+                pixels.addcmul_(taps[k], weights[:, k : k + 1])
+        pixels = pixels.transpose(-1, -2).contiguous()
     return pixels.round_().clamp_(0, 255).to(torch.uint8)
 
 

@@ -65,7 +65,8 @@ __all__ = [
 ]
 
 PATH = LinearPath(noise_at=1)
-TIMES = ("t", "h")
+Time = Literal["t", "r", "h"]
+TIMES: tuple[Time, ...] = ("t", "h")
 
 # ------------------------------------------------------------------------------------------------------- 1. equations
 
@@ -122,10 +123,7 @@ class TimePairs:
             t = logit_normal(t, self.mean, self.std)
             mean_r = self.mean if self.mean_r is None else self.mean_r
             r = logit_normal(r, mean_r, self.std if self.std_r is None else self.std_r)
-        if self.order == "sort":
-            t, r = torch.maximum(t, r), torch.minimum(t, r)
-        else:
-            r = torch.minimum(t, r)
+        t, r = torch.maximum(t, r) if self.order == "sort" else t, torch.minimum(t, r)
         if self.equal_by == "count":
             equal = torch.arange(len(t), device=t.device) < int(len(t) * self.equal)
         elif chance is None:
@@ -297,7 +295,7 @@ class MeanFlowDiT(DiT):
 
     autoencoder = "sd_vae.ft_mse"
 
-    def __init__(self, times: Sequence[Literal["t", "r", "h"]] = TIMES, **options: Any) -> None:
+    def __init__(self, times: Sequence[Time] = TIMES, **options: Any) -> None:
         super().__init__(times=times, pos_embed="fixed", out_chans=None, null_class=True, **options)
 
     @torch.no_grad()
@@ -379,6 +377,7 @@ class MeanFlow(BaseModule):
         if len(sampling_times) < 2 or any(t <= r for t, r in pairwise(sampling_times)):
             raise ZooError(f"sampling_times must fall from the noise at 1 to the data at 0, not {list(sampling_times)}")
         self.network: Any = network
+        self.num_classes, self.noise_shape = network.num_classes, network.noise_shape
         # A checkpoint holds declarations as plain mappings.
         self.pairs = TimePairs(**pairs) if isinstance(pairs, Mapping) else pairs
         self.loss_power, self.loss_eps = loss_power, loss_eps
@@ -412,9 +411,9 @@ class MeanFlow(BaseModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         out = self.loss(batch)
-        error, watched = out.error.mean(), out.velocity_error.mean()
+        error = out.error.mean()
         self.log("train/error", error, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(out.error))
-        return {"loss": out.loss, "error": error, "velocity_error": watched}
+        return {"loss": out.loss, "error": error, "velocity_error": out.velocity_error.mean()}
 
     def _evaluate(self, stage: str, batch: Mapping[str, Any]) -> None:
         out = self.loss(batch)
@@ -426,16 +425,6 @@ class MeanFlow(BaseModule):
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._evaluate("test", batch)
-
-    @property
-    def num_classes(self) -> int:
-        """0 for an unconditional model."""
-        return self.network.num_classes
-
-    @property
-    def noise_shape(self) -> tuple[int, int, int]:
-        """(C, S, S) of the noise that a sample starts from."""
-        return self.network.noise_shape
 
     @torch.no_grad()
     def sample(self, noise: Tensor, label: Tensor | None = None) -> Tensor:

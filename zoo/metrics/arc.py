@@ -28,6 +28,15 @@ def two_answers(grids: Iterable[np.ndarray]) -> dict[str, list[list[int]]]:
     return {"attempt_1": ranked[0], "attempt_2": ranked[min(1, len(ranked) - 1)]}
 
 
+def pixel_scores(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits (B, K, S, S) for targets (B, S, S): whether all scored pixels are right (B,), the share of right ones
+    over the batch, and the number of scored ones; pixels of `ignore_index` are not scored."""
+    scored = target != ignore_index
+    right = (logits.argmax(dim=1) == target) & scored
+    exact = (right == scored).flatten(1).all(dim=1)
+    return exact.float(), right.sum() / scored.sum().clamp_min(1), scored.sum()
+
+
 class ARCScore(Gathered):
     """pass@1, pass@2 and the oracle over all voted grids, as fractions of the tasks.
 

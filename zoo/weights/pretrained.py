@@ -549,14 +549,18 @@ def _first_that_reads(
 
 
 def _check_pictures(entry: Weight, data: Any) -> None:
+    from zoo.data import LatentDataModule
+
     facts = entry.preprocess
     if facts.canvas or facts.longest is not None:  # neither crop nor mean are the data module's
+        return
+    if isinstance(data, LatentDataModule):  # its side is that of latents
         return
     for key, theirs in (("image_size", facts.size), ("mean", facts.mean), ("std", facts.std)):
         given = getattr(data, key, None)
         if key == "image_size":  # evaluation may take pictures of another size than training
             given = getattr(getattr(data, "eval_transform", None), "size", None) or given
-        if given is None or not hasattr(data, "mean"):  # latents: their side is not the pictures'
+        if given is None:
             continue
         same = np.shape(given) == np.shape(theirs) and np.allclose(np.asarray(given, float), theirs, atol=1e-3)
         if not same:

@@ -5,54 +5,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.generation.meanflow import (
-    AVERAGES,
-    ClassConditionalMeanFlow,
-    Guidance,
-    TimePairs,
-    UnconditionalMeanFlow,
-    convert_official,
-    steps,
-)
+from zoo.generation import meanflow as mf
 from zoo.nn.autoencoder import SD_SCALE
 from zoo.parity import Case, by_entry, filled_inputs, filled_state, gradients, load_filled, named, train
 from zoo.training import EMA, Optim
 
-SAME = ("patch_size", "depth", "num_heads", "mlp_ratio", "num_classes")
-NET = {
-    "input_size": "img_size",
-    "in_channels": "in_chans",
-    "hidden_size": "embed_dim",
-    **dict(zip(SAME, SAME, strict=True)),
-}
-GUIDANCE = {name: name for name in ("omega", "kappa", "t_start", "t_end")}
-PAIRS = {"noise_dist": "distribution", "P_mean": "mean", "P_std": "std", "data_proportion": "equal"}
-TASK = {"class_dropout_prob": "label_dropout", "norm_p": "loss_power", "norm_eps": "loss_eps"}
-# Chooses between ours, changes none of the outputs, or stands elsewhere too.
-OTHERS = {"guidance_eq", "jvp_fn", "num_steps", "num_classes", "dtype"}
-
-SAME = ("model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions", "dropout")
-SAME += ("channel_mult_noise", "resample_filter")
-UNET = {"img_resolution": "img_size", "in_channels": "in_chans", **dict(zip(SAME, SAME, strict=True))}
-FIXED = {"encoder_type": "standard", "decoder_type": "standard", "embedding_type": "positional"}
+# Settings of the two codes by our names, where these differ.
+NET = {"input_size": "img_size", "in_channels": "in_chans", "hidden_size": "embed_dim", "img_resolution": "img_size"}
+METHOD = {"noise_dist": "distribution", "P_mean": "mean", "P_std": "std", "data_proportion": "equal"}
+METHOD |= {"class_dropout_prob": "label_dropout", "norm_p": "loss_power", "norm_eps": "loss_eps"}
 TIMES = {"P_mean_t": "mean", "P_std_t": "std", "P_mean_r": "mean_r", "P_std_r": "std_r"}
-DRAWS = {"noise_e": "noise", "noise_t": "noise_t", "noise_r": "noise_r", "ratio_uniform": "chance"}
-DRAWS |= {"aug_cond": "augment"}
+DRAWS = {"noise_e": "noise", "ratio_uniform": "chance", "aug_cond": "augment"}
+# Changes none of the outputs, or stands elsewhere too.
+NO_NUMBER = {"jvp_fn", "num_steps", "num_classes", "dtype"}
+# What the official U-Net could be, and MeanFlow's is.
+FIXED = {"encoder_type": "standard", "decoder_type": "standard", "embedding_type": "positional"}
+# Sizes that a case must give.
+DIT = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_classes")
+UNET = ["model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions", "dropout"]
+UNET += ["channel_mult_noise", "resample_filter", "img_resolution", "in_channels", "out_channels"]
 
 
 def _renamed(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """What is given of these, by our names. The rest are the official constructors' defaults, which are ours too."""
-    return {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
-
-
-def _all(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    return {ours: given[theirs] for theirs, ours in names.items()}
+    return {names.get(name, name): value for name, value in given.items()}
 
 
 def _first(x: Tensor) -> Tensor:
@@ -66,20 +48,20 @@ def _last(x: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- transformer, JAX
 
 
-def _transformer_task(case: Case, **options: Any) -> ClassConditionalMeanFlow:
-    config = case["config"]
-    method = config.get("method", {})
-    if odd := method.keys() - PAIRS.keys() - GUIDANCE.keys() - TASK.keys() - OTHERS:
-        raise ZooError(f"the method has settings that ours has not: {', '.join(sorted(odd))}")
-    guided = method.get("guidance_eq", "cfg") == "cfg"
-    task = ClassConditionalMeanFlow(
-        guidance=Guidance(**_renamed(method, GUIDANCE)) if guided else None,
-        pairs=TimePairs(**_renamed(method, PAIRS)),
-        **_all(config["net"], NET),
-        **_renamed(method, TASK),
-        **options,
-    )
-    load_filled(task.network, case, convert_official)
+def _transformer_task(case: Case, **options: Any) -> mf.ClassConditionalMeanFlow:
+    """What the case does not say of the method is a default of the official constructor, which are ours."""
+    method = _renamed(case["config"].get("method", {}), METHOD)
+    guided = method.pop("guidance_eq", "cfg") == "cfg"
+    parts: list[dict[str, Any]] = []
+    for kind in (mf.Guidance, mf.TimePairs):
+        names = {field.name for field in fields(kind)} & method.keys()
+        parts.append({name: method.pop(name) for name in names})
+    guidance = mf.Guidance(**parts[0]) if guided else None
+    options |= {name: value for name, value in method.items() if name not in NO_NUMBER}
+    given = case["config"]["net"]
+    net = _renamed({**given, **{name: given[name] for name in DIT}}, NET)
+    task = mf.ClassConditionalMeanFlow(guidance=guidance, pairs=mf.TimePairs(**parts[1]), **net, **options)
+    load_filled(task.network, case, mf.convert_official)
     return task
 
 
@@ -92,7 +74,7 @@ def dit_forward(case: Case) -> dict[str, Tensor]:
 def sample_steps(case: Case) -> dict[str, Tensor]:
     inputs, network = filled_inputs(case), _transformer_task(case).network
     with torch.no_grad():
-        states = steps(network, _first(inputs["z"]), inputs["labels"], case["config"]["t_steps"])
+        states = mf.steps(network, _first(inputs["z"]), inputs["labels"], case["config"]["t_steps"])
         return {f"z_{k}": _last(z) for k, z in enumerate(states, start=1)}
 
 
@@ -109,7 +91,7 @@ def train_loss(case: Case) -> dict[str, Tensor]:
     found = gradients(task.network, zeros=True)
     norm = torch.stack([gradient.norm() for gradient in found.values()]).norm()
     values = {"loss": out.loss, "v_loss": out.velocity_error, "grad_l2_all": norm}
-    return values | named(case, convert_official, grad=found)
+    return values | named(case, mf.convert_official, grad=found)
 
 
 def _optim(settings: Mapping[str, Any], **options: Any) -> Optim:
@@ -132,27 +114,25 @@ def train_run(case: Case) -> dict[str, Tensor]:
             return {"ema_sample_1step": _last(task.network.sample(_first(inputs["z_eval"]), inputs["labels_eval"]))}
 
     values = {"v_loss": "velocity_error"}
-    return train(case, task, convert_official, batch, epochs=1, averages={"ema": ema}, values=values, after=after)
+    return train(case, task, mf.convert_official, batch, epochs=1, averages={"ema": ema}, values=values, after=after)
 
 
 # ------------------------------------------------------------------------------------------------------ U-Net, PyTorch
 
 
-def _unet_task(case: Case, **options: Any) -> UnconditionalMeanFlow:
+def _unet_task(case: Case, **options: Any) -> mf.UnconditionalMeanFlow:
     net, args = case["config"]["net"], case["config"]["args"]
-    fixed = FIXED | {"out_channels": net["in_channels"]}
-    if odd := [key for key, value in fixed.items() if net.get(key, value) != value]:
+    sizes = {name: net[name] for name in UNET}
+    fixed = FIXED | {"out_channels": sizes["in_channels"]}
+    if odd := [name for name, value in fixed.items() if net.get(name, value) != value]:
         raise ZooError(f"a network that MeanFlow does not have: {odd}")
+    del sizes["out_channels"]
     order: Any = "sort" if args["tr_sampler"] == "v0" else "clamp"
-    task = UnconditionalMeanFlow(
-        **_all(net, UNET),
-        augment_dim=net.get("augment_dim", 0),
-        augment=0.0,
-        pairs=TimePairs(equal=1 - args["ratio"], equal_by="chance", order=order, **_all(args, TIMES)),
-        **_all(args, {"norm_p": "loss_power", "norm_eps": "loss_eps"}),
-        **options,
-    )
-    load_filled(task.network, case, convert_official)
+    times = {ours: args[theirs] for theirs, ours in TIMES.items()}
+    options |= {"loss_power": args["norm_p"], "loss_eps": args["norm_eps"], "augment_dim": net.get("augment_dim", 0)}
+    pairs = mf.TimePairs(equal=1 - args["ratio"], equal_by="chance", order=order, **times)
+    task = mf.UnconditionalMeanFlow(augment=0.0, pairs=pairs, **_renamed(sizes, NET), **options)
+    load_filled(task.network, case, mf.convert_official)
     return task
 
 
@@ -166,12 +146,12 @@ def unet_loss(case: Case) -> dict[str, Tensor]:
     inputs, task = filled_inputs(case), _unet_task(case)
     out = task.loss({"image": inputs["x"], **_renamed(inputs, DRAWS)})
     out.loss.backward()
-    return {"loss": out.loss, **named(case, convert_official, grad=gradients(task.network))}
+    return {"loss": out.loss, **named(case, mf.convert_official, grad=gradients(task.network))}
 
 
 def _averages(case: Case) -> dict[str, EMA]:
     args = case["config"]["args"]
-    decays = dict(zip(AVERAGES, [args["ema_decay"], *args["ema_decays"]], strict=False))
+    decays = dict(zip(mf.AVERAGES, [args["ema_decay"], *args["ema_decays"]], strict=False))
     return {name: EMA(decay, every_n_steps=16, per_step=True, name=name) for name, decay in decays.items()}
 
 
@@ -197,7 +177,7 @@ def train_run_unet(case: Case) -> dict[str, Tensor]:
     rate = {"lr": settings["lr"], "betas": tuple(settings["betas"]), "warmup_epochs": settings["warmup_epochs"]}
     optim = _optim(settings, name="adam", warmup_start_lr=1e-8, **rate)  # LinearLR's start_factor, to the peak
     task, averages = _unet_task(case, optim=optim), _averages(case)
-    shown = averages[AVERAGES[0]]
+    shown = averages[mf.AVERAGES[0]]
     for ema in averages.values():
         ema.steps = int(filled_state(case)["num_updates"])
 
@@ -210,7 +190,7 @@ def train_run_unet(case: Case) -> dict[str, Tensor]:
             u = task.network(inputs["x_eval"], times, inputs.get("aug_cond_eval"))
         return {"ema_u": u, "num_updates": torch.tensor(shown.steps)}
 
-    return train(case, task, convert_official, batch, averages=averages, after=after)
+    return train(case, task, mf.convert_official, batch, averages=averages, after=after)
 
 
 run = by_entry(

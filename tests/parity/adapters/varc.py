@@ -74,7 +74,7 @@ def decode(case: Case) -> dict[str, Tensor]:
 
 def schedule(case: Case) -> dict[str, Tensor]:
     epochs, lr = case["config"]["epochs"], case["config"]["lr"]
-    optim = VARCTraining(None, embed_dim=8, depth=1, num_heads=1, mlp_dim=8, img_size=4).optim
+    optim = VARCTraining(embed_dim=8, depth=1, num_heads=1, mlp_dim=8, img_size=4).optim
     warmup = min(epochs // 5, optim.warmup_epochs)
     rates = [lr_at(optim, epoch, epochs, lr, warmup) for epoch in range(epochs + 1)]
     return {"lr_of_epoch": torch.tensor(rates, dtype=torch.float64)}
