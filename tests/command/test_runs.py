@@ -457,3 +457,21 @@ def test_without_a_home_one_line_says_what_to_set(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("platformdirs.user_cache_path", unknown)
     with pytest.raises(ZooError, match="ZOO_HOME"):
         cache_dir()
+
+
+def test_events_half_closed_end_quietly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C amid the closing of TensorBoard's file: its writer is closed, what holds it does not know."""
+    from zoo.command.logs import Events
+
+    events = Events(str(tmp_path), name="", version="1")
+    events.log_metrics({"loss": 1.0}, 0)
+    for writer in events.experiment.all_writers.values():
+        writer.close()
+    events.finalize("failed")
+
+    def full(self: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(events.experiment), "flush", full)
+    with pytest.raises(OSError, match="No space"):
+        events.finalize("failed")

@@ -1,4 +1,4 @@
-"""metrics.csv of a run: one table, whatever number of times the run was stopped and resumed."""
+"""The logs of a run, whatever number of times it was stopped and resumed: metrics.csv and TensorBoard's events."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from zoo import files
@@ -105,3 +105,15 @@ class MetricsFile(Logger):
     def finalize(self, status: str) -> None:
         if self._rows:
             self.save()
+
+
+class Events(TensorBoardLogger):
+    """TensorBoard's events, whose end may come twice: Ctrl-C amid the closing of the file makes Lightning end it anew,
+    and the writer, half closed, then refuses to flush."""
+
+    def finalize(self, status: str) -> None:
+        try:
+            super().finalize(status)
+        except OSError as error:
+            if "closed" not in str(error):
+                raise

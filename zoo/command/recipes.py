@@ -24,14 +24,14 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import zoo
 from zoo import catalog, files
 from zoo.command import predictions
-from zoo.command.logs import MetricsFile
+from zoo.command.logs import Events, MetricsFile
 from zoo.command.parse_errors import explain_parse_error, innermost
 from zoo.command.progress import BarProgress, Interrupt, PlainProgress, numbers, scalars, telling
 from zoo.command.reading import (
@@ -273,7 +273,7 @@ class RecipeCLI(LightningCLI):
         steps = self.standing["steps"] if self.standing is not None and goes_on else None
         options = {} if steps is None else {"purge_step": steps}
         return [
-            TensorBoardLogger(str(self.folder.parent), name="", version=self.folder.name, **options),
+            Events(str(self.folder.parent), name="", version=self.folder.name, **options),
             MetricsFile(self.folder / "metrics.csv", steps),
         ]
 
