@@ -337,7 +337,9 @@ class _Mean:
 
     def value(self, trainer: L.Trainer) -> Tensor:
         assert self.sums is not None
-        total, weight = (trainer.strategy.reduce(self.sums, reduce_op="sum") if self.sync else self.sums).unbind()
+        # A reduction writes into what it is given, and the sums are this process's own.
+        sums = trainer.strategy.reduce(self.sums.clone(), reduce_op="sum") if self.sync else self.sums
+        total, weight = sums.unbind()
         return total / weight
 
     def state(self, trainer: L.Trainer) -> dict[str, Any]:
