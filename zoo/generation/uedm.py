@@ -571,9 +571,14 @@ class UNetDenoiser(Denoiser):
         augment_dim: int = 9,
         **options: Any,
     ) -> None:
-        outputs = make_formulation(formulation, formulation_options).outputs
-        sizes = {"img_resolution": img_size, "in_channels": in_chans, "out_channels": in_chans * outputs}
-        model = SongUNet(dropout=dropout, augment_dim=augment_dim, **sizes, **options)
+        model = SongUNet(
+            img_resolution=img_size,
+            in_channels=in_chans,
+            out_channels=in_chans * make_formulation(formulation, formulation_options).outputs,
+            dropout=dropout,
+            augment_dim=augment_dim,
+            **options,
+        )
         super().__init__(model, formulation, formulation_options, noise_conditional)
 
 
@@ -594,9 +599,13 @@ class ADMDenoiser(Denoiser):
         noise_conditional: bool = True,
         **options: Any,
     ) -> None:
-        outputs = make_formulation(formulation, formulation_options).outputs
-        sizes = {"img_resolution": img_size, "in_channels": in_chans, "out_channels": in_chans * outputs}
-        super().__init__(DhariwalUNet(**sizes, **options), formulation, formulation_options, noise_conditional)
+        model = DhariwalUNet(
+            img_resolution=img_size,
+            in_channels=in_chans,
+            out_channels=in_chans * make_formulation(formulation, formulation_options).outputs,
+            **options,
+        )
+        super().__init__(model, formulation, formulation_options, noise_conditional)
 
 
 # ------------------------------------------------------------------------------------------------------------- 5. tasks

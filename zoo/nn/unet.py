@@ -142,7 +142,10 @@ def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
 
 
 def _norm(channels: int, eps: float = SONG.eps) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
+    groups = min(32, channels // 4)
+    if not groups or channels % groups:
+        raise ZooError(f"{channels} channels do not make {groups} groups: set model_channels to a multiple of 32")
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 class UNetBlock(nn.Module):
