@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -303,7 +303,10 @@ class Sampling:
 
 
 def step_coefficients(
-    state: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], stochasticity: float = 0.0
+    state: tuple[Tensor, Tensor],
+    target: tuple[Tensor, Tensor],
+    after: tuple[Tensor, Tensor],
+    stochasticity: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(kappa, eta, zeta) of x' = kappa x + eta r + zeta noise (equation 4) from the state alpha x + beta e to another.
 
@@ -630,6 +633,7 @@ class Denoising(BaseModule):
     """
 
     batch_keys: Sequence[str] = ("image",)
+    sampling_options = ("steps", "stochasticity", "churn")
 
     def __init__(
         self, network: Denoiser, optim: Optim, sampling: Sampling, augment: float, label_dropout: float = 0.0
@@ -679,9 +683,12 @@ class Denoising(BaseModule):
         self.tally("test/error", self.loss_map(batch).flatten(1).mean(1))
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, label: Tensor | None = None) -> Tensor:
-        """Pictures (B, C, S, S), about in [-1, 1], of noise (B, C, S, S) and, for a conditional model, labels (B,)."""
-        return self.network.sample(noise.to(self.dtype), label, self.sampling)
+    def sample(self, noise: Tensor, label: Tensor | None = None, **setting: Any) -> Tensor:
+        """Pictures (B, C, S, S), about in [-1, 1], of noise (B, C, S, S) and, for a conditional model, labels (B,).
+
+        `setting` are fields of :class:`Sampling` that differ from the task's.
+        """
+        return self.network.sample(noise.to(self.dtype), label, replace(self.sampling, **setting))
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """A generated picture (B, 3, H, W), uint8, from noise that the sample's index decides."""

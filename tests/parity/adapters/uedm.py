@@ -81,7 +81,9 @@ def denoiser(case: Case) -> dict[str, Tensor]:
         if "denoised" in wanted:
             # All cases take EDM's log-normal levels here, whatever their own.
             sigma = karras.EDM().sigma(inputs["sigma_normal"]).to(dtype_of(case))
-            found["denoised"] = network.denoise(inputs["images"] + sigma * inputs["noise"], sigma.flatten(), label, augment)
+            found["denoised"] = network.denoise(
+                inputs["images"] + sigma * inputs["noise"], sigma.flatten(), label, augment
+            )
         if "samples" in wanted:
             noises = [inputs[f"churn_noise_{k}"] for k in range(task.sampling.steps) if task.sampling.churn]
             states = uedm.sample_path(
@@ -145,5 +147,3 @@ def run(case: Case) -> dict[str, Tensor]:
         if key in case["config"]:
             return kind(case)
     raise unknown("kind of case", ", ".join(case["config"]), kinds)
-
-
