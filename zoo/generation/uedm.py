@@ -2,11 +2,11 @@
 
 Qiao Sun, Zhicheng Jiang, Hanhong Zhao, Kaiming He. ICML 2025, arXiv 2502.13129.
 
-A denoising generative model sees z = a(t) x + b(t) e, regresses r = c(t) x + d(t) e, and is told t. Here it is not told:
-in many dimensions the noise level can be read off z itself, p(t | z) is sharp, and what is regressed without t, R(z) =
+A denoising generative model sees z = a(t) x + b(t) e, regresses r = c(t) x + d(t) e, and is told t. Here it is not: in
+many dimensions the noise level can be read off z itself, p(t | z) is sharp, and what is regressed without t, R(z) =
 E[R(z | t)] over p(t | z), is close to R(z | t). Whether sampling survives the small error depends on how the sampler's
-coefficients let it grow: flow matching does, EDM nearly, deterministic DDIM does not. uEDM is EDM with an output scaling
-that does not depend on t. Everything but the network's input stays: weights, preconditioning and sampler know t.
+coefficients let it grow: that of flow matching does, that of EDM nearly, deterministic DDIM does not. uEDM is EDM with
+an output scaling that does not depend on t. Weights, preconditioning and sampler know t as before, the network not.
 
 Conventions: x data, e noise, t rises with the noise; each formulation has its own t. A network is called as
 network(z, t, label, augment) and gives r, whether it is told t or not.
@@ -416,8 +416,9 @@ def effective_targets(z: Tensor, points: Tensor, coefficients: Coefficients, pri
 
 
 def lipschitz(z: Tensor, points: Tensor, coefficients: Coefficients, iterations: int = 20) -> Tensor:
-    """The largest stretch of R(. | t) at z (D,), exact where the data are `points` (N, D): its Jacobian is d / b +
-    (c - a d / b) a / b^2 Cov[x | z, t], whose largest eigenvalue power iteration finds.
+    """The largest stretch of R(. | t) at z (D,) where the data are `points` (N, D), N <= D: its Jacobian is d / b +
+    (c - a d / b) a / b^2 Cov[x | z, t], whose largest eigenvalue power iteration finds; the smallest is 0. Of more
+    points it may be less.
 
     Args:
         coefficients: at one time, ().

@@ -72,7 +72,8 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
 def read_state_dict(path: str | os.PathLike[str], use_ema: bool | str | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, by name: safetensors, PyTorch, out of wrappers such as ``{"model": ...}``,
     pickled NumPy arrays of Caffe2, Detectron and detectron2 (``.pkl``), pickled modules of EDM and StyleGAN, ``.npz``,
-    Torch7 (``.t7``), by place, a folder or zip of t5x, or flax (``.msgpack``, or a zip of ``checkpoint_<step>``), by path.
+    Torch7 (``.t7``), by place, a folder or zip of t5x, or flax (``.msgpack``, or a zip of ``checkpoint_<step>``), by
+    path.
 
     A prefix that every key carries (``module.``, ``model.``) is taken off; of a checkpoint of ours, the network is
     taken (``network.``), not the metrics beside it. Nothing in the file is executed.
