@@ -150,7 +150,7 @@ class Dispersive:
     """The term that is added: how much of it, of which form, on which blocks, over which samples.
 
     The defaults are the released PyTorch code's; the paper's JAX runs have weight 0.5, temperature 0.5 and the block
-    depth // 4, over 16 samples. The loss depends on how many samples meet, also by the share 1 / B of the pairs with i = j:
+    depth // 4, over 16 samples. The loss depends on how many samples meet, also by the share 1 / B of the pairs i = j:
     accumulating batches is not the same as one larger batch.
 
     Args:
@@ -417,7 +417,8 @@ class SiTTraining(_DispersedTraining):
         return z, t, lambda output: self.transport.loss(output, x, noise, t)
 
     def _sample(self, network: Callable[[Tensor, Tensor], Tensor], z: Tensor, kicks: Sequence[Tensor]) -> Tensor:
-        return self.sampler.sample(network, z, self.transport, kicks)
+        *_, state = self.sampler.states(network, z, self.transport, kicks)
+        return state
 
 
 class DiTTraining(_DispersedTraining):

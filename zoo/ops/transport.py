@@ -7,7 +7,7 @@ that of the official code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,8 +96,8 @@ class Sampler:
         method: of the ODE "dopri5" (the official default; its steps are as long as the error of the whole batch allows,
             so that a sample depends, within that error, on the others of its batch), "euler", "midpoint", "heun" or
             "rk4"; of the SDE "sde_euler" (Euler-Maruyama) or "sde_heun".
-        steps: of the fixed methods; for the SDE with the last one. The official num_steps counts points: its ODE takes
-            one step less.
+        steps: of the fixed methods, for the SDE with the last one; of dopri5 the states that are seen. The official
+            num_steps counts points: its ODE takes one step less.
         atol, rtol: tolerances of dopri5.
         form, norm: of the SDE's diffusion, see :meth:`~zoo.ops.flow.Path.diffusion`.
         last_step: of the SDE, see :func:`~zoo.ops.samplers.sde_path`; None for none.
@@ -128,10 +128,10 @@ class Sampler:
         """Normal tensors that a sample takes beside the one it starts from."""
         return self.steps - 1 if self.method in SDE else 0
 
-    def sample(
-        self, network: Callable[[Tensor, Tensor], Tensor], z: Tensor, transport: Transport, kicks: Any = ()
-    ) -> Tensor:
-        """Data (B, ...) from noise z (B, ...).
+    def states(
+        self, network: Callable[[Tensor, Tensor], Tensor], z: Tensor, transport: Transport, kicks: Sequence[Tensor] = ()
+    ) -> Iterator[Tensor]:
+        """The states (B, ...) after each step from noise z (B, ...) on; the last is data.
 
         Args:
             network: (z, t) to what `transport` predicts.
@@ -143,16 +143,12 @@ class Sampler:
             times = times_between(*transport.interval(sde=self.form, last_step_size=size), self.steps - 1, z)
             options: Any = {"form": self.form, "norm": self.norm, "method": self.method.removeprefix("sde_")}
             options |= {"last_step": self.last_step, "last_step_size": self.last_step_size}
-            *_, state = sde_path(path, prediction, network, z, times, kicks, **options)
-            return state
+            return sde_path(path, prediction, network, z, times, kicks, **options)
 
         def velocity(z: Tensor, t: Tensor) -> Tensor:
             return path.velocity_from(prediction, network(z, t), z, t)
 
+        times = times_between(*transport.interval(), self.steps, z)
         if self.method == "dopri5":
-            times = times_between(*transport.interval(), 1, z)
-            *_, state = dopri5_path(velocity, z, times, self.atol, self.rtol)
-        else:
-            times = times_between(*transport.interval(), self.steps, z)
-            *_, state = ode_path(velocity, z, times, self.method)  # type: ignore[arg-type]
-        return state
+            return dopri5_path(velocity, z, times, self.atol, self.rtol)
+        return ode_path(velocity, z, times, self.method)  # type: ignore[arg-type]
