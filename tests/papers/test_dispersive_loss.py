@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -207,39 +206,15 @@ def test_samples_follow_from_noise_and_label(kind: str, options: Any, tmp_path: 
         assert not torch.allclose(task.sample(noise, label), samples)
 
 
-@pytest.mark.parametrize("transport", [Transport(), Transport("gvp", "noise"), Transport("vp", "score")])
-def test_an_exact_network_samples_its_data(transport: Transport) -> None:
-    """Of normal data each prediction is known. The ODE maps noise e to mean + std e, the SDE has the same mean, std."""
-    path, mean, std = transport.interpolant, 0.7, 0.5
-    z = torch.randn(4000, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-    def exact(z: Tensor, t: Tensor) -> Tensor:
-        s = t.view(-1, 1, 1, 1)
-        one = torch.ones_like(s)
-        alpha, sigma = (path.interpolate(one * a, one * b, t) for a, b in ((1, 0), (0, 1)))
-        score = -(z - alpha * mean) / (alpha.square() * std**2 + sigma.square())
-        noise, x = -sigma * score, mean - alpha * std**2 * score
-        return {"velocity": path.velocity(x, noise, t), "score": score, "noise": noise}[transport.prediction]
-
-    for method in ("euler", "midpoint", "heun", "rk4", "dopri5", "sde_euler", "sde_heun"):
-        sampler = Sampler(method, steps=100, form="sigma")  # type: ignore[arg-type]
-        draws = [torch.randn_like(z) for _ in range(sampler.kicks)]
-        *_, end = sampler.states(exact, z, transport, draws)
-        assert end.mean().item() == pytest.approx(mean, abs=0.03), method
-        assert end.std().item() == pytest.approx(std, abs=0.05), method
-        if not draws:
-            assert (end - mean - std * z).abs().max() < 0.2, method
-
-
-def test_wrong_samplers_are_named() -> None:
-    for options, words in (
-        ({"method": "eulr"}, "did you mean 'euler'"),
-        ({"method": "sde_euler", "steps": 1}, "2 steps"),
-    ):
-        with pytest.raises(ZooError, match=words):
-            Sampler(**options)
-    with pytest.raises(ZooError, match="did you mean 'linear'"):
-        Transport(path="liner")  # type: ignore[arg-type]
+def test_settings_of_sampling_can_be_swept() -> None:
+    task = _stirred(_task(in_chans=3, sampler=Sampler("euler", steps=2)))
+    noise, label = torch.randn(2, *task.noise_shape), torch.tensor([0, 1])
+    other = _stirred(_task(in_chans=3, sampler=Sampler("heun", steps=3), guidance=2.0))
+    other.network.load_state_dict(task.network.state_dict())
+    swept = task.sample(noise, label, guidance=2.0, method="heun", steps=3)
+    assert torch.equal(swept, other.sample(noise, label))
+    with pytest.raises(ZooError, match="noises"):
+        task.sample(noise, label, method="sde_euler")
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
@@ -280,13 +255,7 @@ def test_two_processes_disperse_the_whole_batch_as_one_does(kind: str, form: dl.
     assert not torch.allclose(apart["gradients"][name], one["gradients"][name])
 
 
-# -------------------------------------------------------------------------------------------------------- weights, rows
-
-
-def test_the_declaration_survives_a_checkpoint_as_plain_types() -> None:
-    declared = dl.Dispersive(0.5, "hinge", margin=2.0, blocks=None)
-    assert dl.declared(asdict(declared)) == declared
-    assert dl.declared(None) is None
+# ------------------------------------------------------------------------------------------------------------- weights
 
 
 def test_the_second_half_of_the_output_is_not_seen() -> None:

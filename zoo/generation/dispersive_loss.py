@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -41,6 +41,7 @@ from zoo.nn.dit import SIZES, DiT, convert_dit
 from zoo.ops.collective import gather_with_grad
 from zoo.ops.diffusion import Diffusion
 from zoo.ops.guidance import drop_labels, guided
+from zoo.ops.samplers import Field
 from zoo.ops.transport import Sampler, Transport
 from zoo.training import BaseModule, Optim
 from zoo.training.sampling import draw_samples
@@ -257,6 +258,7 @@ class _DispersedTraining(BaseModule):
     """
 
     batch_keys = ("image", "label")
+    sampling_options: Sequence[str] = ("guidance",)
 
     def __init__(
         self,
@@ -302,8 +304,8 @@ class _DispersedTraining(BaseModule):
         """Noised x, the times as the network takes them, and the error (B,) of its output."""
         raise NotImplementedError
 
-    def _sample(self, network: Callable[[Tensor, Tensor], Tensor], z: Tensor, kicks: Sequence[Tensor]) -> Tensor:
-        """Data (B, C, S, S) by a network (z, t)."""
+    def _sample(self, network: Field, z: Tensor, kicks: Sequence[Tensor], **options: Any) -> Tensor:
+        """Data (B, C, S, S) by a network (z, t); options are of `sampling_options`."""
         raise NotImplementedError
 
     def errors(self, batch: Mapping[str, Any]) -> Errors:
@@ -358,13 +360,20 @@ class _DispersedTraining(BaseModule):
         self._log_dispersion("test")
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, label: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), about in [-1, 1], of noise (B, *noise_shape) and labels (B,)."""
+    def sample(self, noise: Tensor, label: Tensor, guidance: float | None = None, **options: Any) -> Tensor:
+        """Pictures (B, 3, H, W), about in [-1, 1], of noise (B, *noise_shape) and labels (B,).
+
+        Args:
+            noise, label: of the samples.
+            guidance: the scale; None: the task's.
+            options: others of `sampling_options`.
+        """
+        guidance = self.guidance if guidance is None else guidance
         first, *kicks = noise.to(self.dtype).unbind(1) if self.kicks else (noise.to(self.dtype),)
         call: Callable[..., Tensor] = self.network
-        if self.guidance != 1:
-            call = guided(call, self.guidance, self.num_classes, self.guided_channels)
-        return self.autoencoder.decode(self._sample(lambda z, t: call(z, t, label), first, kicks))
+        if guidance != 1:
+            call = guided(call, guidance, self.num_classes, self.guided_channels)
+        return self.autoencoder.decode(self._sample(lambda z, t: call(z, t, label), first, kicks, **options))
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """A generated picture (B, 3, H, W), uint8, of each sample's class, from noise that its index decides."""
@@ -389,6 +398,8 @@ class SiTTraining(_DispersedTraining):
     Raises:
         ZooError: no classes, a block that is not there, or guidance without null label.
     """
+
+    sampling_options = ("guidance", "method", "steps", "atol", "rtol")
 
     def __init__(
         self,
@@ -416,8 +427,11 @@ class SiTTraining(_DispersedTraining):
         z = self.transport.interpolant.interpolate(x, noise, t)
         return z, t, lambda output: self.transport.loss(output, x, noise, t)
 
-    def _sample(self, network: Callable[[Tensor, Tensor], Tensor], z: Tensor, kicks: Sequence[Tensor]) -> Tensor:
-        *_, state = self.sampler.states(network, z, self.transport, kicks)
+    def _sample(self, network: Field, z: Tensor, kicks: Sequence[Tensor], **options: Any) -> Tensor:
+        sampler = replace(self.sampler, **options)
+        if sampler.kicks != self.kicks:
+            raise ZooError(f"samples that start from {1 + self.kicks} noises each cannot be drawn by {options}")
+        *_, state = sampler.states(network, z, self.transport, kicks)
         return state
 
 
@@ -457,7 +471,7 @@ class DiTTraining(_DispersedTraining):
         t = (uniform * len(self.diffusion)).long()
         return self.diffusion.noised(x, t, noise), t, lambda out: self.diffusion.losses(out, x, noise, t)["loss"]
 
-    def _sample(self, network: Callable[[Tensor, Tensor], Tensor], z: Tensor, kicks: Sequence[Tensor]) -> Tensor:
+    def _sample(self, network: Field, z: Tensor, kicks: Sequence[Tensor], **options: Any) -> Tensor:
         *_, state = self.reverse.ancestral(network, z, kicks)
         return state
 
