@@ -294,12 +294,12 @@ def peer_loader(name: str, package: str, dataset: Any, batch: int, about: str) -
 
 
 def import_from(checkout: Path, name: str) -> ModuleType:
-    """A module of a checkout, with what it imports from there; sys.path and sys.modules stay as they were.
+    """A module or package of a checkout, with what it imports from there; sys.path and sys.modules stay as they were.
 
     Raises:
         ZooError: the checkout has no such module.
     """
-    if not (checkout / f"{name}.py").is_file():
+    if not (checkout / f"{name}.py").is_file() and not (checkout / name / "__init__.py").is_file():
         raise ZooError(f"{checkout} is not the official checkout: it has no {name}.py")
     tops = {path.stem for path in checkout.iterdir() if path.is_dir() or path.suffix == ".py"}
 
