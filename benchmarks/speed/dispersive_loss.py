@@ -93,13 +93,9 @@ def official(checkout: Path, size: dict[str, int], setting: Setting) -> Trainer:
     """The loss of its own train.py: training_losses of a network in training mode."""
     with _without_solver():
         transport = harness.import_from(checkout, "transport").create_transport()
-        network = harness.import_from(checkout, "models").SiT(
-            input_size=size["img_size"],
-            patch_size=size["patch_size"],
-            hidden_size=size["embed_dim"],
-            depth=size["depth"],
-            num_heads=size["num_heads"],
-        )
+        names = {"img_size": "input_size", "embed_dim": "hidden_size"}
+        sizes = {names.get(name, name): value for name, value in size.items()}
+        network = harness.import_from(checkout, "models").SiT(**sizes, in_channels=4, num_classes=1000)
     network.to(setting.device).train()
     with_term = hasattr(transport, "disp_loss")
     options: dict[str, Any] = {"y": _labels(setting), **({"return_act": True} if with_term else {})}
@@ -117,16 +113,9 @@ def official(checkout: Path, size: dict[str, int], setting: Setting) -> Trainer:
 def diffusers_dit(size: dict[str, int], setting: Setting) -> Trainer:
     from diffusers import DiTTransformer2DModel
 
-    network: nn.Module = DiTTransformer2DModel(
-        num_attention_heads=size["num_heads"],
-        attention_head_dim=size["embed_dim"] // size["num_heads"],
-        in_channels=4,
-        out_channels=8,
-        num_layers=size["depth"],
-        sample_size=size["img_size"],
-        patch_size=size["patch_size"],
-        num_embeds_ada_norm=1000,
-    )
+    sizes = {"num_attention_heads": size["num_heads"], "attention_head_dim": size["embed_dim"] // size["num_heads"]}
+    sizes |= {"num_layers": size["depth"], "sample_size": size["img_size"], "patch_size": size["patch_size"]}
+    network: nn.Module = DiTTransformer2DModel(**sizes, in_channels=4, out_channels=8, num_embeds_ada_norm=1000)
     network.to(setting.device).train()
     labels = _labels(setting)
 

@@ -11,7 +11,7 @@ MODELS = """
 import torch
 
 class SiT(torch.nn.Module):
-    def __init__(self, input_size, patch_size, hidden_size, depth, num_heads):
+    def __init__(self, input_size, patch_size, hidden_size, depth, num_heads, in_channels, num_classes):
         super().__init__()
         self.layer = torch.nn.Conv2d(4, 4, 1)
 """

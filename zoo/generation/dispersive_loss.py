@@ -13,7 +13,10 @@ It is added here to three things: SiT (the paper's main model; :mod:`zoo.ops.tra
 Conventions: x data, e noise. SiT: z_t = t x + (1 - t) e, so that the noise is at t = 0 and v = x - e; t in [0, 1]
 enters the network as it is. DiT: steps 0 to T - 1, the noise at the last. MeanFlow's noise is at t = 1.
 
-Deviations from the official code, none of which changes a value but by rounding:
+The released code was read, and run, from a copy of it (whaletech-ai/Disperse-Loss@eb6550e), whose loss is the one that
+the authors' README shows.
+
+Deviations from that code, none of which changes a value but by rounding:
 - Distances come from the products of the centred outputs: B^2 F operations in one product of matrices, where pdist
   takes as many, one by one, and its backward pass as many again.
 - The covariances of F features, F^2 of them, come from the same B^2 products.
