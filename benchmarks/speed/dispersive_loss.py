@@ -58,30 +58,21 @@ def _checkouts(folder: Path | None) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _as_on_a_gpu(device: str) -> Iterator[None]:
-    """What the released step takes for granted: CUDA, which on a CPU is where the tensor lies already."""
-    cuda = Tensor.cuda
-    if device == "cpu":
+def _as_on_a_gpu() -> Iterator[None]:
+    """What the released step takes for granted: CUDA, which without one is where tensors lie already, and torchdiffeq,
+    which its losses import and its sampling alone calls."""
+    cuda, solver = Tensor.cuda, ModuleType("torchdiffeq")
+    solver.odeint = None  # type: ignore[attr-defined]
+    if not torch.cuda.is_available():
         Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
+    if absent := importlib.util.find_spec("torchdiffeq") is None:
+        sys.modules["torchdiffeq"] = solver
     try:
         yield
     finally:
         Tensor.cuda = cuda  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _without_solver() -> Iterator[None]:
-    """An empty module where torchdiffeq is not installed: the official losses import it, sampling alone calls it."""
-    if importlib.util.find_spec("torchdiffeq") is not None:
-        yield
-        return
-    stand_in = ModuleType("torchdiffeq")
-    stand_in.odeint = None  # type: ignore[attr-defined]
-    sys.modules["torchdiffeq"] = stand_in
-    try:
-        yield
-    finally:
-        del sys.modules["torchdiffeq"]
+        if absent:
+            del sys.modules["torchdiffeq"]
 
 
 def ours(size: dict[str, int], setting: Setting) -> Trainer:
@@ -91,7 +82,7 @@ def ours(size: dict[str, int], setting: Setting) -> Trainer:
 
 def official(checkout: Path, size: dict[str, int], setting: Setting) -> Trainer:
     """The loss of its own train.py: training_losses of a network in training mode."""
-    with _without_solver():
+    with _as_on_a_gpu():
         transport = harness.import_from(checkout, "transport").create_transport()
         names = {"img_size": "input_size", "embed_dim": "hidden_size"}
         sizes = {names.get(name, name): value for name, value in size.items()}
@@ -101,7 +92,7 @@ def official(checkout: Path, size: dict[str, int], setting: Setting) -> Trainer:
     options: dict[str, Any] = {"y": _labels(setting), **({"return_act": True} if with_term else {})}
 
     def loss(z: Tensor) -> Tensor:
-        with _as_on_a_gpu(setting.device):
+        with _as_on_a_gpu():
             return transport.training_losses(network, z, options)["loss"].mean()
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0)
