@@ -147,9 +147,9 @@ def trainers(setting: Setting) -> list[Trainer]:
 
 
 def images(setting: Setting) -> Tensor:
-    """Seeded noise images (B,3,H,W): the time of a step does not depend on what is in them."""
-    side, generator = MODELS[setting.model]["img_size"], torch.Generator().manual_seed(0)
-    return torch.randn(setting.batch, 3, side, side, generator=generator).to(setting.device)
+    """Noise (B,3,H,W)."""
+    side = MODELS[setting.model]["img_size"]
+    return harness.noise(setting, setting.batch, 3, side, side)
 
 
 def work(setting: Setting) -> Work:
@@ -167,15 +167,13 @@ def work(setting: Setting) -> Work:
 def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
     """The pipelines from JPEG files to a batch, in this process (no workers), ours first."""
     from timm.data import ImageDataset, create_transform
-    from torchvision import datasets, transforms
+    from torchvision.datasets import ImageFolder
 
     size, batch, crop = MODELS[setting.model], LOADING_BATCH, {"scale": (0.2, 1.0)}
-    side, mean, std = size["img_size"], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    steps = [transforms.RandomResizedCrop(side, interpolation=transforms.InterpolationMode.BICUBIC, **crop)]
-    steps += [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(mean, std)]
-    timms = create_transform(side, True, color_jitter=None, interpolation="bicubic", mean=mean, std=std, **crop)
+    side, colours = size["img_size"], {"mean": harness.MEAN, "std": harness.STD}
+    timms = create_transform(side, True, color_jitter=None, interpolation="bicubic", **colours, **crop)
     with harness.photos(setting, 4 * batch) as (folder, name):
-        theirs = datasets.ImageFolder(str(folder), transforms.Compose(steps))
+        theirs = ImageFolder(str(folder), harness.pil_crop(side, **crop))
         about = "torchvision ImageFolder and the PIL transforms of the official script"
         found = [harness.data_from_recipe(RECIPE, _options(size), folder, batch)]
         found += [harness.peer_loader("official", "torchvision", theirs, batch, about)]
