@@ -9,11 +9,7 @@ takes the exact GELU; operations and parameters are the same to the percent that
 from __future__ import annotations
 
 import contextlib
-import io
-import tarfile
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.environment import package_version
 from benchmarks.speed import harness
 from benchmarks.speed.harness import Loader, Setting, Trainer, Work
-from zoo.data.text import write_vocabulary
+from benchmarks.speed.shared import pairs
 
 RECIPE, MASK_RATIO, LR, WEIGHT_DECAY = "flip/pretrain_laion400m", 0.5, 1e-3, 0.2
 PACKAGES = ("open_clip_torch",)
@@ -124,52 +120,15 @@ def work(setting: Setting) -> Work:
     return Work(setting.batch, setting.batch * sum(tokens.values()), costs["flops"]["zoo"], detail)
 
 
-def _write_shards(photographs: Path, out: Path, count: int) -> None:
-    """The photos and a caption each (its class's folder) as webdataset shards."""
-    files = sorted(path for path in photographs.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:count]
-    for shard in range(2):
-        with tarfile.open(out / f"{shard:05d}.tar", "w") as tar:
-            for number, path in enumerate(files[shard::2]):
-                words = f"a photo of {path.parent.name.replace('_', ' ')}".encode()
-                for kind, content in (("jpg", path.read_bytes()), ("txt", words)):
-                    member = tarfile.TarInfo(f"{shard:05d}{number:04d}.{kind}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-
-
-def _webdataset_loader(shards: Path, side: int) -> Loader:
-    import webdataset as wds
-    from open_clip import get_tokenizer
-
-    transform = harness.pil_crop(side, scale=(0.5, 1.0))
-    tokenize = get_tokenizer("ViT-B-32", context_length=32)
-    stages = [
-        wds.SimpleShardList([str(path) for path in sorted(shards.glob("*.tar"))[:1]]),
-        wds.tarfile_to_samples(),
-        wds.shuffle(5000, initial=1000),
-        wds.decode("pilrgb"),
-        wds.rename(image="jpg", text="txt"),
-        wds.map_dict(image=transform, text=lambda text: tokenize(text)[0]),
-        wds.to_tuple("image", "text"),
-        wds.batched(LOADING_BATCH, partial=False),
-    ]
-    about = f"webdataset {package_version('webdataset')} in the stages of its script, PIL transforms, its BPE tokenizer"
-    return harness.peer_loader("open_clip", "open_clip_torch", wds.DataPipeline(*stages), None, about)
-
-
 @contextlib.contextmanager
 def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
     """The pipelines from shards to a batch, in this process (no workers), ours first."""
     side, batch = MODELS[setting.model]["img_size"], LOADING_BATCH
-    with harness.photos(setting, 4 * batch) as (photographs, name), tempfile.TemporaryDirectory() as place:
-        shards, words = Path(place) / "shards", Path(place) / "words.txt"
-        shards.mkdir()
-        _write_shards(photographs, shards, 4 * batch)
-        write_vocabulary(["a photo of"], words)
+    with pairs.shards(setting, 4 * batch) as (folder, words, name):
         options = {"data.tokenizer": str(words), "data.image_size": side, "data.train_transform.kernel": "pillow"}
         options |= {"data.epoch_samples": None, "data.eval_dataset": None}
         how = "shards, JPEG decoding, bicubic crop on uint8 tensors, word pieces"
-        found = [harness.data_from_recipe(RECIPE, options, shards, batch, how=how)]
+        found = [harness.data_from_recipe(RECIPE, options, folder, batch, how=how)]
         if package_version("webdataset") and package_version("open_clip_torch"):
-            found.append(_webdataset_loader(shards, side))
-        yield found, Work(batch, detail={"data": f"{name} in shards", "crop": side})
+            found.append(pairs.webdataset_loader(folder, side, batch))
+        yield found, Work(batch, detail={"data": name, "crop": side})

@@ -361,6 +361,42 @@ def peer_loader(
 
 
 @contextlib.contextmanager
+def crop_loaders(
+    recipe: str,
+    options: Mapping[str, Any],
+    setting: Setting,
+    side: int,
+    batch: int,
+    peer: tuple[str, str],
+    jitter: float | None = None,
+    **crop: Any,
+) -> Iterator[tuple[list[Loader], Work]]:
+    """The pipelines from JPEG files to batches of crops: a recipe's, that of :func:`pil_crop`, and timm's.
+
+    Args:
+        recipe, options: of ours.
+        side: of the crops, in pixels.
+        batch: crops in one.
+        peer: the name of the second, and what it is.
+        jitter: of the colours, in both peers.
+        crop: of the peers, as of torchvision's RandomResizedCrop.
+    """
+    from timm.data import ImageDataset, create_transform
+    from torchvision import datasets, transforms
+
+    colours = {"interpolation": "bicubic", "mean": MEAN, "std": STD}
+    timms = create_transform(side, True, color_jitter=jitter, **colours, **crop)
+    steps = [] if jitter is None else [transforms.ColorJitter(jitter, jitter, jitter)]
+    with photos(setting, 4 * batch) as (folder, name):
+        found = [data_from_recipe(recipe, options, folder, batch)]
+        theirs = datasets.ImageFolder(str(folder), pil_crop(side, *steps, **crop))
+        found.append(peer_loader(peer[0], "torchvision", theirs, batch, peer[1]))
+        about = "ImageDataset, create_transform" + (f" with color_jitter {jitter}" if jitter else "")
+        found.append(peer_loader("timm", "timm", ImageDataset(str(folder), transform=timms), batch, about))
+        yield found, Work(batch, detail={"data": name, "crop": side})
+
+
+@contextlib.contextmanager
 def importing(checkout: Path, *needed: str, stand_ins: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[None]:
     """Modules of a checkout, and what they import from there, can be imported; afterwards sys.path and sys.modules are
     as they were.

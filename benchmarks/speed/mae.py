@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -25,22 +26,16 @@ from benchmarks.speed.harness import Loader, Setting, Trainer, Work
 RECIPE, MASK_RATIO, LR = "mae/pretrain_imagenet1k", 0.75, 1.5e-4
 PACKAGES = ("transformers", "lightly")
 LOADING_BATCH = 64
-DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
+NAMES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+NAMES += ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 MODELS: dict[str, dict[str, int]] = {
-    "vit_base_patch16": {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **DECODER},
-    "vit_large_patch16": {
-        "img_size": 224,
-        "patch_size": 16,
-        "embed_dim": 1024,
-        "depth": 24,
-        "num_heads": 16,
-        **DECODER,
-    },
-    "vit_huge_patch14": {"img_size": 224, "patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **DECODER},
-    "tiny": {  # for the harness's own test
-        **{"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-        **{"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2},
-    },
+    name: dict(zip(NAMES, sizes, strict=True))
+    for name, sizes in {
+        "vit_base_patch16": (224, 16, 768, 12, 12, 512, 8, 16),
+        "vit_large_patch16": (224, 16, 1024, 24, 16, 512, 8, 16),
+        "vit_huge_patch14": (224, 14, 1280, 32, 16, 512, 8, 16),
+        "tiny": (32, 8, 32, 2, 2, 32, 1, 2),  # for the harness's own test
+    }.items()
 }
 DEFAULT_MODEL = "vit_base_patch16"
 
@@ -59,15 +54,13 @@ def _adamw(network: nn.Module, **options: Any) -> torch.optim.Optimizer:
 @contextlib.contextmanager
 def _as_when_written() -> Iterator[None]:
     """Give the official code what it expects of the libraries of 2021: `qk_scale` in timm's Block, `np.float`."""
-    block, had_float = vision_transformer.Block, "float" in vars(np)
-    vision_transformer.Block = lambda *sizes, qk_scale=None, **options: block(*sizes, **options)
-    np.float = float  # type: ignore[attr-defined]
-    try:
+    block = vision_transformer.Block
+
+    def old(*sizes: Any, qk_scale: None = None, **options: Any) -> nn.Module:
+        return block(*sizes, **options)
+
+    with patch.object(vision_transformer, "Block", old), patch.object(np, "float", float, create=True):
         yield
-    finally:
-        vision_transformer.Block = block
-        if not had_float:
-            del np.float  # type: ignore[attr-defined]
 
 
 def official(size: dict[str, int], setting: Setting, fused_attention: bool) -> Trainer:
@@ -111,12 +104,12 @@ def lightly_mae(size: dict[str, int], setting: Setting) -> Trainer:
     of_decoder = {name: size[f"decoder_{name}"] for name in ("embed_dim", "depth", "num_heads")}
     of_encoder = {name: value for name, value in size.items() if not name.startswith("decoder")}
     vit = vision_transformer.VisionTransformer(**of_encoder, num_classes=0)  # type: ignore[arg-type]
-    patch, width = size["patch_size"], of_decoder["embed_dim"]
+    side, width = size["patch_size"], of_decoder["embed_dim"]
     parts = {
         "encoder": MaskedVisionTransformerTIMM(vit=vit),
         "embed": nn.Linear(size["embed_dim"], width),
-        "decoder": MaskedVisionTransformerDecoderTIMM(num_patches=(size["img_size"] // patch) ** 2, **of_decoder),
-        "predict": nn.Linear(width, patch**2 * 3),
+        "decoder": MaskedVisionTransformerDecoderTIMM(num_patches=(size["img_size"] // side) ** 2, **of_decoder),
+        "predict": nn.Linear(width, side**2 * 3),
     }
     network: Any = nn.ModuleDict(parts).to(setting.device)
     decoder = network["decoder"]
@@ -129,7 +122,7 @@ def lightly_mae(size: dict[str, int], setting: Setting) -> Trainer:
         tokens = utils.set_at_index(tokens, keep, latent.type_as(tokens))
         decoded = decoder.decode(decoder.add_pos_embed(tokens))
         predicted = network["predict"](utils.get_at_index(decoded, masked))
-        target = utils.get_at_index(utils.patchify(images, patch), masked - 1)
+        target = utils.get_at_index(utils.patchify(images, side), masked - 1)
         return nn.functional.mse_loss(predicted, utils.normalize_mean_var(target))
 
     about = "MaskedVisionTransformerTIMM and its decoder; predicts masked patches only; torch.optim.AdamW defaults"
@@ -163,20 +156,9 @@ def work(setting: Setting) -> Work:
     return Work(setting.batch, setting.batch * (encoder + decoder), flops, detail)
 
 
-@contextlib.contextmanager
-def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
+def loaders(setting: Setting) -> contextlib.AbstractContextManager[tuple[list[Loader], Work]]:
     """The pipelines from JPEG files to a batch, in this process (no workers), ours first."""
-    from timm.data import ImageDataset, create_transform
-    from torchvision.datasets import ImageFolder
-
-    size, batch, crop = MODELS[setting.model], LOADING_BATCH, {"scale": (0.2, 1.0)}
-    side, colours = size["img_size"], {"mean": harness.MEAN, "std": harness.STD}
-    timms = create_transform(side, True, color_jitter=None, interpolation="bicubic", **colours, **crop)
-    with harness.photos(setting, 4 * batch) as (folder, name):
-        theirs = ImageFolder(str(folder), harness.pil_crop(side, **crop))
-        about = "torchvision ImageFolder and the PIL transforms of the official script"
-        found = [harness.data_from_recipe(RECIPE, _options(size), folder, batch)]
-        found += [harness.peer_loader("official", "torchvision", theirs, batch, about)]
-        data = ImageDataset(str(folder), transform=timms)
-        found += [harness.peer_loader("timm", "timm", data, batch, "ImageDataset, create_transform")]
-        yield found, Work(batch, detail={"data": name, "crop": side})
+    size = MODELS[setting.model]
+    official = ("official", "torchvision ImageFolder and the PIL transforms of the official script")
+    common: Any = (setting, size["img_size"], LOADING_BATCH)
+    return harness.crop_loaders(RECIPE, _options(size), *common, official, scale=(0.2, 1.0))
