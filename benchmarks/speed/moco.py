@@ -11,7 +11,7 @@ import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -128,10 +128,6 @@ def work(setting: Setting) -> Work:
     return Work(setting.batch, flops=harness.count_flops(loss), detail=detail)
 
 
-def _twice(transform: Callable[[Any], Tensor]) -> Callable[[Any], list[Tensor]]:
-    return lambda image: [transform(image), transform(image)]
-
-
 def _blurred(image: Any) -> Any:
     """The blur of the official script: Pillow's, with a random radius."""
     return image.filter(ImageFilter.GaussianBlur(radius=float(torch.empty(()).uniform_(0.1, 2.0))))
@@ -151,7 +147,7 @@ def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
     with harness.photos(setting, 4 * batch) as (folder, name):
         options, how = {"data.image_size": side}, "JPEG decoding, and two views augmented on uint8 tensors"
         found = [harness.data_from_recipe(RECIPE, options, folder, batch, lambda b: b["views"][0], how)]
-        data = torchvision.datasets.ImageFolder(str(folder), _twice(theirs))
+        data = torchvision.datasets.ImageFolder(str(folder), lambda image: [theirs(image), theirs(image)])
         about = "torchvision ImageFolder and the PIL transforms of the official script's --aug-plus"
         found.append(harness.peer_loader("official", "torchvision", data, batch, about, lambda b: b[0][0]))
         yield found, Work(batch, detail={"data": name, "crop": side, "views": 2})
