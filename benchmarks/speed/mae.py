@@ -1,8 +1,7 @@
 """Speed of MAE: our pre-training step and data pipeline beside those of the official code, transformers and lightly.
 
 Every network has the same sizes, sees the same images, masks 75 % of the patches, standardises the target patches and
-is updated by AdamW as its own training script sets it up; nobody else's code is copied here, it is imported from where
-it is installed or checked out.
+is updated by AdamW as its own training script sets it up; nobody else's code is copied here.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from benchmarks.speed import harness
 from benchmarks.speed.harness import Loader, Setting, Trainer, Work
 
 RECIPE, MASK_RATIO, LR = "mae/pretrain_imagenet1k", 0.75, 1.5e-4
-PACKAGES = ("transformers", "lightly")
-LOADING_BATCH = 64
+PACKAGES, LOADING_BATCH = ("transformers", "lightly"), 64
 NAMES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
 NAMES += ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 MODELS: dict[str, dict[str, int]] = {
@@ -82,11 +80,9 @@ def official(size: dict[str, int], setting: Setting, fused_attention: bool) -> T
 def transformers_vit_mae(size: dict[str, int], setting: Setting) -> Trainer:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    names = {"img_size": "image_size", "patch_size": "patch_size", "embed_dim": "hidden_size"}
-    names |= {"depth": "num_hidden_layers", "num_heads": "num_attention_heads"}
-    names |= {"decoder_embed_dim": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers"}
-    names |= {"decoder_num_heads": "decoder_num_attention_heads"}
-    options: dict[str, Any] = {theirs: size[ours] for ours, theirs in names.items()}
+    names = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")  # in NAMES' order
+    names += ("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
+    options: dict[str, Any] = dict(zip(names, (size[name] for name in NAMES), strict=True))
     options |= {"intermediate_size": 4 * size["embed_dim"], "decoder_intermediate_size": 4 * size["decoder_embed_dim"]}
     options |= {"mask_ratio": MASK_RATIO, "norm_pix_loss": True, "attn_implementation": "sdpa"}
     network = ViTMAEForPreTraining(ViTMAEConfig(**options)).to(setting.device).train()

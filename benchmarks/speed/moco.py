@@ -29,8 +29,7 @@ from benchmarks.speed.harness import Loader, Setting, Trainer, Work
 
 RECIPE = "moco_v2/pretrain_imagenet1k"
 SGD = {"lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4}
-PACKAGES = ("lightly",)
-LOADING_BATCH = 32
+PACKAGES, LOADING_BATCH = ("lightly",), 32
 _V2 = {"dim": 128, "momentum": 0.999, "temperature": 0.2, "small_images": False}
 _DEMO = {"momentum": 0.99, "temperature": 0.1, "small_images": True}  # without the splits of BatchNorm of its notebook
 MODELS: dict[str, dict[str, Any]] = {
@@ -70,8 +69,8 @@ def official(size: dict[str, Any], setting: Setting) -> Trainer:
         return cross_entropy(logits, labels)
 
     about = "facebookresearch/moco on torchvision's ResNet, a process group of one; torch.optim.SGD as in its script"
-    optimizer = torch.optim.SGD(network.parameters(), **SGD)
-    return Trainer("official", harness.revision(setting.official), loss, optimizer, about)
+    version, optimizer = harness.revision(setting.official), torch.optim.SGD(network.parameters(), **SGD)
+    return Trainer("official", version, loss, optimizer, about)
 
 
 def lightly_moco(size: dict[str, Any], setting: Setting) -> Trainer:
@@ -103,9 +102,9 @@ def lightly_moco(size: dict[str, Any], setting: Setting) -> Trainer:
 def trainers(setting: Setting) -> list[Trainer]:
     """Everyone who is here, ours first. A peer that is not installed and a checkout that is not given are left out."""
     size = MODELS[setting.model]
-    found = [harness.from_recipe(RECIPE, _options(size), lambda views: {"views": views}, setting)]
-    found += [official(size, setting)] if setting.official is not None else []
-    return found + ([lightly_moco(size, setting)] if package_version("lightly") else [])
+    ours = harness.from_recipe(RECIPE, _options(size), lambda views: {"views": views}, setting)
+    peers = {official: setting.official, lightly_moco: package_version("lightly")}
+    return [ours, *(build(size, setting) for build, here in peers.items() if here)]
 
 
 def images(setting: Setting) -> Tensor:

@@ -72,8 +72,7 @@ def _tasks() -> list[Any]:
 
 def images(setting: Setting) -> Tensor:
     """A batch as one tensor (B, 4, S, S): canvas, mask, target, and the number of the task everywhere in the last."""
-    rng, size = random.Random(0), MODELS[setting.model]
-    tasks = _tasks()
+    rng, size, tasks = random.Random(0), MODELS[setting.model], _tasks()
     if setting.model.endswith("_ttt"):
         pseudos = pseudo_tasks(tasks[0])
         pairs = [(pair, number) for number, pseudo in enumerate(pseudos) for pair in pseudo.task.train]
