@@ -255,7 +255,7 @@ def from_recipe(
     start: Mapping[str, Tensor] | None = None,
     loss: Callable[[Any, Mapping[str, Any]], Tensor] | None = None,
 ) -> Trainer:
-    """Our contender: the training step of a recipe's task, and the fused optimiser that the recipe declares.
+    """Our contender: the training step of a recipe's task, and the optimiser that it declares, fused as in training.
 
     Args:
         recipe: its name, or that of a leaderboard row.
@@ -280,7 +280,8 @@ def from_recipe(
 
     kind = task.network if loss is not None else task
     what = "the network in the loss of all" if loss is not None else "its training step"
-    about = f"{type(kind).__module__}.{type(kind).__name__} of {recipe}: {what} and its own optimiser, fused"
+    how = f"{'fused ' * bool(optimizer.defaults.get('fused'))}{type(optimizer).__name__}"
+    about = f"{type(kind).__module__}.{type(kind).__name__} of {recipe}: {what} and its own {how}"
     return Trainer("zoo", zoo.__version__, step, optimizer, about)
 
 

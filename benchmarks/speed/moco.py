@@ -123,8 +123,7 @@ def work(setting: Setting) -> Work:
         query, key = network.query(batch), network.key(batch)
         return (query @ network.queue).sum() + (query * key).sum()
 
-    detail = {"queue_size": size["queue_size"], "views": 2}
-    return Work(setting.batch, flops=harness.count_flops(loss), detail=detail)
+    return Work(setting.batch, 0, harness.count_flops(loss), {"queue_size": size["queue_size"], "views": 2})
 
 
 def _blurred(image: Any) -> Any:
@@ -136,13 +135,11 @@ def _blurred(image: Any) -> Any:
 def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
     """The pipelines from JPEG files to a batch of two views, in this process (no workers), ours first."""
     side, batch = MODELS[setting.model]["img_size"], LOADING_BATCH
-    colours = [
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-        transforms.RandomGrayscale(p=0.2),
-    ]
-    blur = transforms.RandomApply([transforms.Lambda(_blurred)], p=0.5)
+    jitter, gray = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1), transforms.RandomGrayscale(p=0.2)
+    sometimes, blur = transforms.RandomApply, transforms.Lambda(_blurred)
+    steps = (sometimes([jitter], p=0.8), gray, sometimes([blur], p=0.5))
     bilinear = transforms.InterpolationMode.BILINEAR
-    theirs = harness.pil_crop(side, *colours, blur, scale=(0.2, 1.0), interpolation=bilinear)
+    theirs = harness.pil_crop(side, *steps, scale=(0.2, 1.0), interpolation=bilinear)
     with harness.photos(setting, 4 * batch) as (folder, name):
         options, how = {"data.image_size": side}, "JPEG decoding, and two views augmented on uint8 tensors"
         found = [harness.data_from_recipe(RECIPE, options, folder, batch, lambda b: b["views"][0], how)]
