@@ -403,15 +403,15 @@ def importing(checkout: Path, *needed: str, stand_ins: Mapping[str, Mapping[str,
     as they were.
 
     Args:
-        needed: modules of the checkout by which it is known.
+        needed: modules or packages of the checkout by which it is known.
         stand_ins: modules that it asks for without using them here, by their names; where there are none.
 
     Raises:
         ZooError: the checkout lacks one of `needed`, or a package that it wants is not installed.
     """
-    for path in (f"{name.replace('.', '/')}.py" for name in needed):
-        if not (checkout / path).is_file():
-            raise ZooError(f"{checkout} is not the official checkout: it has no {path}")
+    for path in (name.replace(".", "/") for name in needed):
+        if not (checkout / f"{path}.py").is_file() and not (checkout / path / "__init__.py").is_file():
+            raise ZooError(f"{checkout} is not the official checkout: it has no {path}.py")
     made = {name: ModuleType(name) for name in stand_ins or {} if name not in sys.modules}
     for name, module in made.items():
         module.__dict__.update((stand_ins or {})[name])
@@ -438,7 +438,7 @@ def importing(checkout: Path, *needed: str, stand_ins: Mapping[str, Mapping[str,
 
 
 def import_from(checkout: Path, name: str) -> ModuleType:
-    """A module of a checkout; see :func:`importing`."""
+    """A module or package of a checkout; see :func:`importing`."""
     with importing(checkout, name):
         return importlib.import_module(name)
 

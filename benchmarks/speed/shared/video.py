@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,7 +118,8 @@ class _EncodedVideos(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        video = self.video.from_path(str(self.paths[index]), decode_audio=False, decoder="pyav")
+        path = self.paths[index]
+        video = self.video(io.BytesIO(path.read_bytes()), path.name, decode_audio=False)
         length = FRAMES * RATE / 30
         start = float(torch.rand(())) * max(0.0, float(video.duration) - length)
         clip = video.get_clip(start, start + length)["video"]
@@ -141,9 +143,9 @@ def loaders(recipe: str, setting: Setting, side: int = CROP) -> Iterator[tuple[l
     how = "PyAV, only the wanted frames converted, resized on float as the papers do"
     with files(setting) as (folder, name):
         found = [harness.data_from_recipe(recipe, options, folder, BATCH, lambda b: b["video"], how)]
-        if (peer := pytorchvideo(setting, "data.encoded_video", "transforms.functional")) is not None:
+        if (peer := pytorchvideo(setting, "data.encoded_video_pyav", "transforms.functional")) is not None:
             package, (encoded, functional) = peer
-            data = _EncodedVideos(folder, side, encoded.EncodedVideo, functional)
-            about = "EncodedVideo with its PyAV decoder, its functional transforms"
+            data = _EncodedVideos(folder, side, encoded.EncodedVideoPyAV, functional)
+            about = "EncodedVideoPyAV, its functional transforms"
             found.append(harness.peer_loader("PyTorchVideo", package, data, BATCH, about, lambda clips: clips))
         yield found, Work(BATCH, detail={"data": name, "crop": side, "frames": FRAMES, "from": "mp4"})
