@@ -14,14 +14,16 @@ import inspect
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch.cli  # noqa: F401  which lets configs be addresses; the settings below take it back
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import get_loader, set_loader, set_parsing_settings
 
 from zoo import catalog
 from zoo.command.parse_errors import class_files
@@ -30,8 +32,45 @@ from zoo.command.verdict import row_words
 from zoo.errors import ZooError
 from zoo.paths import share
 
-# A dict with a `class_path` stays a dict where an argument takes anything, and no value may name what runs code.
-set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=sorted(sys.stdlib_module_names))
+# A dict with a `class_path` stays a dict where an argument takes anything, no value may name what runs code, and a value
+# that names a file of settings names one of this machine.
+set_parsing_settings(
+    instantiate_subclass_spec_in_any=False,
+    import_path_denylist=sorted(sys.stdlib_module_names),
+    config_read_mode_fsspec_enabled=False,
+    config_read_mode_urls_enabled=False,
+)
+_load_yaml = get_loader("yaml")
+
+
+def _bounded_yaml(text: str) -> Any:
+    """What the parser reads: options, and the files of settings that options and recipes name."""
+    _check_value(text, "an option")
+    found = _load_yaml(text)
+    _no_pipes(found)
+    return found
+
+
+set_loader("yaml", _bounded_yaml, (yaml.YAMLError,))
+
+
+def _check_value(value: str, name: str) -> None:
+    if any(mark in value for mark in "[{&*") or len(value) > 100:
+        catalog.check_yaml(value, name)
+
+
+def _no_pipes(value: Any) -> None:
+    """Refuses a value that names a pipe or a socket, at which reading would wait for ever."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        for entry in value:
+            _no_pipes(entry)
+    elif isinstance(value, str):
+        with contextlib.suppress(OSError, ValueError):
+            mode = os.stat(value).st_mode
+            if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+                raise ZooError(f"{value}: is no regular file (a pipe or socket)")
 
 # Facts of the data module that the model takes over, where its class has such an argument and nobody set it.
 LINKS = {"num_classes": "num_classes", "num_tasks": "num_tasks", "image_size": "img_size"}
@@ -125,9 +164,11 @@ def command_line(recipe: str | Path, argv: Sequence[str] = (), own: Mapping[str,
     for key, value in _options(argv):
         if key in ("config", "c"):
             contents.append(_read_config(value or ""))
-        elif value and (any(mark in value for mark in "[{&*") or len(value) > 100):
+        elif value:
             with contextlib.suppress(yaml.YAMLError):
-                catalog.check_yaml(value, f"--{key}")
+                _check_value(value, f"--{key}")
+            _no_pipes(value)
+    _no_pipes(contents)
     given = ["--config", str(path), *_nested_nulls(row)]
     if own:
         contents[0], given = {**contents[0], **own}, [*given, "--config", json.dumps(own)]
