@@ -32,8 +32,8 @@ from zoo.command.verdict import row_words
 from zoo.errors import ZooError
 from zoo.paths import share
 
-# A dict with a `class_path` stays a dict where an argument takes anything, no value may name what runs code, and a value
-# that names a file of settings names one of this machine.
+# A dict with a `class_path` stays a dict where an argument takes anything, no value may name what runs code, and files
+# of settings that values name are of this machine.
 set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
     import_path_denylist=sorted(sys.stdlib_module_names),
@@ -72,6 +72,7 @@ def _no_pipes(value: Any) -> None:
             if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
                 raise ZooError(f"{value}: is no regular file (a pipe or socket)")
 
+
 # Facts of the data module that the model takes over, where its class has such an argument and nobody set it.
 LINKS = {"num_classes": "num_classes", "num_tasks": "num_tasks", "image_size": "img_size"}
 # Settings of the data module that are about the recipe's own dataset.
@@ -84,7 +85,8 @@ class CommandLine:
 
     `words` are all that the parser reads: the recipe's file, the row's options (these two are `given`), and the user's
     `asked`. `unlinked` are model arguments that are set and therefore not taken from the data module. `module` is the
-    Python file that the recipe declares. `notes` tell the user what another dataset changes.
+    Python file that the recipe declares. `notes` tell the user what another dataset changes. `own` are the settings of a
+    run that stand in the recipe's place.
     """
 
     name: str
@@ -95,6 +97,7 @@ class CommandLine:
     unlinked: set[str] = field(default_factory=set)
     module: Path | None = None
     notes: list[str] = field(default_factory=list)
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     def stated(self) -> set[str]:
         """The dotted keys that the recipe states."""
@@ -172,7 +175,7 @@ def command_line(recipe: str | Path, argv: Sequence[str] = (), own: Mapping[str,
     given = ["--config", str(path), *_nested_nulls(row)]
     if own:
         contents[0], given = {**contents[0], **own}, [*given, "--config", json.dumps(own)]
-    found = CommandLine(name, given, [], list(argv), contents)
+    found = CommandLine(name, given, [], list(argv), contents, own=own or {})
     _prepare_imports(found, path)
     found.words = [*given, *_without_its_data(found, row), *_with_help(found, _nested_nulls(argv))]
     found.unlinked = {t for t in LINKS.values() if any(t in _init_args(one, "model") for one in contents)}
