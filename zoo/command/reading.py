@@ -85,8 +85,8 @@ class CommandLine:
 
     `words` are all that the parser reads: the recipe's file, the row's options (these two are `given`), and the user's
     `asked`. `unlinked` are model arguments that are set and therefore not taken from the data module. `module` is the
-    Python file that the recipe declares. `notes` tell the user what another dataset changes. `own` are the settings of a
-    run that stand in the recipe's place.
+    Python file that the recipe declares. `notes` tell the user what another dataset changes. `own` are the settings of
+    a run that stand in the recipe's place.
     """
 
     name: str
