@@ -1,18 +1,18 @@
 """One-step Latent-free Image Generation with Pixel Mean Flows (pMF).
 
-Yiyang Lu, Susie Lu, Qiao Sun, Hanhong Zhao, Zhicheng Jiang, Xianbang Wang, Tianhong Li, Zhengyang Geng, Kaiming He. 2026,
-arXiv 2601.22158.
+Yiyang Lu, Susie Lu, Qiao Sun, Hanhong Zhao, Zhicheng Jiang, Xianbang Wang, Tianhong Li, Zhengyang Geng, Kaiming He.
+2026, arXiv 2601.22158.
 
 Improved MeanFlow in raw pixels, with patches so large that a patch has more numbers than a token. Pictures lie on a
-manifold of few dimensions and velocities do not, so the network predicts a picture, and the loss stays that of improved
-MeanFlow on the velocity. The link is the field x(z_t, r, t) = z_t - t u(z_t, r, t): a network that gives x has
-u = (z_t - x) / t. In one step, from t = 1 to r = 0, the sample is what the network gives. As that is a picture, losses of
-perception apply to it directly: LPIPS and features of ConvNeXt V2, each of a random crop that prediction and truth share,
-for samples with little noise.
+manifold of few dimensions and velocities do not, so the network predicts a picture, and the loss stays that of
+improved MeanFlow on the velocity. The link is the field x(z_t, r, t) = z_t - t u(z_t, r, t): a network that gives x
+has u = (z_t - x) / t. In one step, from t = 1 to r = 0, the sample is what the network gives. As that is a picture,
+losses of perception apply to it directly: LPIPS and features of ConvNeXt V2, each of a random crop that prediction and
+truth share, for samples with little noise.
 
 Conventions: those of improved MeanFlow (:mod:`zoo.generation.imf`): x data in [-1, 1], e noise of deviation
-`noise_scale`, z_t = (1 - t) x + t e, 0 <= r <= t <= 1. Divisions by t are divisions by max(t, 0.05), in the network's u and
-v and in the velocity they regress, (z_t - x) / max(t, 0.05), alike.
+`noise_scale`, z_t = (1 - t) x + t e, 0 <= r <= t <= 1. Divisions by t are divisions by max(t, 0.05), in the network's
+u and v and in the velocity that they regress, (z_t - x) / max(t, 0.05), alike.
 
 Deviations from the official code, none of which changes a value: those of improved MeanFlow, and the networks of
 perception see the samples with t below their threshold only.
@@ -103,7 +103,7 @@ def random_boxes(
 
 
 def _weights(first: Tensor, length: Tensor, count: int, size: int) -> Tensor:
-    """(B, size, count): what each of `count` pixels gives to the pixels of a resized box that starts at `first` (B,) and
+    """(B, size, count): what each of `count` pixels gives to the `size` pixels of a box that starts at `first` (B,) and
     is `length` (B,) long. Keys' cubic, widened where pixels are merged; pixels beyond the box count."""
     step = (length / size)[:, None, None]
     places = (torch.arange(size, device=first.device)[None, :, None] + 0.5) * step + first[:, None, None] - 0.5
@@ -116,7 +116,7 @@ def _weights(first: Tensor, length: Tensor, count: int, size: int) -> Tensor:
 
 def crop_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """A box of each picture (B, C, H, W), bicubic with antialiasing to (B, C, size, size); boxes as
-    :func:`random_boxes` gives them. As jax.image.scale_and_translate does it, a pixel near the border of the box is also
+    :func:`random_boxes` gives them. As in jax.image.scale_and_translate, pixels near the border of the box are also
     made of those beyond."""
     top, left, tall, wide = boxes.to(images.dtype).unbind(1)
     rows = _weights(top, tall, images.shape[2], size)
@@ -295,28 +295,27 @@ class PixelMeanFlow(GuidedMeanFlow):
                 found[name] = (net(first) - goal).float().square().sum(1)
         return found
 
-    def total(self, batch: Mapping[str, Any], errors: Errors) -> Tensor:
-        """The loss () of the errors of a batch, those of perception included."""
-        loss = super().total(batch, errors)
-        for name, distance in self.seen(batch, errors).items():
-            assert self.perceptual is not None
-            loss = loss + self.perceptual.weights[name] * adaptive_loss(distance, self.loss_power, self.loss_eps)
-        return loss
-
     def seen(self, batch: Mapping[str, Any], errors: Errors) -> dict[str, Tensor]:
         """The distances of perception (B,) by name; 0 for samples with a t of `max_t` or more."""
         if self.perceptual is None:
             return {}
+        found = {name: torch.zeros_like(errors.u) for name in self.perception}
         rows = (errors.t < self.perceptual.max_t).nonzero()[:, 0]
-        if not len(rows):
-            return {}
-        pictures = predicted_picture(errors.z[rows], errors.t[rows], errors.average[rows])
-        found = self.distances(batch, pictures, batch["image"][rows], rows)
-        self.log_dict({f"train/{name}": value.detach().mean() for name, value in found.items()}, sync_dist=False)
-        return {
-            name: torch.zeros_like(errors.u).index_put((rows,), value.to(errors.u.dtype))
-            for name, value in found.items()
-        }
+        if len(rows):
+            pictures = predicted_picture(errors.z[rows], errors.t[rows], errors.average[rows])
+            near = self.distances(batch, pictures, batch["image"][rows], rows)
+            found = {name: found[name].index_put((rows,), value.to(errors.u.dtype)) for name, value in near.items()}
+        return found
+
+    def total(self, batch: Mapping[str, Any], errors: Errors) -> Tensor:
+        """The loss () of the errors of a batch; in training with those of perception."""
+        loss = super().total(batch, errors)
+        if self.perceptual is not None and self.training:
+            for name, distance in self.seen(batch, errors).items():
+                mean = distance.detach().mean()
+                self.log(f"train/{name}", mean, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(distance))
+                loss = loss + self.perceptual.weights[name] * adaptive_loss(distance, self.loss_power, self.loss_eps)
+        return loss
 
     @torch.no_grad()
     def sample(
