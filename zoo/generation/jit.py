@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -299,6 +299,9 @@ class Denoising(BaseModule):
 
     batch_keys = ("image", "label")
 
+    # What `sample` takes instead of the task's own, so that it can be swept over.
+    sampling_options = ("guidance", "interval", "steps", "method")
+
     def __init__(
         self,
         prediction: Quantity = "x",
@@ -358,11 +361,15 @@ class Denoising(BaseModule):
         self.tally("test/loss", self.loss(batch))
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, label: Tensor | None = None) -> Tensor:
-        """Pictures (B, C, S, S), about in [-1, 1], of standard normal noise, likewise, and labels (B,)."""
+    def sample(self, noise: Tensor, label: Tensor | None = None, **options: Any) -> Tensor:
+        """Pictures (B, C, S, S), about in [-1, 1], of standard normal noise, likewise, and labels (B,).
+
+        Args:
+            options: of `sampling_options`, in place of the task's own.
+        """
         if label is None:
             raise ZooError("samples of a class-conditional model want labels")
-        how = (self.sampling, self.noise_scale, self.prediction, self.t_eps)
+        how = (replace(self.sampling, **options), self.noise_scale, self.prediction, self.t_eps)
         return self.network.sample(noise.to(self.dtype), label, *how)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:

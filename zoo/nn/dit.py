@@ -273,6 +273,7 @@ class DiT(nn.Module):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        style = BlockStyle(**style) if isinstance(style, Mapping) else style  # as a checkpoint holds it
         if context_tokens and not (num_classes and 0 <= context_start < depth):
             raise ZooError("context tokens want labels (num_classes) and a context_start below depth")
         if not times or any(not name.isidentifier() for name in times):
