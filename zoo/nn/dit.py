@@ -71,7 +71,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
+        return rms_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
 def _norm(kind: str, dim: int) -> nn.Module:
@@ -134,6 +134,8 @@ class Attention(vit.Attention):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        # Under autocast v is in half precision, and so is the product; the sums of q and k were wider.
+        q, k = q.to(v.dtype), k.to(v.dtype)
         out = attention(q, k, v, dropout=self.attn_drop if self.training else 0.0)
         return dropout(self.proj(out.transpose(1, 2).reshape(batch, length, dim)), self.proj_drop, self.training)
 

@@ -47,7 +47,7 @@ def forward(case: Case) -> dict[str, Tensor]:
     inputs = filled_inputs(case)
     network = jit.JiT(**_sizes(case["config"]["constructor"])).eval()
     load_filled(network, case, jit.convert_official)
-    out, acts = network(inputs["x"], inputs["t"], inputs["y"], return_acts=True)
+    out, acts = network.forward_intermediates(inputs["x"], inputs["t"], inputs["y"])
     out.square().sum().backward()
     found = named(case, jit.convert_official, grad=gradients(network))
     return {"out": out, **{f"block{k}": act for k, act in enumerate(acts)}, **found}
