@@ -300,7 +300,7 @@ class Denoising(BaseModule):
     batch_keys = ("image", "label")
 
     # What `sample` takes instead of the task's own, so that it can be swept over.
-    sampling_options = ("guidance", "interval", "steps", "method")
+    sampling_options = ("guidance", "interval", "steps")
 
     def __init__(
         self,
@@ -361,15 +361,24 @@ class Denoising(BaseModule):
         self.tally("test/loss", self.loss(batch))
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, label: Tensor | None = None, **options: Any) -> Tensor:
+    def sample(
+        self,
+        noise: Tensor,
+        label: Tensor | None = None,
+        guidance: float | None = None,
+        interval: tuple[float, float] | None = None,
+        steps: int | None = None,
+    ) -> Tensor:
         """Pictures (B, C, S, S), about in [-1, 1], of standard normal noise, likewise, and labels (B,).
 
         Args:
-            options: of `sampling_options`, in place of the task's own.
+            guidance, interval, steps: in place of those of the task's :class:`Sampling`.
         """
         if label is None:
             raise ZooError("samples of a class-conditional model want labels")
-        how = (replace(self.sampling, **options), self.noise_scale, self.prediction, self.t_eps)
+        asked = {"guidance": guidance, "interval": interval, "steps": steps}
+        sampling = replace(self.sampling, **{name: value for name, value in asked.items() if value is not None})
+        how = (sampling, self.noise_scale, self.prediction, self.t_eps)
         return self.network.sample(noise.to(self.dtype), label, *how)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
