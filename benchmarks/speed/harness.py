@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import multiprocessing
+import resource
 import sys
 import tempfile
 import time
@@ -143,6 +145,42 @@ def training_step(trainer: Trainer, images: Tensor, setting: Setting) -> dict[st
         "update": end - backward,
         "loss": float(loss.detach()),
     }
+
+
+def peak_memory(trainer: Trainer, images: Tensor, setting: Setting) -> int:
+    """Bytes at the peak of a trainer's second step above those before its first: gradients, the optimiser's state and
+    activations, but not the weights. On a CPU they are those of a process of its own, with one thread."""
+    if setting.device.startswith("cuda"):
+        training_step(trainer, images, setting)
+        torch.cuda.reset_peak_memory_stats(setting.device)
+        training_step(trainer, images, setting)
+        state = [v for values in trainer.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+        weights = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        own = sum(v.numel() * v.element_size() for v in (*state, *weights)) - sum(
+            v.numel() * v.element_size() for v in weights
+        )
+        held = torch.cuda.memory_allocated(setting.device)
+        return torch.cuda.max_memory_allocated(setting.device) - held + own
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+
+    def measured() -> None:
+        torch.set_num_threads(1)
+        unit = 1 if sys.platform == "darwin" else 1024
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(2):
+            training_step(trainer, images, setting)
+        send.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
+
+    process = context.Process(target=measured)
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        raise ZooError(f"{trainer.name}: the process that measured its memory died") from None
+    finally:
+        process.join()
 
 
 def _loading_step(loader: Loader) -> dict[str, float]:
