@@ -8,7 +8,6 @@ torch.save inside the pickle, which is surveyed and read with ``weights_only`` a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,9 +65,11 @@ def _tensor(storage: Any, offset: Any, size: Iterable[int], stride: Iterable[int
     size, stride = tuple(size), tuple(stride)
     if not isinstance(storage, _Storage) or len(size) != len(stride) or min(*size, *stride, offset, 0) < 0:
         raise Refused("a tensor without storage, size or stride")
-    count = storage.values.numel()
+    count, wanted = storage.values.numel(), 1
+    for n in size:
+        wanted *= n
     reach = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
-    if math.prod(size) > count or (math.prod(size) and reach > count):
+    if wanted > count or (wanted and reach > count):
         raise Refused(f"a tensor of shape {size} in a storage of {count} numbers")
     return storage.values.as_strided(size, stride, offset)
 
