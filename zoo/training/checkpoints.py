@@ -320,7 +320,8 @@ class LastCheckpoint(Checkpoint):
 
 def _refuse_other_optimizer(trainer: L.Trainer) -> None:
     for optimizer in trainer.optimizers:
-        odd = [name for group in optimizer.param_groups for name in optimizer.defaults if name not in group]
+        wanted = optimizer.defaults.keys() - {"differentiable"}  # which PyTorch adds to every optimiser when it loads
+        odd = sorted(name for group in optimizer.param_groups for name in wanted if name not in group)
         if odd:
             kind = type(optimizer).__name__
             raise ZooError(f"the checkpoint's optimiser is no {kind}, it has no {odd[0]!r}: keep model.optim.name")
