@@ -98,9 +98,25 @@ def test_a_fifo_is_no_recipe(here: Path, capsys: pytest.CaptureFixture[str]) -> 
         ["fit", "fifo.yaml"],
         ["fit", "toy.yaml", "--config", "fifo.yaml"],
         ["fit", "toy.yaml", "--config=."],
+        ["fit", "toy.yaml", "--model.optim=fifo.yaml"],
+        ["fit", "inner.yaml"],
+        ["fit", "toy.yaml", "--trainer", "inner.yaml"],
     ):
+        (here / "inner.yaml").write_text(yaml.safe_dump({**CONFIG, "trainer": {"plugins": "fifo.yaml"}}))
         assert main(words) == 2
         _line(capsys)
+
+
+@pytest.mark.parametrize("key", ["model", "data", "trainer", "model.optim", "trainer.logger"])
+def test_files_of_settings_are_bounded_and_of_this_machine(
+    key: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "bomb.yaml").write_text(BOMB)
+    assert main(["fit", "toy.yaml", f"--{key}", "bomb.yaml"]) == 2
+    assert ("values once its aliases are expanded" in _line(capsys)) == (key != "model.optim")  # which tells its type
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("an address was asked"))
+    assert main(["fit", "toy.yaml", f"--{key}", "http://127.0.0.1:9/x.yaml"]) == 2
+    _line(capsys)
 
 
 def test_a_recipe_with_a_byte_order_mark(here: Path) -> None:

@@ -411,7 +411,9 @@ class ImprovedMeanFlow(GuidedMeanFlow):
 
 # ----------------------------------------------------------------------------------------------------------- 4. models
 
+# As for sampling: without v-head.
 _LATENTS: dict[str, Any] = {"patch_size": 2, "latent_mean": LATENT_MEAN, "latent_std": LATENT_STD}
+_LATENTS |= {"velocity_head": False}
 
 
 def _size(depth: int, dim: int, omega: float, interval: tuple[float, float], overrides: dict[str, Any]) -> Any:
@@ -420,22 +422,22 @@ def _size(depth: int, dim: int, omega: float, interval: tuple[float, float], ove
 
 
 def imf_b2(**overrides: Any) -> ImprovedMeanFlowDiT:
-    """iMF-B/2 on latents of 32 x 32 x 4."""
+    """iMF-B/2 on latents of 32 x 32 x 4, without v-head (``velocity_head=True`` has it), guided as its samples were."""
     return _size(12, 768, 8.0, (0.4, 0.65), overrides)
 
 
 def imf_m2(**overrides: Any) -> ImprovedMeanFlowDiT:
-    """iMF-M/2 on latents of 32 x 32 x 4."""
+    """iMF-M/2, likewise."""
     return _size(24, 768, 10.5, (0.4, 0.6), overrides)
 
 
 def imf_l2(**overrides: Any) -> ImprovedMeanFlowDiT:
-    """iMF-L/2 on latents of 32 x 32 x 4."""
+    """iMF-L/2, likewise."""
     return _size(32, 1024, 10.5, (0.4, 0.6), overrides)
 
 
 def imf_xl2(**overrides: Any) -> ImprovedMeanFlowDiT:
-    """iMF-XL/2 on latents of 32 x 32 x 4."""
+    """iMF-XL/2, likewise."""
     return _size(48, 1024, 8.0, (0.42, 0.62), overrides)
 
 
