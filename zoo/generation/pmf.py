@@ -163,7 +163,10 @@ class Perceptual:
 
     def networks(self) -> dict[str, FrozenNetwork]:
         """Of the losses there are, by name; their weights are read at first use."""
-        loads = {"lpips": partial(load_lpips, self.vgg), "convnext": partial(load_convnextv2, self.convnextv2)}
+        loads: dict[str, Any] = {
+            "lpips": partial(load_lpips, self.vgg),
+            "convnext": partial(load_convnextv2, self.convnextv2),
+        }
         return {name: FrozenNetwork(loads[name]) for name in self.weights}
 
 
@@ -280,7 +283,8 @@ class PixelMeanFlow(GuidedMeanFlow):
         assert self.perceptual is not None
         facts = self.perceptual
         draws = self.draws(batch, "crop", 4)[rows]
-        boxes = random_boxes(draws, *truth.shape[2:], facts.scale, facts.ratio)
+        height, width = truth.shape[2:]
+        boxes = random_boxes(draws, height, width, facts.scale, facts.ratio)
         first, second = (crop_resize(x.float(), boxes, facts.size) for x in (pictures, truth))
         found = {}
         for name, held in self.perception.items():
