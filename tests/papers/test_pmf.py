@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from tests.training.sampling_task import data, trainer
+from zoo.command.cli import main
 from zoo.errors import ZooError
 from zoo.generation import pmf
 from zoo.nn.perceptual import ConvNeXtV2Features, FrozenNetwork
@@ -194,3 +195,19 @@ def test_wrong_arguments_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     task = pmf.PixelMeanFlow(**SIZES, optim=FAST, perceptual=pmf.Perceptual(vgg=str(tmp_path / "no.pth")))
     with pytest.raises(ZooError, match="no weights of LPIPS"):  # before the first step
         trainer(max_epochs=1).fit(task, datamodule=data())
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--average=ema_7", "zoo: unknown average 'ema_7'"),
+        ("--sweep={omega: 1.0}", "zoo: sweep: omega wants a list of values, not 1.0"),
+        ("--sweep={shade: [1.0]}", "unknown sampling option of PixelMeanFlow 'shade'"),
+    ],
+)
+def test_the_command_tells_what_cannot_be_chosen(
+    option: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["test", "pmf/pocket", "--trainer.accelerator=cpu", option]) == 2
+    assert line in capsys.readouterr().err
