@@ -600,6 +600,12 @@ def _quiet(debug: bool = False) -> Iterator[None]:
         return
     names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
     loggers = [logging.getLogger(name) for name in (*names, "lightning.fabric.utilities.seed")]
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, file, *where, **line: (
+        f"{message}\n"
+        if Path(file).is_relative_to(Path(zoo.__file__).parent)
+        else before(message, category, file, *where, **line)
+    )
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
@@ -625,5 +631,6 @@ def _quiet(debug: bool = False) -> Iterator[None]:
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
             yield
     finally:
+        warnings.formatwarning = before
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
