@@ -97,6 +97,9 @@ def test_fit_resume_and_test_a_row(here: Path, capsys: pytest.CaptureFixture[str
     for path in (here / "runs").rglob("result.json"):
         if "--data.length" in path.read_text() or "extra" in path.read_text():
             path.unlink()
+    for at, odd in enumerate(("{}", "7", '"toys:short"', '{"row": "toys:short"}', '{"row": 7, "verdict": 1}')):
+        (here / "runs" / str(at)).mkdir()
+        (here / "runs" / str(at) / "result.json").write_text('{"verdict": %s}' % odd)  # noqa: UP031
     # The user's own result stands beside the published one.
     assert main(["leaderboard", "toys", "--results", "runs", "--json"]) == 0
     rows = {row["id"]: row for row in json.loads(capsys.readouterr().out)}
@@ -106,6 +109,7 @@ def test_fit_resume_and_test_a_row(here: Path, capsys: pytest.CaptureFixture[str
     assert main(["leaderboard", "toys", "--results", "runs", "--markdown", "board.md"]) == 0
     assert "within tolerance" in (here / "board.md").read_text()
     assert main(["leaderboard", "--results", "nowhere"]) == 2
+    assert main(["leaderboard", "toys", "--html", "."]) == 2
 
 
 def test_a_row_is_tested_with_its_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

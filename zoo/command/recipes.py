@@ -211,6 +211,9 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init["trainer"]
+        devices, cores = str(config["devices"]), os.cpu_count() or 1
+        if self._on_cpu(config) and devices.isdecimal() and int(devices) > max(64, 8 * cores):
+            raise ZooError(f"trainer.devices: {devices} processes on a machine of {cores} cores")
         self.folder = self._folder(Path(config["default_root_dir"] or "runs"))
         callbacks = config["callbacks"] or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
@@ -242,10 +245,13 @@ class RecipeCLI(LightningCLI):
             drop_empty(self.folder)
             raise
 
+    def _on_cpu(self, config: Mapping[str, Any]) -> bool:
+        return config["accelerator"] == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+
     def _precision(self, config: Mapping[str, Any]) -> Any:
         """A recipe's mixed precision is float32 on a CPU that would have to emulate it, unless the user asks for it."""
         asked = any(word.partition("=")[0] == "--trainer.precision" for word in self.line.asked)
-        on_cpu = config["accelerator"] == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        on_cpu = self._on_cpu(config)
         # Lightning takes bf16 for a 16-mixed on a CPU too.
         if config["precision"] in ("bf16-mixed", "16-mixed") and on_cpu and not asked and not cpu_has_bfloat16():
             return "32-true"

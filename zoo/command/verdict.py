@@ -136,6 +136,8 @@ def results_of(folder: str | Path) -> dict[str, list[dict[str, Any]]]:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             judged = dict(record["verdict"])
+            if not isinstance(judged["verdict"], str) or not isinstance(judged["measured"], int | float | None):
+                continue
             entry = {**judged, "date": record.get("date"), "file": str(path)}
             found.setdefault(judged["row"], []).append(entry)
         except (OSError, ValueError, TypeError, LookupError):  # of another command, or broken

@@ -175,7 +175,7 @@ def _unwrap(content: Any, path: Path, use_ema: bool | None) -> dict[str, Tensor]
     """Descends from the top of a file to the dict whose values are tensors; entries beside tensors are left."""
     is_run = isinstance(content, Mapping) and "pytorch-lightning_version" in content
     average: dict[str, Tensor] = {}
-    named = ""
+    named, top = "", list(content) if isinstance(content, Mapping) else []
     while isinstance(content, Mapping):
         if not named and (named := next((key for key in _averages(content) if _below(content[key])), "")):
             average = _below(content[named])
@@ -192,6 +192,8 @@ def _unwrap(content: Any, path: Path, use_ema: bool | None) -> dict[str, Tensor]
         raise ZooError(f"{path}: use_ema: holds no averaged weights")
     if use_ema is False and not raw:
         raise ZooError(f"{path}: use_ema=False: holds averaged weights only ({named})")
+    if not average and use_ema is None and (odd := next((key for key in AVERAGED if key in top), None)):
+        say(f"{path.name}: the raw weights are taken, as {odd} holds no tensors by name")
     if not average or use_ema is False:
         return raw
     if raw:
@@ -237,6 +239,8 @@ def _network(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if "n_averaged" in state and all(key.startswith("module.") for key in state if key != "n_averaged"):
+        state = {key: value for key, value in state.items() if key != "n_averaged"}  # of torch's AveragedModel
     for prefix in PREFIXES:
         if state and all(key.startswith(prefix) for key in state):
             return _without_prefix({key.removeprefix(prefix): value for key, value in state.items()})
