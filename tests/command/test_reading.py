@@ -175,6 +175,8 @@ def test_print_config_and_help_of_the_recipes_own_classes(here: Path, capsys: py
     assert "--data.train_samples" in output("--data.help", "--trainer.max_epochs=1")
     assert "--model.drop_path_rate" in output("--model=MAEFineTuning", "--model.help")
     assert "last or best" in output("--help")
+    assert main(["fit", "mae/pocket", "--model.optim.help"]) == 2
+    assert "--model.optim.help: --model.help lists what it takes" in _line(capsys)
     assert not (here / "runs").exists()
 
 

@@ -42,6 +42,7 @@ CARD: dict[str, Any] = {
         {**ROW, "id": "three", "value": 4.0, "logged": "test/loss", "weights": "tiny.a"}
         | {"options": {"model.num_classes": 3, "data.length": 8}},
         {**ROW, "id": "bare", "value": None, "recipe": None},
+        {**ROW, "id": "first", "value": 5.0, "then": "toys:three", "options": {"trainer.max_epochs": 1}},
     ],
 }
 CODE = """
@@ -153,6 +154,13 @@ def test_weights_for_other_pictures_are_refused(here: Path, monkeypatch: pytest.
     monkeypatch.setattr("zoo.weights.pretrained.fetch_weights", {}.__getitem__)
     with pytest.raises(KeyError, match="tiny"):  # fetched
         load_published(torch.nn.Linear(1, 1), "tiny.a", catalog.paper("toys"), latents)
+
+
+def test_a_first_stage_says_what_comes_then(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "toys:first"]) == 0
+    assert "then zoo fit toys:three --model.init_from CHECKPOINT\n" in capsys.readouterr().out
+    assert main(["fit", "toys:first"]) == 0
+    assert "second stage: then zoo fit toys:three --model.init_from runs/toys/first/" in capsys.readouterr().out
 
 
 def test_show_a_row(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

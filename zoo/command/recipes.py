@@ -59,7 +59,7 @@ from zoo.command.runs import (
     run_of,
     short_path,
 )
-from zoo.command.verdict import verdict, verdict_line
+from zoo.command.verdict import second_stage, verdict, verdict_line
 from zoo.errors import ZooError
 from zoo.machine import cpu_has_bfloat16
 from zoo.training.checkpoints import (
@@ -579,6 +579,9 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
     for path in dict.fromkeys(short_path(path) for path in paths if path):
         print(f"checkpoint: {path}")
     print(f"run: {short_path(cli.folder)} ({seconds:.0f} s)")
+    if cli.what == "fit" and catalog.is_row(cli.recipe) and (row := catalog.row(cli.recipe)[1]).then:
+        last = next(filter(None, paths), "CHECKPOINT")
+        print(f"the row's {row.metric} comes of a second stage: {second_stage(row, short_path(last))}")
 
 
 def _set_by_its_run(cli: RecipeCLI) -> list[str]:
