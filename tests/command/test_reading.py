@@ -141,7 +141,7 @@ def test_a_recipe_with_a_byte_order_mark(here: Path) -> None:
         ("--resume=x", "did you mean 'ckpt_path'?"),
         ("--model.lr=3", "did you mean 'model.optim.base_lr'?"),
         ("--model.dept=3", "did you mean 'model.depth'?"),
-        ("--quux=3", "unknown key 'quux'; known: ckpt_path"),
+        ("--quux=3", "unknown key 'quux'; known: average, ckpt_path"),
         ("--trainer.quux=3", "unknown key 'trainer.quux'; --help lists what trainer has"),
         ("--model=evil.Task", "No module named 'evil'"),
         ("--model=os.popen", "os.popen is not imported"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -30,6 +29,7 @@ from zoo.command.parse_errors import class_files
 from zoo.command.runs import folder_name, safe_name
 from zoo.command.verdict import row_words
 from zoo.errors import ZooError
+from zoo.files import module_from
 from zoo.paths import share
 
 # A dict with a `class_path` stays a dict where an argument takes anything, no value may name what runs code, and files
@@ -363,15 +363,9 @@ def _load_declared(module: Any, folder: Path) -> Path:
         if getattr(sys.modules[name], "__file__", None) == str(path):
             return path
         raise ZooError(f"module: the name {name!r} is taken by another module; rename {path.name}")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[name] = made
     try:
-        spec.loader.exec_module(made)
+        module_from(path, name)
     except Exception as error:
-        del sys.modules[name]
         raise ZooError(f"module {path.name}: {type(error).__name__}: {error}") from error
     return path
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -22,11 +22,12 @@ from typing import Any, Literal
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import dropout, rms_norm, silu
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import ZooError
 from zoo.nn import vit
+from zoo.nn.protocol import intermediate_indices
 from zoo.nn.vit import NORM_EPS, init_as_linear
 from zoo.ops.attention import attention
 from zoo.ops.patches import unpatchify
@@ -70,7 +71,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
+        return rms_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
 def _norm(kind: str, dim: int) -> nn.Module:
@@ -115,10 +116,14 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(vit.Attention):
-    """Multi-head self-attention with optional query-key norm and rotary positions."""
+    """Multi-head self-attention with optional query-key norm and rotary positions; dropout of the attention weights and
+    of what comes out."""
 
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, qk_norm: bool = False, attn_drop: float = 0.0, proj_drop: float = 0.0
+    ) -> None:
         super().__init__(dim, num_heads)
+        self.attn_drop, self.proj_drop = attn_drop, proj_drop
         self.q_norm: nn.Module = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
 
@@ -129,27 +134,31 @@ class Attention(vit.Attention):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(batch, length, dim))
+        # Under autocast v is in half precision, and so is the product; the sums of q and k were wider.
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        out = attention(q, k, v, dropout=self.attn_drop if self.training else 0.0)
+        return dropout(self.proj(out.transpose(1, 2).reshape(batch, length, dim)), self.proj_drop, self.training)
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(a) * b) with (a, b) = w12(x); hidden width int(2/3 * hidden)."""
+    """w3(silu(a) * b) with (a, b) = w12(x); hidden width int(2/3 * hidden), of which `drop` are dropped."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()
         hidden = int(hidden * 2 / 3)
         self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+        self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.w12(x).chunk(2, dim=-1)
-        return self.w3(silu(a) * b)
+        return self.w3(dropout(silu(a) * b, self.drop, self.training))
 
 
-def _mlp(kind: str, dim: int, hidden: int) -> nn.Module:
+def _mlp(kind: str, dim: int, hidden: int, drop: float) -> nn.Module:
     if kind == "swiglu":
-        return SwiGLU(dim, hidden)
+        return SwiGLU(dim, hidden, drop)
     gelu: Any = partial(nn.GELU, approximate="tanh" if kind == "gelu_tanh" else "none")
-    return Mlp(dim, hidden, act_layer=gelu)
+    return Mlp(dim, hidden, act_layer=gelu, drop=(drop, 0.0))  # type: ignore[arg-type]
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
@@ -162,13 +171,21 @@ class DiTBlock(nn.Module):
     """x + gate * attention(modulate(norm(x))), then x + gate * mlp(modulate(norm(x))); the six vectors come from the
     condition."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, style: BlockStyle = BlockStyle()) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        style: BlockStyle = BlockStyle(),
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
         super().__init__()
         self.shift = style.shift
         self.norm1 = _norm(style.norm, dim)
-        self.attn = Attention(dim, num_heads, style.qk_norm)
+        self.attn = Attention(dim, num_heads, style.qk_norm, attn_drop, proj_drop)
         self.norm2 = _norm(style.norm, dim)
-        self.mlp = _mlp(style.mlp, dim, int(dim * mlp_ratio))
+        self.mlp = _mlp(style.mlp, dim, int(dim * mlp_ratio), proj_drop)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, (6 if style.shift else 4) * dim))
 
     def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -198,12 +215,15 @@ class FinalLayer(nn.Module):
 
 
 class BottleneckPatchEmbed(vit.PatchEmbed):
-    """A patch embedding of low rank: p x p convolution without bias to `bottleneck` channels, then 1 x 1 (JiT)."""
+    """A patch embedding of low rank: p x p convolution to `bottleneck` channels, then 1 x 1 with bias. The first has a
+    bias in pMF, none in JiT."""
 
-    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bottleneck: int) -> None:
+    def __init__(
+        self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bottleneck: int, bias: bool = False
+    ) -> None:
         super().__init__(img_size, patch_size, in_chans, embed_dim)
         del self.proj
-        self.proj1 = nn.Conv2d(in_chans, bottleneck, patch_size, stride=patch_size, bias=False)
+        self.proj1 = nn.Conv2d(in_chans, bottleneck, patch_size, stride=patch_size, bias=bias)
         self.proj2 = nn.Conv2d(bottleneck, embed_dim, 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -231,6 +251,8 @@ class DiT(nn.Module):
             (not stored), or there is "none".
         bottleneck: rank of the patch embedding; None for a full one.
         context_tokens: class tokens, prepended to the patches before block `context_start` and dropped at the end.
+        attn_drop, proj_drop: dropout of attention weights, and of the attention's output and the MLP's hidden units; in
+            the middle half of the blocks only (JiT, Table 9).
         grad_checkpointing: recompute activations in the backward pass.
     """
 
@@ -252,9 +274,12 @@ class DiT(nn.Module):
         bottleneck: int | None = None,
         context_tokens: int = 0,
         context_start: int = 0,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        style = BlockStyle(**style) if isinstance(style, Mapping) else style  # as a checkpoint holds it
         if context_tokens and not (num_classes and 0 <= context_start < depth):
             raise ZooError("context tokens want labels (num_classes) and a context_start below depth")
         if not times or any(not name.isidentifier() for name in times):
@@ -280,7 +305,13 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", table, persistent=pos_embed == "stored")
         if context_tokens:
             self.in_context_posemb = nn.Parameter(torch.empty(1, context_tokens, embed_dim))
-        self.blocks = nn.ModuleList(DiTBlock(embed_dim, num_heads, mlp_ratio, style) for _ in range(depth))
+        if not (0 <= attn_drop < 1 and 0 <= proj_drop < 1):
+            raise ZooError(f"dropout is a share in [0, 1), not attn_drop {attn_drop} or proj_drop {proj_drop}")
+        middle = range(depth // 4, depth // 4 * 3)
+        self.blocks = nn.ModuleList(
+            DiTBlock(embed_dim, num_heads, mlp_ratio, style, *((attn_drop, proj_drop) if k in middle else ()))
+            for k in range(depth)
+        )
         self.final_layer = FinalLayer(embed_dim, patch_size, self.out_chans, style)
         cos, sin = rope_2d(embed_dim // num_heads, grid, context_tokens) if style.rope else (None, None)
         self.rope_cos: Tensor | None
@@ -334,22 +365,52 @@ class DiT(nn.Module):
         c = sum(embedder(value) for embedder, value in zip(self.time_embedders, values, strict=True))
         return c if labels is None else c + self.y_embedder(labels)
 
-    def forward(
+    def forward(self, x: Tensor, times: Tensor | Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
+        """x (B, C, S, S), scalar conditions (B,) in the order of `times`, labels (B,) to (B, C_out, S, S)."""
+        c = self.condition(times, labels)
+        for x in self._states(x, c, labels):  # noqa: B007, B020 (the last one is wanted)
+            pass
+        return self._end(x, c)
+
+    def forward_intermediates(
         self,
         x: Tensor,
         times: Tensor | Sequence[Tensor],
         labels: Tensor | None = None,
-        return_acts: bool = False,
+        indices: int | Sequence[int] | None = None,
+        stop_early: bool = False,
+        intermediates_only: bool = False,
     ) -> Any:
-        """x (B, C, S, S), scalar conditions (B,) in the order of `times`, labels (B,) to (B, C_out, S, S).
+        """The output (B, C_out, S, S) as of :meth:`forward`, and the outputs (B, N, D) of blocks, in their order.
 
-        With `return_acts`, also the list of the outputs (B, N, D) of the blocks; context tokens come first in them.
+        Context tokens come first in them.
+
+        Args:
+            x, times, labels: as of :meth:`forward`.
+            indices: of which blocks, negative ones from the end; the last n for a number, all for None.
+            stop_early: compute no more than is asked for; only with `intermediates_only`.
+            intermediates_only: the list of blocks' outputs alone, without the network's before it.
+
+        Raises:
+            ZooError: a block that is not there, or `stop_early` where the network's output is wanted too.
         """
+        if stop_early and not intermediates_only:
+            raise ZooError("stop_early leaves the network's output out: set intermediates_only too")
+        wanted = intermediate_indices(indices, len(self.blocks), "blocks")
         c = self.condition(times, labels)
+        found = []
+        for index, x in enumerate(self._states(x, c, labels)):  # noqa: B020 (the last one is wanted)
+            if index in wanted:
+                found.append(x)
+            if stop_early and index == wanted[-1]:
+                break
+        return found if intermediates_only else (self._end(x, c), found)
+
+    def _states(self, x: Tensor, c: Tensor, labels: Tensor | None) -> Iterator[Tensor]:
+        """The tokens after each block."""
         x = self.x_embedder(x)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        acts = []
         for index, block in enumerate(self.blocks):
             if self.context_tokens and index == self.context_start:
                 context = self.y_embedder(labels).unsqueeze(1) + self.in_context_posemb
@@ -359,11 +420,10 @@ class DiT(nn.Module):
                 x = checkpoint(block, x, c, rope, use_reentrant=False)
             else:
                 x = block(x, c, rope)
-            if return_acts:
-                acts.append(x)
-        patches = self.final_layer(x[:, self.context_tokens :], c)
-        out = unpatchify(patches, self.patch_size)
-        return (out, acts) if return_acts else out
+            yield x
+
+    def _end(self, x: Tensor, c: Tensor) -> Tensor:
+        return unpatchify(self.final_layer(x[:, self.context_tokens :], c), self.patch_size)
 
     def _rope(self, without_context: bool) -> tuple[Tensor, Tensor] | None:
         if self.rope_cos is None or self.rope_sin is None:
@@ -423,7 +483,7 @@ def flax_to_torch(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if leaf not in _FLAX_LEAVES:
             raise ZooError(f"not a flax parameter: {path!r} ends in none of {', '.join(_FLAX_LEAVES)}")
         names = [re.sub(r"^layers_(\d+)$", r"\1", part) for part in parts if not part.startswith("_flax_")]
-        if leaf == "kernel":
+        if leaf == "kernel" and value.ndim > 1:  # that of a norm is a vector
             value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.transpose(0, 1)
         converted[".".join([*names, _FLAX_LEAVES[leaf]])] = value
     return converted
