@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
-from zoo.formats import flax, pickles, pytorch, t5x, torch7, zips
+from zoo.formats import flax, persistence, pickles, pytorch, t5x, torch7, zips
 from zoo.weights.download import page, say
 
 # Where files keep weights: those that an optimiser moved, and their averages. Of each the first that is there counts.
@@ -75,8 +75,9 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
 
 def read_state_dict(path: str | os.PathLike[str], use_ema: bool | str | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, by name: safetensors, PyTorch, out of wrappers such as ``{"model": ...}``,
-    pickled NumPy arrays of Caffe2, Detectron and detectron2 (``.pkl``), ``.npz``, Torch7 (``.t7``), by place, a folder
-    or zip of t5x, or flax (``.msgpack``, or a zip of ``checkpoint_<step>``), by path.
+    pickled NumPy arrays of Caffe2, Detectron and detectron2 (``.pkl``), pickled modules of EDM and StyleGAN, ``.npz``,
+    Torch7 (``.t7``), by place, a folder or zip of t5x, or flax (``.msgpack``, or a zip of ``checkpoint_<step>``), by
+    path.
 
     A prefix that every key carries (``module.``, ``model.``) is taken off; of a checkpoint of ours, the network is
     taken (``network.``), not the metrics beside it. Nothing in the file is executed.
@@ -146,6 +147,8 @@ def _read(path: Path, use_ema: bool | str | None) -> dict[str, Tensor]:
         return _only(torch7.read_state_dict(path), path, use_ema)
     if path.suffix == ".npz":
         return _only(_read_npz(path), path, use_ema)
+    if persistence.is_persistent(path):
+        return _unwrap(persistence.read(path), path, use_ema)
     if pickles.is_array_pickle(path):
         return _unwrap(pickles.read(path), path, use_ema)
     try:
