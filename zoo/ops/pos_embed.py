@@ -59,6 +59,20 @@ def rope_2d(head_dim: int, grid: tuple[int, int], num_prefix: int = 0, theta: fl
     return angles.cos().float(), angles.sin().float()
 
 
+def rope_1d(head_dim: int, length: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (length, head_dim), float32, of rotary positions in a row: the pair (2i, 2i+1) of a head's
+    channels turns at rate theta^(-2i / head_dim).
+
+    Raises:
+        ZooError: `head_dim` is odd.
+    """
+    if head_dim % 2:
+        raise ZooError(f"rotary positions want heads of an even width, not {head_dim}")
+    rates = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = (torch.arange(length)[:, None] * rates).repeat_interleave(2, dim=1)
+    return angles.cos().float(), angles.sin().float()
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the channel pairs (2i, 2i+1) of queries or keys (B, H, N, D) by the angles of `cos` and `sin` (N, D)."""
     turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
