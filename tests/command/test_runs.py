@@ -51,6 +51,7 @@ class Task(pl.LightningModule):
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
         self.log("val/loss", float(abs(self.current_epoch - 1)))
+        self.log("val/third", torch.tensor(1 / 3, dtype=torch.float64))
 
     test_step = validation_step
 
@@ -145,6 +146,19 @@ def test_last_is_the_newest_state_and_best_the_best_over_all_parts(here: Path, c
     capsys.readouterr()
     assert main(["validate", "toy.yaml", "--ckpt_path", "best"]) == 0
     assert f"from runs/toy/{other.name}/checkpoints/best.ckpt" in capsys.readouterr().out
+
+
+def test_a_run_stopped_before_its_result_was_written_writes_the_same(here: Path) -> None:
+    assert main(["fit", "toy.yaml"]) == 0
+    result = runs(here)[0] / "result.json"
+    metrics = json.loads(result.read_text())["metrics"]
+    assert metrics["val/third"] == 1 / 3
+    result.unlink()
+    assert main(["fit", "toy.yaml", "--ckpt_path", "last"]) == 0
+    again = json.loads(result.read_text())["metrics"]
+    assert {key: again[key] for key in again if not key.startswith("time/")} == {
+        key: metrics[key] for key in metrics if not key.startswith("time/")
+    }
 
 
 @pytest.mark.parametrize("every", [["--trainer.check_val_every_n_epoch", "3"], ["--trainer.limit_val_batches", "0"]])

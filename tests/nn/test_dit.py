@@ -48,12 +48,36 @@ def _stirred(network: DiT) -> DiT:
 def test_a_new_network_is_zero_and_its_blocks_are_the_identity(style: str) -> None:
     network = DiT(**SMALL, style=STYLES[style])
     x, t, y = _inputs()
-    out, acts = network(x, t, y, return_acts=True)
+    out, acts = network.forward_intermediates(x, t, y)
     assert out.shape == x.shape
     assert out.abs().max() == 0
     assert len(acts) == 3
     embedded = network.x_embedder(x) + network.pos_embed
     assert all(torch.equal(act, embedded) for act in acts)
+
+
+def test_intermediates_are_the_outputs_of_the_blocks_that_are_asked_for() -> None:
+    network = _stirred(DiT(**SMALL, context_tokens=2, context_start=1))
+    inputs, ran = _inputs(), []
+    for block in network.blocks:
+        block.register_forward_hook(lambda block, arguments, output: ran.append(output))
+    out, acts = network.forward_intermediates(*inputs)
+    assert [act.shape[1] for act in acts] == [16, 18, 18]
+    assert all(act is output for act, output in zip(acts, ran, strict=True))
+    torch.testing.assert_close(out, network(*inputs))
+    for indices, picked in (([0, -1], [0, 2]), (2, [1, 2]), ([1], [1])):
+        _, found = network.forward_intermediates(*inputs, indices=indices)
+        assert all(torch.equal(act, acts[k]) for act, k in zip(found, picked, strict=True))
+    ran.clear()
+    (first,) = network.forward_intermediates(*inputs, indices=[0], stop_early=True, intermediates_only=True)
+    assert len(ran) == 1
+    assert torch.equal(first, acts[0])
+    network.set_grad_checkpointing()
+    assert torch.equal(network.forward_intermediates(*inputs)[1][-1], acts[-1])
+    with pytest.raises(ZooError, match="blocks 0 to 2"):
+        network.forward_intermediates(*inputs, indices=[3])
+    with pytest.raises(ZooError, match="intermediates_only"):
+        network.forward_intermediates(*inputs, indices=[0], stop_early=True)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -154,7 +178,7 @@ def test_the_modern_block_is_that_of_jit(shared: Path, name: str) -> None:
         context_start=facts["in_context_start"],
     )
     parity.load_filled(network, case, _jit)
-    out, acts = network(inputs["x"], inputs["t"], inputs["y"], return_acts=True)
+    out, acts = network.forward_intermediates(inputs["x"], inputs["t"], inputs["y"])
     found = {"out": out, **{f"block{k}": act for k, act in enumerate(acts)}}
     compared = [key for key in case["outputs"] if key in found]
     assert "out" in compared

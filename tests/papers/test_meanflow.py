@@ -152,6 +152,30 @@ def test_checkpointing_changes_no_number() -> None:
     torch.testing.assert_close(saved, plain)
 
 
+@pytest.mark.parametrize("equal", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_outputs_of_blocks_come_with_the_loss(equal: float, checkpointing: bool) -> None:
+    """In the order of the samples, with the gradient of a plain pass, and without changing the loss."""
+    task = _task(guidance=None, pairs=mf.TimePairs(equal=equal, equal_by="chance"))
+    network, batch = _stirred(task.network), _batch()
+    network.set_grad_checkpointing(checkpointing)
+    plain = task.loss(batch)
+    x, noise, options = batch["image"], batch["noise"], {"power": task.loss_power, "eps": task.loss_eps}
+    t, r = task.pairs.pairs(*(batch[name] for name in ("noise_t", "noise_r", "chance")))
+    options |= task.condition(batch)
+    out = mf.meanflow_loss(network, x, noise, t, r, blocks=[0, -1], **options)
+    torch.testing.assert_close(out.loss, plain.loss)
+    labels = mf.drop_labels(batch["label"], options["dropped"], 5)
+    z = mf.PATH.interpolate(x, noise, t)
+    _, acts = network.forward_intermediates(z, (t, t - r), labels, indices=[0, -1])
+    weight = network.blocks[0].attn.qkv.weight
+    for act, own in zip(out.acts, acts, strict=True):
+        torch.testing.assert_close(act, own)
+        draw = torch.randn_like(act)
+        ours, theirs = (torch.autograd.grad((a * draw).sum(), weight, retain_graph=True)[0] for a in (act, own))
+        torch.testing.assert_close(ours, theirs)
+
+
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 

@@ -162,10 +162,22 @@ class Guidance:
         return omega * v + (1 - omega - kappa) * unconditional + kappa * conditional
 
 
+def _times(network: Any, t: Tensor, r: Tensor) -> list[Tensor]:
+    values = {"t": t, "r": r, "h": t - r}
+    return [values[name] for name in getattr(network, "times", TIMES)]
+
+
 def average_velocity(network: Callable[..., Tensor], z: Tensor, t: Tensor, r: Tensor, condition: Any = None) -> Tensor:
     """u(z, r, t) (B, ...): the network at those of t, r and h = t - r that it is conditioned on (Table 1c)."""
-    values = {"t": t, "r": r, "h": t - r}
-    return network(z, [values[name] for name in getattr(network, "times", TIMES)], condition)
+    return network(z, _times(network, t, r), condition)
+
+
+def _velocity_and_acts(
+    network: Any, z: Tensor, t: Tensor, r: Tensor, condition: Any, blocks: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
+    if not blocks:
+        return average_velocity(network, z, t, r, condition), []
+    return network.forward_intermediates(z, _times(network, t, r), condition, indices=blocks)
 
 
 def velocity_and_derivative(
@@ -176,30 +188,37 @@ def velocity_and_derivative(
     condition: Any,
     velocity: Tensor,
     tangent: tuple[float, float] = (0.0, 1.0),
-) -> tuple[Tensor, Tensor]:
-    """u and its derivative along (dz, dr, dt) = (velocity, *tangent); Table 1b has wrong tangents.
+    blocks: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """u, its derivative along (dz, dr, dt) = (velocity, *tangent), and the outputs (B, N, D) of `blocks`. Table 1b has
+    wrong tangents.
 
     In one forward pass, of which u can be differentiated; in two for a network that checkpoints its activations, where
     the second keeps none. Fused attention has no forward-mode derivative, so the written-out kernel is taken.
     """
     dr, dt = (torch.full_like(t, value) for value in tangent)
     if getattr(network, "grad_checkpointing", False) and torch.is_grad_enabled():
-        u = average_velocity(network, z, t, r, condition)
+        u, acts = _velocity_and_acts(network, z, t, r, condition, blocks)
         with torch.no_grad():
-            return u, velocity_and_derivative(network, z, t, r, condition, velocity, tangent)[1]
+            return u, velocity_and_derivative(network, z, t, r, condition, velocity, tangent)[1], acts
     with sdpa_kernel(SDPBackend.MATH):
-        u, derivative, *_ = torch.func.jvp(
-            lambda z, t, r: average_velocity(network, z, t, r, condition), (z, t, r), (velocity, dt, dr)
+        # Typed for functions without further outputs.
+        return torch.func.jvp(  # type: ignore[return-value]
+            lambda z, t, r: _velocity_and_acts(network, z, t, r, condition, blocks),
+            (z, t, r),
+            (velocity, dt, dr),
+            has_aux=True,
         )
-    return u, derivative
 
 
 class Loss(NamedTuple):
-    """The `loss` (), and per sample (B,) the `error` |u - target|^2 that it weighs and |u - v|^2, which is watched."""
+    """The `loss` (), and per sample (B,) the `error` |u - target|^2 that it weighs and |u - v|^2, which is watched;
+    with their gradient the outputs `acts` (B, N, D) of the blocks that were asked for."""
 
     loss: Tensor
     error: Tensor
     velocity_error: Tensor
+    acts: Sequence[Tensor] = ()
 
 
 def adaptive_loss(error: Tensor, power: float = 1.0, eps: float = 0.01) -> Tensor:
@@ -221,6 +240,7 @@ def meanflow_loss(
     power: float = 1.0,
     eps: float = 0.01,
     tangent: tuple[float, float] = (0.0, 1.0),
+    blocks: Sequence[int] = (),
 ) -> Loss:
     """The loss of a batch (sections 4.1 and 4.2).
 
@@ -235,6 +255,7 @@ def meanflow_loss(
         dropped: (B,) bool: these train the unconditional velocity, towards the plain v.
         power, eps: of :func:`adaptive_loss`.
         tangent: (dr, dt) of the Jacobian-vector product.
+        blocks: of a transformer, those whose outputs are given too, in their order.
     """
     z, v = PATH.interpolate(x, noise, t), PATH.velocity(x, noise, t)
     given = condition
@@ -246,8 +267,11 @@ def meanflow_loss(
 
     still, apart = ((r >= t).nonzero()[:, 0], (r < t).nonzero()[:, 0])
     u = torch.empty_like(z)
+    parts: list[tuple[Tensor, list[Tensor]]] = []
     if len(still):
-        u = u.index_put((still,), average_velocity(network, *at(still, given)).to(u.dtype))
+        found, acts = _velocity_and_acts(network, *at(still, given), blocks)
+        u = u.index_put((still,), found.to(u.dtype))
+        parts.append((still, acts))
     target = v
     if guidance is not None and condition is not None and null_label is not None:
         conditional = None
@@ -262,13 +286,16 @@ def meanflow_loss(
             if dropped is not None:
                 target = torch.where(like(dropped, v), v, target)
     if len(apart):
-        moved, derivative = velocity_and_derivative(network, *at(apart, given), target[apart], tangent)
+        moved, derivative, acts = velocity_and_derivative(network, *at(apart, given), target[apart], tangent, blocks)
         u = u.index_put((apart,), moved.to(u.dtype))
+        parts.append((apart, acts))
         span = like(t - r, v)[apart]
         target = target.index_put((apart,), target[apart] - span * derivative.detach().to(v.dtype))
     error = (u - target).square().flatten(1).sum(1)
     watched = (u.detach() - v).square().flatten(1).sum(1)
-    return Loss(adaptive_loss(error, power, eps), error.detach(), watched)
+    order = torch.cat([rows for rows, _ in parts]).argsort()
+    together = [torch.cat(some)[order] for some in zip(*(acts for _, acts in parts), strict=True)]
+    return Loss(adaptive_loss(error, power, eps), error.detach(), watched, together)
 
 
 def steps(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import ZooError
 from zoo.nn import vit
+from zoo.nn.protocol import intermediate_indices
 from zoo.nn.vit import NORM_EPS, init_as_linear
 from zoo.ops.attention import attention
 from zoo.ops.patches import unpatchify
@@ -336,22 +337,52 @@ class DiT(nn.Module):
         c = sum(embedder(value) for embedder, value in zip(self.time_embedders, values, strict=True))
         return c if labels is None else c + self.y_embedder(labels)
 
-    def forward(
+    def forward(self, x: Tensor, times: Tensor | Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
+        """x (B, C, S, S), scalar conditions (B,) in the order of `times`, labels (B,) to (B, C_out, S, S)."""
+        c = self.condition(times, labels)
+        for x in self._states(x, c, labels):  # noqa: B007, B020 (the last one is wanted)
+            pass
+        return self._end(x, c)
+
+    def forward_intermediates(
         self,
         x: Tensor,
         times: Tensor | Sequence[Tensor],
         labels: Tensor | None = None,
-        return_acts: bool = False,
+        indices: int | Sequence[int] | None = None,
+        stop_early: bool = False,
+        intermediates_only: bool = False,
     ) -> Any:
-        """x (B, C, S, S), scalar conditions (B,) in the order of `times`, labels (B,) to (B, C_out, S, S).
+        """The output (B, C_out, S, S) as of :meth:`forward`, and the outputs (B, N, D) of blocks, in their order.
 
-        With `return_acts`, also the list of the outputs (B, N, D) of the blocks; context tokens come first in them.
+        Context tokens come first in them.
+
+        Args:
+            x, times, labels: as of :meth:`forward`.
+            indices: of which blocks, negative ones from the end; the last n for a number, all for None.
+            stop_early: compute no more than is asked for; only with `intermediates_only`.
+            intermediates_only: the list of blocks' outputs alone, without the network's before it.
+
+        Raises:
+            ZooError: a block that is not there, or `stop_early` where the network's output is wanted too.
         """
+        if stop_early and not intermediates_only:
+            raise ZooError("stop_early leaves the network's output out: set intermediates_only too")
+        wanted = intermediate_indices(indices, len(self.blocks), "blocks")
         c = self.condition(times, labels)
+        found = []
+        for index, x in enumerate(self._states(x, c, labels)):  # noqa: B020 (the last one is wanted)
+            if index in wanted:
+                found.append(x)
+            if stop_early and index == wanted[-1]:
+                break
+        return found if intermediates_only else (self._end(x, c), found)
+
+    def _states(self, x: Tensor, c: Tensor, labels: Tensor | None) -> Iterator[Tensor]:
+        """The tokens after each block."""
         x = self.x_embedder(x)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        acts = []
         for index, block in enumerate(self.blocks):
             if self.context_tokens and index == self.context_start:
                 context = self.y_embedder(labels).unsqueeze(1) + self.in_context_posemb
@@ -361,11 +392,10 @@ class DiT(nn.Module):
                 x = checkpoint(block, x, c, rope, use_reentrant=False)
             else:
                 x = block(x, c, rope)
-            if return_acts:
-                acts.append(x)
-        patches = self.final_layer(x[:, self.context_tokens :], c)
-        out = unpatchify(patches, self.patch_size)
-        return (out, acts) if return_acts else out
+            yield x
+
+    def _end(self, x: Tensor, c: Tensor) -> Tensor:
+        return unpatchify(self.final_layer(x[:, self.context_tokens :], c), self.patch_size)
 
     def _rope(self, without_context: bool) -> tuple[Tensor, Tensor] | None:
         if self.rope_cos is None or self.rope_sin is None:

@@ -222,7 +222,7 @@ class LastCheckpoint(Checkpoint):
         self._pending = self._ended = self.saved = self.stop = False
         if self._resumed:
             _refuse_other_optimizer(trainer)
-        values = {name: torch.tensor(value) for name, value in self.metrics.items()}
+        values = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.metrics.items()}
         trainer.callback_metrics.update(values)  # those of earlier epochs are part of the score
         if trainer.is_global_zero:
             for left in self.path.parent.glob(".*.part"):  # of a save that was killed
