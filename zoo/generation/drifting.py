@@ -6,7 +6,7 @@ A generator maps noise to a sample in one step, and its distribution q drifts to
 The drift of a sample x is V(x) = V+(x) - V-(x): attraction to real samples, each weighed by a kernel of its distance,
 less the same of generated ones. Swapping p and q turns V round, so that it vanishes where q = p. Training regresses a
 sample on where it should be, sg(x + V(x)). No teacher, no discriminator, no integration, no Jacobian. Images are
-compared in the features of a frozen encoder (a ResNet that was pre-trained as a masked autoencoder), feature by feature.
+compared in the features of a frozen encoder, a ResNet that was pre-trained as a masked autoencoder, each for itself.
 Guidance with scale alpha: real images of any class count among the generated ones, to be repelled; alpha is drawn in
 training, the generator is conditioned on it, and it is chosen when sampling.
 
@@ -28,7 +28,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -36,17 +36,30 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import ZooError
-from zoo.generation.drifting_encoder import FrozenFeatures, MAEResNetPretraining
+from zoo.generation.drifting_encoder import (
+    FrozenFeatures,
+    MAEResNetPretraining,
+    mae_resnet_256,
+    mae_resnet_640,
+    mae_resnet_640_pixel,
+)
+from zoo.metrics.energy import energy_score
 from zoo.metrics.generation import to_uint8
 from zoo.nn.autoencoder import PIXELS, FrozenAutoencoder
 from zoo.nn.dit import MODERN, SIZES, DiTBlock, FinalLayer, RMSNorm, TimestepEmbedder
-from zoo.nn.resnet_mae import FeatureSet, MAEResNet, convert_mae_resnet
+from zoo.nn.resnet_mae import FeatureSet, convert_mae_resnet
 from zoo.ops.collective import gather
 from zoo.ops.patches import patchify, unpatchify
 from zoo.ops.pos_embed import rope_1d, sincos_2d
 from zoo.training import BaseModule, Optim
-from zoo.training.bank import SampleBank
+from zoo.training.bank import Banks
 from zoo.training.sampling import draw_samples
+
+__all__ = [
+    "AlphaDistribution", "Banks", "Drift", "Drifting", "DriftingGenerator", "Field", "MAEResNetPretraining", "Sets",
+    "convert_official", "drift_loss", "drifting_b2", "drifting_b16", "drifting_l2", "drifting_l16", "mae_resnet_256",
+    "mae_resnet_640", "mae_resnet_640_pixel", "unconditional_weight",
+]  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------- 1. equations
 
@@ -84,7 +97,7 @@ class AlphaDistribution:
 
 
 def unconditional_weight(alpha: Tensor, generated: int, unconditional: int) -> Tensor:
-    """The weight (L,) of each unconditional sample among the negatives, by which the guidance is alpha (section 3.5)."""
+    """The weight (L,) of an unconditional sample among the negatives, by which the guidance is alpha (section 3.5)."""
     return (alpha - 1) * (generated - 1) / max(1, unconditional)
 
 
@@ -114,8 +127,8 @@ class Field:
 
 
 class Drift(NamedTuple):
-    """The `loss` (B,) of each problem, and () each: `scale`, the mean distance, and by temperature the `forces`, the mean
-    square of V before it is normalised, which says how far q is from p (the loss does not)."""
+    """The `loss` (B,) of each problem, and () each: `scale`, the mean distance, and by temperature the `forces`, the
+    mean square of V before it is normalised, which says how far q is from p (the loss does not)."""
 
     loss: Tensor
     scale: Tensor
@@ -206,21 +219,6 @@ class Sets:
             raise ZooError("a step wants one label and one positive at least, and two generated samples of it")
 
 
-@dataclass(frozen=True)
-class Banks:
-    """Samples that are kept of past batches.
-
-    Args:
-        size: of each class.
-        unconditional: of all classes together.
-        dtype: "float32", "float16", or for pictures "uint8", a quarter of the memory (exact where they were bytes).
-    """
-
-    size: int = 128
-    unconditional: int = 1000
-    dtype: Literal["float32", "float16", "uint8"] = "float32"
-
-
 # --------------------------------------------------------------------------------------------------------- 2. network
 
 BLOCKS = replace(MODERN, swiglu_multiple=32)
@@ -228,7 +226,7 @@ ALPHA_SCALE = 0.02
 
 
 class DriftingGenerator(nn.Module):
-    """A transformer from noise to a sample in one pass, conditioned on label, styles and alpha (section 4, appendix A.2).
+    """A transformer from noise to a sample in one pass, conditioned on label, styles and alpha (section 4).
 
     Args:
         img_size: side of the square samples.
@@ -272,7 +270,8 @@ class DriftingGenerator(nn.Module):
         self.x_embedder = nn.Linear(patch_size**2 * in_chans, embed_dim)
         self.pos_embed = nn.Parameter(sincos_2d(embed_dim, grid))
         self.y_embedder = nn.Embedding(num_classes, embed_dim)
-        self.style_embedder = nn.EmbeddingBag(max(1, style_tokens * num_styles), embed_dim, mode="sum")
+        if style_tokens:
+            self.style_embedder = nn.EmbeddingBag(style_tokens * num_styles, embed_dim, mode="sum")
         self.alpha_embedder, self.alpha_norm = TimestepEmbedder(embed_dim), RMSNorm(embed_dim)
         self.context, self.cls_embed = (
             nn.Linear(embed_dim, embed_dim),
@@ -298,7 +297,7 @@ class DriftingGenerator(nn.Module):
 
     @property
     def noise_shape(self) -> tuple[int]:
-        """(M,) of the standard normal numbers that a sample starts from: those of its noise, then one for each style."""
+        """(M,) of the standard normal numbers that a sample starts from: its noise, then one for each style."""
         return (math.prod(self.sample_shape) + self.style_tokens,)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -330,9 +329,7 @@ class DriftingGenerator(nn.Module):
     def split(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The noise (B, C, S, S) and the styles (B, J) in standard normal numbers (B, M): equally likely styles."""
         normal = noise[:, math.prod(self.sample_shape) :]
-        styles = (
-            torch.special.ndtr(normal.double() if normal.device.type == "cpu" else normal.float()) * self.num_styles
-        )
+        styles = torch.special.ndtr(normal.float()) * self.num_styles
         picture = noise[:, : math.prod(self.sample_shape)].unflatten(1, self.sample_shape)
         return picture, styles.long().clamp_max(self.num_styles - 1)
 
@@ -356,8 +353,8 @@ class Drifting(BaseModule):
     and `plain_uniform`; `noise` (L G, C, S, S) and `styles` (L G, J). Logs `train/force`, the mean square of the drift
     over features and temperatures; the loss itself does not tell progress.
 
-    Evaluation logs `{val,test}/energy`, the energy score of the distribution of samples of an image's class: its mean
-    distance from `eval_samples` samples less half of theirs from each other, over sqrt(channels). Lower is better.
+    Evaluation logs `{val,test}/energy`, the energy score of `eval_samples` samples of an image's class
+    (:func:`~zoo.metrics.energy.energy_score`). Lower is better.
 
     Args:
         encoder: of the features: the name of published weights, a file, or a checkpoint of
@@ -381,11 +378,11 @@ class Drifting(BaseModule):
     def __init__(
         self,
         encoder: str | None = None,
-        features: FeatureSet = FeatureSet(),
+        features: FeatureSet = FeatureSet(),  # noqa: B008 (frozen)
         field: Field = Field(),
         alpha: AlphaDistribution = AlphaDistribution(),
         sets: Sets = Sets(),
-        banks: Banks = Banks(),
+        banks: Banks = Banks(),  # noqa: B008
         sampling_alpha: float = 1.0,
         sampling_temperature: float = 1.0,
         eval_samples: int = 4,
@@ -401,12 +398,11 @@ class Drifting(BaseModule):
         self.num_classes, self.noise_shape = self.network.num_classes, self.network.noise_shape
         # A checkpoint holds declarations as plain mappings.
         self.field, self.alpha = _declared(Field, field), _declared(AlphaDistribution, alpha)
-        self.sets, self.banks = _declared(Sets, sets), _declared(Banks, banks)
+        self.sets = _declared(Sets, sets)
+        self.positive_bank, self.unconditional_bank = _declared(Banks, banks).make(self.num_classes)
         self.sampling_alpha, self.sampling_temperature = sampling_alpha, sampling_temperature
         self.eval_samples = eval_samples
         self.features = FrozenFeatures(encoder, _declared(FeatureSet, features), self.network.sample_shape[0])
-        self.positive_bank = SampleBank(self.num_classes, self.banks.size, self.banks.dtype)
-        self.unconditional_bank = SampleBank(1, self.banks.unconditional, self.banks.dtype)
         self.autoencoder = FrozenAutoencoder(autoencoder)
 
     def trainable(self) -> nn.Module:
@@ -464,16 +460,8 @@ class Drifting(BaseModule):
     def _evaluate(self, stage: str, batch: Mapping[str, Any]) -> None:
         images, labels, each = batch["image"], batch["label"], self.eval_samples
         noise = self.draws(batch, "noise", each, *self.noise_shape, normal=True)
-        y = (
-            self._sampled(noise.flatten(0, 1), labels.repeat_interleave(each))
-            .float()
-            .flatten(1)
-            .unflatten(0, (-1, each))
-        )
-        x = images.float().flatten(1)[:, None]
-        within = torch.cdist(y, y, compute_mode="donot_use_mm_for_euclid_dist").sum((1, 2)) / (each * (each - 1))
-        score = (x - y).norm(dim=2).mean(1) - within / 2
-        self.tally(f"{stage}/energy", score / math.sqrt(x.shape[2]))
+        y = self._sampled(noise.flatten(0, 1), labels.repeat_interleave(each)).float().unflatten(0, (-1, each))
+        self.tally(f"{stage}/energy", energy_score(images.float().flatten(1), y.flatten(2)))
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._evaluate("val", batch)
@@ -486,7 +474,7 @@ class Drifting(BaseModule):
 
     @torch.no_grad()
     def sample(self, noise: Tensor, label: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), about in [-1, 1], of standard normal numbers (B, M) and labels (B,), in one evaluation."""
+        """Pictures (B, 3, H, W), about in [-1, 1], of normal numbers (B, M) and labels (B,), in one evaluation."""
         return self.autoencoder.decode(self._sampled(noise, label))
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -538,53 +526,44 @@ def drifting_l16(**overrides: Any) -> DriftingGenerator:
     return DriftingGenerator(**{**SIZES["L"], "img_size": 256, "patch_size": 16, "in_chans": 3, **overrides})
 
 
-def mae_resnet_256(**overrides: Any) -> MAEResNet:
-    """The encoder of width 256 for latents."""
-    return MAEResNet(**{"width": 256, **overrides})
-
-
-def mae_resnet_640(**overrides: Any) -> MAEResNet:
-    """The encoder of width 640 for latents."""
-    return MAEResNet(**{"width": 640, **overrides})
-
-
-def mae_resnet_640_pixel(**overrides: Any) -> MAEResNet:
-    """The encoder of width 640 for pictures of 256 pixels, in patches of 8."""
-    return MAEResNet(**{"width": 640, "in_chans": 3, "input_patch": 8, **overrides})
-
-
 # ------------------------------------------------------------------------------------------------ 5. official weights
 
-_DENSE = r"/Dense_0/(?:kernel|bias)"
-_TREE = {
-    r"Embed_0/embedding": "y_embedder.weight",
-    r"RMSNorm_0/weight": "alpha_norm.weight",
-    rf"TimestepEmbedder_0/TorchLinear_([01]){_DENSE}": "alpha_embedder.mlp.{0}",
-    r"LightningDiT_0/(pos_embed|cls_embed)": "{0}",
-    rf"LightningDiT_0/TorchLinear_0{_DENSE}": "x_embedder",
-    rf"LightningDiT_0/TorchLinear_1{_DENSE}": "context",
-    rf"LightningDiT_0/blocks_(\d+)/TorchLinear_0{_DENSE}": "blocks.{0}.adaLN_modulation.1",
-    r"LightningDiT_0/blocks_(\d+)/RMSNorm_0/weight": "blocks.{0}.norm1.weight",
-    r"LightningDiT_0/blocks_(\d+)/RMSNorm_1/weight": "blocks.{0}.norm2.weight",
-    rf"LightningDiT_0/blocks_(\d+)/Attention_0/TorchLinear_0{_DENSE}": "blocks.{0}.attn.qkv",
-    rf"LightningDiT_0/blocks_(\d+)/Attention_0/TorchLinear_1{_DENSE}": "blocks.{0}.attn.proj",
-    r"LightningDiT_0/blocks_(\d+)/Attention_0/([qk]_norm)/weight": "blocks.{0}.attn.{1}.weight",
-    rf"LightningDiT_0/blocks_(\d+)/SwiGLUFFN_0/TorchLinear_([012]){_DENSE}": "blocks.{0}.mlp.{1}",
-    rf"LightningDiT_0/FinalLayer_0/TorchLinear_0{_DENSE}": "final_layer.adaLN_modulation.1",
-    r"LightningDiT_0/FinalLayer_0/RMSNorm_0/weight": "final_layer.norm_final.weight",
-    rf"LightningDiT_0/FinalLayer_0/TorchLinear_1{_DENSE}": "final_layer.linear",
+# Names by their place in the tree.
+_BLOCK = {
+    "TorchLinear_0": "adaLN_modulation.1",
+    "RMSNorm_0": "norm1",
+    "RMSNorm_1": "norm2",
+    "Attention_0/TorchLinear_0": "attn.qkv",
+    "Attention_0/TorchLinear_1": "attn.proj",
+    "Attention_0/q_norm": "attn.q_norm",
+    "Attention_0/k_norm": "attn.k_norm",
+    "SwiGLUFFN_0/TorchLinear_0": "mlp.0",
+    "SwiGLUFFN_0/TorchLinear_1": "mlp.1",
+    "SwiGLUFFN_0/TorchLinear_2": "mlp.w3",
 }
+_OUTSIDE = {
+    "Embed_0": "y_embedder",
+    "RMSNorm_0": "alpha_norm",
+    "TimestepEmbedder_0/TorchLinear_0": "alpha_embedder.mlp.0",
+    "TimestepEmbedder_0/TorchLinear_1": "alpha_embedder.mlp.2",
+    "LightningDiT_0/TorchLinear_0": "x_embedder",
+    "LightningDiT_0/TorchLinear_1": "context",
+    "LightningDiT_0/FinalLayer_0/TorchLinear_0": "final_layer.adaLN_modulation.1",
+    "LightningDiT_0/FinalLayer_0/RMSNorm_0": "final_layer.norm_final",
+    "LightningDiT_0/FinalLayer_0/TorchLinear_1": "final_layer.linear",
+}
+_LEAF = re.compile(r"(?:LightningDiT_0/blocks_(\d+)/)?(.+?)(?:/Dense_0)?/(kernel|bias|weight|embedding)")
+_TURNED = re.compile(r"blocks\.\d+\.attn\.(?:qkv\.(?:weight|bias)|[qk]_norm\.weight)")
 
 
 def convert_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published parameters (flax, by path) of a generator or of an encoder in our names and layouts; ours stay as they
-    are.
+    """Published parameters (flax, by path) of a generator or of an encoder in our names and layouts; ours stay.
 
-    The 32 tables of styles become one. The channels of queries and keys are reordered, so that pairs that a rotation
-    turns are neighbours.
+    The tables of styles become one, and so do the two gates of a SwiGLU. The channels of queries and keys are
+    reordered: those that a rotation turns together become neighbours.
 
     Raises:
-        ZooError: a key of another network, or one of a pair or of a row of tables is missing.
+        ZooError: a key of another network, or a part of what is joined is missing.
     """
     if not any(key.startswith("LightningDiT_0/") for key in state_dict):
         return convert_mae_resnet(state_dict)
@@ -593,39 +572,32 @@ def convert_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state_dict.items():
         if table := re.fullmatch(r"noise_embeds_(\d+)/embedding", key):
             styles[int(table[1])] = value
-            continue
-        for pattern, name in _TREE.items():
-            if match := re.fullmatch(pattern, key):
-                name, leaf = name.format(*match.groups()), key.rpartition("/")[2]
-                if leaf in ("kernel", "bias"):
-                    name, value = (
-                        f"{name}.{'weight' if leaf == 'kernel' else 'bias'}",
-                        value.T if leaf == "kernel" else value,
-                    )
-                found[name] = value
-                break
+        elif key in ("LightningDiT_0/pos_embed", "LightningDiT_0/cls_embed"):
+            found[key.rpartition("/")[2]] = value
         else:
-            raise ZooError(f"not a checkpoint of a drifting generator: unknown key {key!r}")
-    if sorted(styles) != list(range(len(styles))):
-        raise ZooError(f"a table of styles is missing; the checkpoint has those of {sorted(styles)}")
-    if missing := {"y_embedder.weight", *(f"blocks.0.{name}" for name in _TURNED)} - found.keys():
-        raise ZooError(f"not a whole checkpoint of a drifting generator: no {sorted(missing)[0]}")
-    for key in [
-        key for key in found if re.fullmatch(r"blocks\.\d+\.attn\.(?:qkv\.(?:weight|bias)|[qk]_norm\.weight)", key)
-    ]:
-        found[key] = _neighbours(found[key], len(found["blocks.0.attn.q_norm.weight"]))
-    for index in range(sum(key.endswith("attn.proj.bias") for key in found)):
-        for leaf in ("weight", "bias"):
-            parts = [found.pop(f"blocks.{index}.mlp.{n}.{leaf}") for n in range(3)]
-            found |= {f"blocks.{index}.mlp.w12.{leaf}": torch.cat(parts[:2]), f"blocks.{index}.mlp.w3.{leaf}": parts[2]}
-    table = found["y_embedder.weight"]
-    found["style_embedder.weight"] = torch.cat(list(styles.values())) if styles else table.new_zeros(1, table.shape[1])
+            index, path, leaf = match.groups() if (match := _LEAF.fullmatch(key)) else (None, "", "")
+            name = (_OUTSIDE if index is None else _BLOCK).get(path)
+            if name is None:
+                raise ZooError(f"not a checkpoint of a drifting generator: unknown key {key!r}")
+            name = name if index is None else f"blocks.{index}.{name}"
+            found[f"{name}.{'bias' if leaf == 'bias' else 'weight'}"] = value.T if leaf == "kernel" else value
+    try:
+        width = len(found["blocks.0.attn.q_norm.weight"])
+        for key in [key for key in found if _TURNED.fullmatch(key)]:
+            found[key] = _neighbours(found[key], width)
+        for first in [key for key in found if ".mlp.0." in key and key.startswith("blocks.")]:
+            gates = [found.pop(first), found.pop(first.replace(".mlp.0.", ".mlp.1."))]
+            found[first.replace(".mlp.0.", ".mlp.w12.")] = torch.cat(gates)
+        if styles:
+            found["style_embedder.weight"] = torch.cat([styles[k] for k in range(len(styles))])
+    except KeyError as error:
+        raise ZooError(f"not a whole checkpoint of a drifting generator: {error} is missing") from error
     return found
 
 
 def _neighbours(x: Tensor, width: int) -> Tensor:
-    """The rows of queries and keys of x (N, ...), heads of a width, so that channel i and i + width / 2 are neighbours.
-    Values, the last third of a fused projection, stay."""
+    """Heads of a width along the first axis of x, so that channels i and i + width / 2 become neighbours; of a fused
+    projection the queries and keys, the first two thirds."""
     order = torch.arange(width).view(2, -1).T.flatten()
     if len(x) == width:
         return x[order]

@@ -1,12 +1,11 @@
-"""The feature encoder of Drifting Models (:mod:`zoo.generation.drifting`): its pre-training, and the features that images
-are compared in."""
+"""The feature encoder of Drifting Models (:mod:`zoo.generation.drifting`): its pre-training, and the features that
+images are compared in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
@@ -17,8 +16,8 @@ from zoo.weights.pretrained import read_source
 
 
 class FrozenFeatures:
-    """What images are compared in: the image itself ("global"), and the features of a frozen encoder. It is no part of a
-    task's parameters, checkpoints and averages.
+    """What images are compared in: the image itself ("global"), and the features of a frozen encoder. It is no part of
+    a task's parameters, checkpoints and averages.
 
     Args:
         encoder: None for none; the name of published weights, a file of them, or a checkpoint of
@@ -27,7 +26,7 @@ class FrozenFeatures:
         in_chans: channels of the images.
     """
 
-    def __init__(self, encoder: str | MAEResNet | None, which: FeatureSet = FeatureSet(), in_chans: int = 4) -> None:
+    def __init__(self, encoder: str | MAEResNet | None, which: FeatureSet, in_chans: int) -> None:
         self.encoder, self.which, self.in_chans = encoder, which, in_chans
 
     def net(self, x: Tensor) -> MAEResNet:
@@ -51,16 +50,16 @@ class FrozenFeatures:
 class MAEResNetPretraining(BaseModule):
     """Pre-training of the feature encoder (appendix A.3): masked reconstruction, and in the last steps classification.
 
-    Batches hold `image` (B, C, S, S) and `label` (B,). They may pin, uniform in [0, 1), `mask_noise` (B, h, w), a number
-    for each square that is hidden or not, `mask_ratio` (B,), and `latent_noise` (B, C, S, S), standard normal.
+    Batches hold `image` (B, C, S, S) and `label` (B,). They may pin, uniform in [0, 1), `mask_noise` (B, h, w), a
+    number for each square that is hidden or not, and `mask_ratio` (B,), and standard normal `latent_noise`.
 
     Args:
         mask_ratio: range of the share of squares that are hidden.
         cls_steps: in so many last steps the classifier is trained too.
         cls_warmup: of these, steps in which its weight rises from 0.
         cls_weight: that weight; the reconstruction has the rest.
-        autoencoder: weights of the autoencoder whose latents are encoded, of batches of pictures; "pixels" for images as
-            they come.
+        autoencoder: weights of the autoencoder whose latents of the pictures are encoded; "pixels" for images as they
+            come.
         optim: optimiser and schedule.
         network: of :class:`~zoo.nn.resnet_mae.MAEResNet`; a recipe takes `num_classes` from the data module.
     """
@@ -134,3 +133,18 @@ class MAEResNetPretraining(BaseModule):
     def features(self, images: Tensor) -> Tensor:
         """Frozen features (B, 8 width) of images or latents, for probes."""
         return self.network.pooled(images)
+
+
+def mae_resnet_256(**overrides: Any) -> MAEResNet:
+    """The encoder of width 256 for latents."""
+    return MAEResNet(**{"width": 256, **overrides})
+
+
+def mae_resnet_640(**overrides: Any) -> MAEResNet:
+    """The encoder of width 640 for latents."""
+    return MAEResNet(**{"width": 640, **overrides})
+
+
+def mae_resnet_640_pixel(**overrides: Any) -> MAEResNet:
+    """The encoder of width 640 for pictures of 256 pixels, in patches of 8."""
+    return MAEResNet(**{"width": 640, "in_chans": 3, "input_patch": 8, **overrides})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, unknown
 
 
 def sincos_1d(embed_dim: int, positions: Tensor) -> Tensor:
@@ -37,45 +39,69 @@ def sincos_2d(embed_dim: int, grid: tuple[int, int], num_prefix: int = 0) -> Ten
     return torch.cat([table.new_zeros(1, num_prefix, embed_dim), table], dim=1).float()
 
 
-def rope_2d(head_dim: int, grid: tuple[int, int], num_prefix: int = 0, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (num_prefix + rows*columns, head_dim), float32, of rotary positions on a grid.
+RopeLayout = Literal["interleaved", "half"]
 
-    The first half of a head's channels turns by the row, the second by the column, each in neighbouring pairs
-    (2i, 2i+1) at rate theta^(-2i / (head_dim/2)). Prefix tokens are not turned.
+
+def _turns(angles: Tensor, num_prefix: int, layout: RopeLayout) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (num_prefix + N, D), float32, of the angles (N, D/2) of the pairs; the prefix does not turn."""
+    if layout not in ("interleaved", "half"):
+        raise unknown("rotary layout", layout, ("interleaved", "half"))
+    angles = angles.repeat_interleave(2, dim=1) if layout == "interleaved" else torch.cat([angles, angles], dim=1)
+    angles = torch.cat([angles.new_zeros(num_prefix, angles.shape[1]), angles])
+    return angles.cos().float(), angles.sin().float()
+
+
+def rope_1d(
+    head_dim: int, length: int, num_prefix: int = 0, theta: float = 10000.0, layout: RopeLayout = "interleaved"
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (num_prefix + length, head_dim), float32, of rotary positions along a sequence.
+
+    Pair i of a head's channels turns by the place at rate theta^(-2i / head_dim). `layout` says which channels make a
+    pair: neighbours (2i, 2i+1), or (i, i + head_dim/2) with "half" (rotate-half). Prefix tokens are not turned.
 
     Raises:
-        ZooError: `head_dim` is no multiple of 4.
+        ZooError: `head_dim` is odd, or another layout.
+    """
+    if head_dim % 2:
+        raise ZooError(f"rotary positions want heads of an even width, not {head_dim}")
+    rates = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    return _turns(torch.arange(length)[:, None] * rates, num_prefix, layout)
+
+
+def rope_2d(
+    head_dim: int,
+    grid: tuple[int, int],
+    num_prefix: int = 0,
+    theta: float = 10000.0,
+    layout: RopeLayout = "interleaved",
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (num_prefix + rows*columns, head_dim), float32, of rotary positions on a grid.
+
+    The first half of a head's pairs turns by the row, the second by the column, pair i of a half at rate
+    theta^(-2i / (head_dim/2)). `layout` as in :func:`rope_1d`. Prefix tokens are not turned.
+
+    Raises:
+        ZooError: `head_dim` is no multiple of 4, or another layout.
     """
     if head_dim % 4:
         raise ZooError(f"2-D rotary positions want heads of a width divisible by 4, not {head_dim}")
     rows, columns = grid
     half = head_dim // 2
     rates = theta ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)
-    row, column = ((torch.arange(n)[:, None] * rates).repeat_interleave(2, dim=1) for n in grid)
-    angles = torch.cat(
-        [row[:, None].expand(rows, columns, half), column[None].expand(rows, columns, half)], dim=-1
-    ).reshape(rows * columns, head_dim)
-    angles = torch.cat([angles.new_zeros(num_prefix, head_dim), angles])
-    return angles.cos().float(), angles.sin().float()
+    row, column = (torch.arange(n)[:, None] * rates for n in grid)
+    size = (rows, columns, len(rates))
+    angles = torch.cat([row[:, None].expand(size), column[None].expand(size)], dim=-1).reshape(rows * columns, half)
+    return _turns(angles, num_prefix, layout)
 
 
-def rope_1d(head_dim: int, length: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (length, head_dim), float32, of rotary positions in a row: the pair (2i, 2i+1) of a head's
-    channels turns at rate theta^(-2i / head_dim).
-
-    Raises:
-        ZooError: `head_dim` is odd.
-    """
-    if head_dim % 2:
-        raise ZooError(f"rotary positions want heads of an even width, not {head_dim}")
-    rates = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = (torch.arange(length)[:, None] * rates).repeat_interleave(2, dim=1)
-    return angles.cos().float(), angles.sin().float()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the channel pairs (2i, 2i+1) of queries or keys (B, H, N, D) by the angles of `cos` and `sin` (N, D)."""
-    turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, layout: RopeLayout = "interleaved") -> Tensor:
+    """Turns the channel pairs of queries or keys (B, H, N, D) by the angles of `cos` and `sin` (N, D), which are of
+    the same layout: pairs (2i, 2i+1), or (i, i + D/2) with "half"."""
+    if layout == "interleaved":
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
     return (x * cos + turned * sin).to(x.dtype)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, unknown
+
+Dtype = Literal["float32", "float16", "uint8"]
 
 
 class SampleBank:
@@ -21,7 +24,9 @@ class SampleBank:
         dtype: in which they are kept; of "uint8", values in [-1, 1] in 255 steps.
     """
 
-    def __init__(self, num_classes: int, size: int, dtype: Literal["float32", "float16", "uint8"] = "float32") -> None:
+    def __init__(self, num_classes: int, size: int, dtype: Dtype = "float32") -> None:
+        if dtype not in get_args(Dtype):
+            raise unknown("dtype of a bank", dtype, get_args(Dtype))
         if min(num_classes, size) < 1:
             raise ZooError("a bank of samples wants one class and one sample at least")
         self.size, self.dtype = size, dtype
@@ -81,3 +86,23 @@ class SampleBank:
 
     def _filled(self) -> Tensor:
         return torch.arange(self.size) < self.count[:, None]
+
+
+@dataclass(frozen=True)
+class Banks:
+    """Samples that are kept of each class, and of all classes together.
+
+    Args:
+        size: of each class.
+        unconditional: of all together.
+        dtype: "float32", "float16", or for pictures in [-1, 1] "uint8", a quarter of the memory (exact where they were
+            bytes).
+    """
+
+    size: int = 128
+    unconditional: int = 1000
+    dtype: Dtype = "float32"
+
+    def make(self, num_classes: int) -> tuple[SampleBank, SampleBank]:
+        """The bank of each class, and the one of all."""
+        return SampleBank(num_classes, self.size, self.dtype), SampleBank(1, self.unconditional, self.dtype)

@@ -21,6 +21,7 @@ from zoo.training.optim import lr_at, make_optimizer, param_groups
 GENERATOR = {"input_size": "img_size", "in_channels": "in_chans", "hidden_size": "embed_dim"}
 GENERATOR |= {"n_cls_tokens": "context_tokens", "noise_coords": "style_tokens", "noise_classes": "num_styles"}
 GENERATOR |= {name: name for name in ("patch_size", "depth", "num_heads", "mlp_ratio", "num_classes")}
+SCHEDULE = "utils.model_builder.create_learning_rate_fn"
 # What the official generator could be, and the published ones are.
 FIXED = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
 ENCODER = {"in_channels": "in_chans", "base_channels": "width", "patch_size": "mask_patch", "layers": "layers"}
@@ -210,14 +211,12 @@ def train_run(case: Case) -> dict[str, Tensor]:
 
 run = by_entry(
     {
-        "memory_bank.ArrayMemoryBank.add; utils.model_builder.create_learning_rate_fn; train.train_step (guidance scale)": (
-            bank_and_schedules
-        ),
+        f"memory_bank.ArrayMemoryBank.add; {SCHEDULE}; train.train_step (guidance scale)": bank_and_schedules,
         "drift_loss.drift_loss": drift_loss,
         "models.generator.DitGen.__call__": generator,
         "models.mae_model.MAEResNetJAX.get_activations": mae_features,
         "models.mae_model.MAEResNetJAX.__call__": mae_loss,
         "train.train_step": train_step,
-        "train.train_step, utils.model_builder.create_learning_rate_fn": train_run,
+        f"train.train_step, {SCHEDULE}": train_run,
     }
 )
