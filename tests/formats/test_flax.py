@@ -135,6 +135,23 @@ def test_a_zip_that_unpacks_to_far_more_is_refused(tmp_path: Path) -> None:
             read_state_dict(tmp_path / name)
 
 
+def test_one_of_several_averages_is_read_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint_7"
+    sets = {"500": {key: value + 1 for key, value in ARRAYS.items()}, "2000": ARRAYS}
+    path.write_bytes(
+        _msgpack({"params": _tree(ARRAYS), "ema_params": {name: _tree(one) for name, one in sets.items()}})
+    )
+    assert _is_arrays(read_state_dict(path, use_ema="2000"))
+    assert _is_arrays({key: value - 1 for key, value in read_state_dict(path, use_ema="500").items()})
+    assert _is_arrays(read_state_dict(path, use_ema=False))
+    for which, message in ((None, "several averages: name one of 2000, 500"), ("1000", "unknown average '1000'")):
+        with pytest.raises(ZooError, match=message):
+            read_state_dict(path, use_ema=which)
+    path.write_bytes(_state())
+    with pytest.raises(ZooError, match="holds one average"):
+        read_state_dict(path, use_ema="500")
+
+
 def test_which_parameters_of_a_training_state_are_read(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint_7"
     path.write_bytes(_state())

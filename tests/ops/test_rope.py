@@ -7,7 +7,7 @@ import torch
 
 from zoo.errors import ZooError
 from zoo.ops.attention import attention
-from zoo.ops.pos_embed import apply_rope, rope_2d
+from zoo.ops.pos_embed import RopeLayout, apply_rope, rope_1d, rope_2d
 
 
 def test_rotation_shows_relative_positions_only() -> None:
@@ -20,6 +20,26 @@ def test_rotation_shows_relative_positions_only() -> None:
     assert not torch.allclose(grid[1, 1, 3, 2], grid[1, 1, 2, 3])
     with pytest.raises(ZooError, match="divisible by 4"):
         rope_2d(6, (2, 2))
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+def test_layouts_differ_in_the_order_of_channels_only(layout: RopeLayout) -> None:
+    cos, sin = (table.double() for table in rope_1d(8, 12, num_prefix=1, layout=layout))
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    turn = [apply_rope(x.expand(13, -1), cos, sin, layout) for x in (q, k)]
+    scores = turn[0] @ turn[1].T
+    assert torch.allclose(scores[0, 0], q @ k)
+    assert torch.allclose(scores[2, 5], scores[7, 10])
+    order = torch.arange(8) if layout == "interleaved" else torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    pairs = torch.view_as_complex(q[order.argsort()].view(4, 2))
+    turned = pairs * torch.polar(torch.ones(4).double(), 3 * 10000.0 ** (-torch.arange(4).double() / 4))
+    torch.testing.assert_close(turn[0][4][order.argsort()], torch.view_as_real(turned).flatten())
+    both = [rope_2d(8, (3, 2), layout=kind)[0] for kind in ("interleaved", layout)]  # type: ignore[arg-type]
+    assert torch.equal(both[0][:, order], both[1])
+    with pytest.raises(ZooError, match="even width"):
+        rope_1d(5, 2)
+    with pytest.raises(ZooError, match="rotary layout"):
+        rope_1d(4, 2, layout="halves")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

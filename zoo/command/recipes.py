@@ -59,6 +59,7 @@ from zoo.command.runs import (
 from zoo.command.verdict import verdict, verdict_line
 from zoo.errors import ZooError
 from zoo.machine import cpu_has_bfloat16
+from zoo.training import choose_average
 from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint, SafeCheckpointIO, is_sharded, local, standing
 from zoo.weights.pretrained import load_published
 
@@ -83,6 +84,7 @@ class RecipeCLI(LightningCLI):
         dry: build model, data and callbacks, but no trainer.
         claim: make the run's folder; otherwise it is only named.
         checkpoints: what reads and writes them.
+        weights_given: published weights are evaluated, and no averages of a run.
     """
 
     def __init__(
@@ -93,9 +95,10 @@ class RecipeCLI(LightningCLI):
         dry: bool = False,
         claim: bool = False,
         checkpoints: SafeCheckpointIO | None = None,
+        weights_given: bool = False,
     ) -> None:
         self.recipe, self.what, self.line, self.rich = line.name, subcommand, line, rich
-        self.dry, self.claim = dry, claim
+        self.dry, self.claim, self.weights_given = dry, claim, weights_given
         self.folder = Path()
         self.weights: dict[str, Any] = {}
         self.checkpoints = checkpoints or SafeCheckpointIO()
@@ -129,6 +132,17 @@ class RecipeCLI(LightningCLI):
             type=str | None,
             help="last or best (of the newest run of this recipe), or the path of a checkpoint",
         )
+        parser.add_argument(
+            "--average",
+            type=str | None,
+            help="evaluate with the average (zoo.training.EMA) of this name; raw: with none",
+        )
+        if self.what in ("validate", "test"):
+            parser.add_argument(
+                "--sweep",
+                type=dict | None,
+                help="settings of sampling to compare first, on fewer samples: {samples: 5000, guidance: [6, 7], ...}",
+            )
         if "verbose" in added:
             parser.set_defaults({"verbose": False})  # the score line says it
         if self.line.module is not None:
@@ -203,6 +217,10 @@ class RecipeCLI(LightningCLI):
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if self.what == "fit":
             callbacks += self._fit_callbacks(config, callbacks)
+        if (sweep := self.config.get("sweep")) is not None:
+            _set_sweep(callbacks, sweep)
+        if not self.weights_given:
+            choose_average(callbacks, self.config["average"])
         if self.what == "predict":
             callbacks += predictions.callbacks(self.model, callbacks, self.folder)
         callbacks = [self.interrupt, *callbacks]
@@ -278,6 +296,16 @@ class RecipeCLI(LightningCLI):
         ]
 
 
+def _set_sweep(callbacks: Sequence[Callback], sweep: Mapping[str, Any]) -> None:
+    from zoo.training.sampling import SamplingEvaluation, Sweep
+
+    evaluations = [callback for callback in callbacks if isinstance(callback, SamplingEvaluation)]
+    if not evaluations:
+        raise ZooError("--sweep wants a recipe whose callbacks evaluate by sampling (zoo.training.SamplingEvaluation)")
+    for callback in evaluations:
+        callback.sweep = Sweep.of(sweep)
+
+
 @contextlib.contextmanager
 def bounded_networks(most: int = 30_000) -> Iterator[None]:
     """A network of absurd size ends in a ZooError while it is built: of more parts than any real one (a ResNet-1001 has
@@ -311,7 +339,13 @@ def bounded_networks(most: int = 30_000) -> Iterator[None]:
 
 
 def _build(
-    subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool, dry: bool = False, claim: bool = False
+    subcommand: str,
+    recipe: str | Path,
+    argv: Sequence[str],
+    rich: bool,
+    dry: bool = False,
+    claim: bool = False,
+    weights_given: bool = False,
 ) -> RecipeCLI:
     printed = [word for word in argv if word.partition("=")[0] == "--print_config"]
     if printed:  # only what can be built; the parser then prints it and exits
@@ -321,7 +355,7 @@ def _build(
     with installed_only():
         line = command_line(recipe, argv, own)
         try:
-            return RecipeCLI(line, subcommand, rich, dry, claim, checkpoints)
+            return RecipeCLI(line, subcommand, rich, dry, claim, checkpoints, weights_given)
         except ZooError:
             raise
         except Exception as error:  # a value of the user's that some class cannot live with
@@ -363,13 +397,15 @@ def run(subcommand: str, recipe: str, argv: Sequence[str], debug: bool = False) 
     with _quiet(debug):
         source, words = _published_weights(subcommand, recipe, argv)
         try:
-            cli = _build(subcommand, recipe, words, rich=sys.stdout.isatty(), claim=True)
+            given = source is not None
+            cli = _build(subcommand, recipe, words, rich=sys.stdout.isatty(), claim=True, weights_given=given)
         except Finished as error:
             print(f"zoo: {error}", file=sys.stderr)
             return 0
         try:
             if source is not None:
-                cli.weights = load_published(cli.model, source, _card_of(recipe), cli.datamodule)
+                average = _average_of_file(cli, source)
+                cli.weights = load_published(cli.model, source, _card_of(recipe), cli.datamodule, average)
             outputs = _train(cli, [recipe, *argv], debug)
         finally:
             drop_empty(cli.folder)
@@ -441,6 +477,16 @@ def _published_weights(subcommand: str, recipe: str, argv: Sequence[str]) -> tup
     if at + 1 == len(words):
         raise ZooError("--weights wants the name of published weights or a file")
     return words[at + 1], words[:at] + words[at + 2 :]
+
+
+def _average_of_file(cli: RecipeCLI, source: str) -> str | None:
+    """The average that `--average` names within a file of weights. Published weights by name are one set, and a row
+    may name the average that a run of it evaluates beside them."""
+    if source not in catalog.list_weights():
+        return cli.config["average"]
+    if any(word.partition("=")[0] == "--average" for word in cli.line.asked):
+        raise ZooError(f"--average chooses within a checkpoint or a file; {source} is one set of weights")
+    return None
 
 
 def _card_of(recipe: str) -> catalog.PaperCard:

@@ -212,6 +212,7 @@ def result_record(cli: RecipeCLI, metrics: dict[str, float], command: list[str],
         "task": dump["model"]["class_path"],
         **{f"model.{key}": value for key, value in _flat(dump["model"].get("init_args") or {})},
         "ckpt_path": dump.get("ckpt_path"),
+        "average": dump.get("average"),
         "weights": weights["name"] if (weights := cli.weights or _checkpoint(dump.get("ckpt_path"))) else None,
         "steps": cli.trainer.global_step,
         **{f"trainer.{key}": dump["trainer"].get(key) for key in _PROTOCOL_OF_TRAINER},
@@ -222,10 +223,15 @@ def result_record(cli: RecipeCLI, metrics: dict[str, float], command: list[str],
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
         if callable(facts := getattr(callback, "protocol", None)):  # how a callback measures
             protocol |= {f"{type(callback).__name__}.{key}": value for key, value in facts().items()}
+    further: dict[str, Any] = {}
+    for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
+        if callable(found := getattr(callback, "results", None)):  # what it found beside metrics
+            further |= found()
     return {
         "recipe": cli.recipe,
         "command": "zoo " + shlex.join(command),
         "metrics": metrics,
+        **further,
         "protocol": protocol,
         "weights": weights or None,
         "seconds": round(seconds, 1),

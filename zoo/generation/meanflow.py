@@ -27,16 +27,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo.data.augment import EDMAugment
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError
 from zoo.metrics.generation import to_uint8
 from zoo.nn.autoencoder import PIXELS, FrozenAutoencoder, convert_autoencoder, sd_vae
 from zoo.nn.dit import SIZES, DiT, convert_dit, flax_to_torch
 from zoo.nn.unet import SongUNet, convert_edm
-from zoo.ops.flow import LinearPath, like, logit_normal
+from zoo.ops.flow import LinearPath, like
 from zoo.ops.guidance import drop_labels, scale_within
+from zoo.ops.meanflow import TimePairs, adaptive_loss, flow_steps, forward_derivative
 from zoo.training import BaseModule, Optim
 from zoo.training.sampling import draw_samples
 
@@ -69,68 +69,6 @@ Time = Literal["t", "r", "h"]
 TIMES: tuple[Time, ...] = ("t", "h")
 
 # ------------------------------------------------------------------------------------------------------- 1. equations
-
-
-@dataclass(frozen=True)
-class TimePairs:
-    """How the pairs r <= t of training are drawn (section 4.3, Tables 1a and 1d).
-
-    Args:
-        distribution: of t and r: "logit_normal" or "uniform".
-        mean, std: of the logit-normal.
-        mean_r, std_r: of r, where they differ from those of t.
-        equal: share of the samples with r = t.
-        equal_by: these are the first of a batch ("count": int(equal * B) of them, the ImageNet code), or drawn one by
-            one ("chance", the CIFAR-10 code).
-        order: where the draws come as r > t, they are swapped ("sort"), or r is set to t ("clamp": the improved sampler
-            of the CIFAR-10 code, v1).
-
-    Raises:
-        ZooError: an unknown word, or a share outside [0, 1].
-    """
-
-    distribution: Literal["logit_normal", "uniform"] = "logit_normal"
-    mean: float = -0.4
-    std: float = 1.0
-    mean_r: float | None = None
-    std_r: float | None = None
-    equal: float = 0.75
-    equal_by: Literal["count", "chance"] = "count"
-    order: Literal["sort", "clamp"] = "sort"
-
-    def __post_init__(self) -> None:
-        words = {
-            "distribution": ("logit_normal", "uniform"),
-            "equal_by": ("count", "chance"),
-            "order": ("sort", "clamp"),
-        }
-        for kind, known in words.items():
-            if (value := getattr(self, kind)) not in known:
-                raise unknown(kind, value, known)
-        if not 0 <= self.equal <= 1:
-            raise ZooError(f"the share of samples with r = t must be in [0, 1], not {self.equal}")
-
-    def noise(self, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Fresh draws (B,) for :meth:`pairs`."""
-        draw = torch.randn if self.distribution == "logit_normal" else torch.rand
-        return draw(count, device=device), draw(count, device=device), torch.rand(count, device=device)
-
-    def pairs(self, noise_t: Tensor, noise_r: Tensor, chance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(t, r), (B,) each, of draws (B,): standard normal, or uniform, for t and r; and uniform ones by which, with
-        `equal_by` "chance", r becomes t."""
-        t, r = noise_t, noise_r
-        if self.distribution == "logit_normal":
-            t = logit_normal(t, self.mean, self.std)
-            mean_r = self.mean if self.mean_r is None else self.mean_r
-            r = logit_normal(r, mean_r, self.std if self.std_r is None else self.std_r)
-        t, r = torch.maximum(t, r) if self.order == "sort" else t, torch.minimum(t, r)
-        if self.equal_by == "count":
-            equal = torch.arange(len(t), device=t.device) < int(len(t) * self.equal)
-        elif chance is None:
-            raise ZooError("pairs that are equal by chance want the draws for it")
-        else:
-            equal = chance < self.equal
-        return t, torch.where(equal, t, r)
 
 
 @dataclass(frozen=True)
@@ -201,14 +139,12 @@ def velocity_and_derivative(
         u, acts = _velocity_and_acts(network, z, t, r, condition, blocks)
         with torch.no_grad():
             return u, velocity_and_derivative(network, z, t, r, condition, velocity, tangent)[1], acts
-    with sdpa_kernel(SDPBackend.MATH):
-        # Typed for functions without further outputs.
-        return torch.func.jvp(  # type: ignore[return-value]
-            lambda z, t, r: _velocity_and_acts(network, z, t, r, condition, blocks),
-            (z, t, r),
-            (velocity, dt, dr),
-            has_aux=True,
-        )
+    return forward_derivative(
+        lambda z, t, r: _velocity_and_acts(network, z, t, r, condition, blocks),
+        (z, t, r),
+        (velocity, dt, dr),
+        has_aux=True,
+    )
 
 
 class Loss(NamedTuple):
@@ -219,12 +155,6 @@ class Loss(NamedTuple):
     error: Tensor
     velocity_error: Tensor
     acts: Sequence[Tensor] = ()
-
-
-def adaptive_loss(error: Tensor, power: float = 1.0, eps: float = 0.01) -> Tensor:
-    """The mean of error / (error + eps)^power, the weight's gradient stopped (section 4.3, Table 1e). A power of 0 is
-    plain L2; at 1 the loss is about 1 whatever the error."""
-    return (error / (error.detach() + eps) ** power).mean()
 
 
 def meanflow_loss(
@@ -303,10 +233,7 @@ def steps(
 ) -> Iterator[Tensor]:
     """The states (B, ...) after each step z - (t - r) u(z, r, t), from noise z over falling `times`; with two times
     there is one step, one evaluation."""
-    for t, r in pairwise(times):
-        now, then = (torch.full((len(z),), value, dtype=z.dtype, device=z.device) for value in (t, r))
-        z = z - (t - r) * average_velocity(network, z, now, then, condition)
-        yield z
+    yield from flow_steps(lambda z, t, r: average_velocity(network, z, t, r, condition), z, times)
 
 
 # --------------------------------------------------------------------------------------------------------- 2. networks
@@ -376,8 +303,8 @@ class MeanFlow(BaseModule):
     """Training and sampling, whatever the network; the two tasks below say what it is conditioned on.
 
     Batches hold `image` (B, C, S, S), pictures in [-1, 1] or scaled latents. They may pin the draws: `noise` (B, C, S,
-    S), and (B,) each `noise_t`, `noise_r`, `chance`, `drop`. In evaluation, where each sample's draws are its own,
-    pairs are equal and labels dropped by chance, one by one.
+    S), and (B,) each `noise_t`, `noise_r`, `chance`, `drop`, and for uniform times `mix`, `uniform_t`, `uniform_r`. In
+    evaluation, where each sample's draws are its own, pairs are equal and labels dropped by chance, one by one.
 
     Args:
         network: of (z, times, condition); it samples.
@@ -422,9 +349,16 @@ class MeanFlow(BaseModule):
         else:  # a sample's pair must not depend on its place in a batch
             pairs, normal = replace(pairs, equal_by="chance"), pairs.distribution == "logit_normal"
             drawn = [self.draws(batch, name, normal=normal and name != "chance") for name in names]
-        t, r = pairs.pairs(*drawn)
+        uniform = [self.draws(batch, name) for name in ("mix", "uniform_t", "uniform_r")] if pairs.uniform else None
+        t, r = pairs.pairs(drawn[0], drawn[1], drawn[2], uniform)
         noise = self.draws(batch, "noise", *x.shape[1:], normal=True)
         return noise.to(x.dtype), t.to(x.dtype), r.to(x.dtype)
+
+    def _dropped(self, batch: Mapping[str, Any], share: float) -> Tensor:
+        """(B,) bool, which samples lose their label: as many as draws are below `share`, the first of the batch; in
+        evaluation those themselves."""
+        dropped = self.draws(batch, "drop") < share
+        return torch.arange(len(dropped), device=dropped.device) < dropped.sum() if self.training else dropped
 
     def condition(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What the loss of a batch depends on besides: further arguments of :func:`meanflow_loss`."""
@@ -488,7 +422,7 @@ class ClassConditionalMeanFlow(MeanFlow):
         guidance: Guidance | None = Guidance(),
         label_dropout: float = 0.1,
         tangent: tuple[float, float] = (0.0, 1.0),
-        pairs: TimePairs = TimePairs(),
+        pairs: TimePairs = TimePairs(),  # noqa: B008 (frozen)
         loss_power: float = 1.0,
         loss_eps: float = 0.01,
         sampling_times: Sequence[float] = (1.0, 0.0),
@@ -505,9 +439,7 @@ class ClassConditionalMeanFlow(MeanFlow):
 
     def condition(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         labels = batch["label"]
-        dropped = self.draws(batch, "drop") < self.label_dropout
-        if self.training:  # as many, but the first of the batch
-            dropped = torch.arange(len(labels), device=labels.device) < dropped.sum()
+        dropped = self._dropped(batch, self.label_dropout)
         known = {"guidance": self.guidance, "null_label": self.num_classes, "tangent": self.tangent}
         return {"condition": labels, "dropped": dropped, **known}
 
@@ -529,7 +461,7 @@ class UnconditionalMeanFlow(MeanFlow):
     def __init__(
         self,
         augment: float = 0.12,
-        pairs: TimePairs = TimePairs(mean=-2.0, std=2.0, equal=0.25, equal_by="chance"),
+        pairs: TimePairs = TimePairs(mean=-2.0, std=2.0, equal=0.25, equal_by="chance"),  # noqa: B008
         loss_power: float = 0.75,
         loss_eps: float = 1e-3,
         sampling_times: Sequence[float] = (1.0, 0.0),

@@ -201,12 +201,15 @@ class FinalLayer(nn.Module):
 
 
 class BottleneckPatchEmbed(vit.PatchEmbed):
-    """A patch embedding of low rank: p x p convolution without bias to `bottleneck` channels, then 1 x 1 (JiT)."""
+    """A patch embedding of low rank: p x p convolution to `bottleneck` channels, then 1 x 1 with bias. The first has a
+    bias in pMF, none in JiT."""
 
-    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bottleneck: int) -> None:
+    def __init__(
+        self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bottleneck: int, bias: bool = False
+    ) -> None:
         super().__init__(img_size, patch_size, in_chans, embed_dim)
         del self.proj
-        self.proj1 = nn.Conv2d(in_chans, bottleneck, patch_size, stride=patch_size, bias=False)
+        self.proj1 = nn.Conv2d(in_chans, bottleneck, patch_size, stride=patch_size, bias=bias)
         self.proj2 = nn.Conv2d(bottleneck, embed_dim, 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -455,7 +458,7 @@ def flax_to_torch(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if leaf not in _FLAX_LEAVES:
             raise ZooError(f"not a flax parameter: {path!r} ends in none of {', '.join(_FLAX_LEAVES)}")
         names = [re.sub(r"^layers_(\d+)$", r"\1", part) for part in parts if not part.startswith("_flax_")]
-        if leaf == "kernel":
+        if leaf == "kernel" and value.ndim > 1:  # that of a norm is a vector
             value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.transpose(0, 1)
         converted[".".join([*names, _FLAX_LEAVES[leaf]])] = value
     return converted

@@ -37,7 +37,9 @@ def guided(
     return call
 
 
-def scale_within(t: Tensor, scale: float, low: float, high: float, otherwise: float = 1.0) -> Tensor:
+def scale_within(
+    t: Tensor, scale: float | Tensor, low: float | Tensor, high: float | Tensor, otherwise: float = 1.0
+) -> Tensor:
     """`scale` at times (B,) in [low, high], `otherwise` elsewhere (guidance interval, arXiv 2404.07724)."""
     inside = (t >= low) & (t <= high)
     return torch.where(inside, scale, otherwise).to(t.dtype)
