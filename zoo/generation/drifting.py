@@ -66,7 +66,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class AlphaDistribution:
-    """How guidance scales are drawn: p(alpha) ~ alpha^(-power) on [low, high] (appendix A.7).
+    """How guidance scales are drawn: p(alpha) ~ alpha^(-power) on [low, high] (appendix A).
 
     Args:
         low, high: the range.
@@ -97,13 +97,13 @@ class AlphaDistribution:
 
 
 def unconditional_weight(alpha: Tensor, generated: int, unconditional: int) -> Tensor:
-    """The weight (L,) of an unconditional sample among the negatives, by which the guidance is alpha (section 3.5)."""
+    """The weight (L,) of an unconditional sample among the negatives, by which the guidance is alpha (section 3)."""
     return (alpha - 1) * (generated - 1) / max(1, unconditional)
 
 
 @dataclass(frozen=True)
 class Field:
-    """The drifting field (section 3.3, Algorithm 2).
+    """The drifting field (section 3).
 
     Args:
         temperatures: of the kernel exp(-distance / t); the fields of all are normalised and added.
@@ -150,7 +150,7 @@ def drift_loss(
     weight_neg: Tensor | None = None,
     field: Field = Field(),
 ) -> Drift:
-    """|x / s - sg(x / s + V)|^2 of generated samples, mean over samples and channels (Eq. 6, Algorithm 2).
+    """|x / s - sg(x / s + V)|^2 of generated samples, mean over samples and channels (section 3).
 
     Computed in float32 at least. One mean distance and one size of the force are taken over all problems together.
 
@@ -226,7 +226,7 @@ ALPHA_SCALE = 0.02
 
 
 class DriftingGenerator(nn.Module):
-    """A transformer from noise to a sample in one pass, conditioned on label, styles and alpha (section 4).
+    """A transformer from noise to a sample in one pass, conditioned on label, styles and alpha (section 4, appendix A).
 
     Args:
         img_size: side of the square samples.
@@ -273,10 +273,8 @@ class DriftingGenerator(nn.Module):
         if style_tokens:
             self.style_embedder = nn.EmbeddingBag(style_tokens * num_styles, embed_dim, mode="sum")
         self.alpha_embedder, self.alpha_norm = TimestepEmbedder(embed_dim), RMSNorm(embed_dim)
-        self.context, self.cls_embed = (
-            nn.Linear(embed_dim, embed_dim),
-            nn.Parameter(torch.empty(1, context_tokens, embed_dim)),
-        )
+        self.context = nn.Linear(embed_dim, embed_dim)
+        self.cls_embed = nn.Parameter(torch.empty(1, context_tokens, embed_dim))
         self.blocks = nn.ModuleList(DiTBlock(embed_dim, num_heads, mlp_ratio, BLOCKS) for _ in range(depth))
         self.final_layer = FinalLayer(embed_dim, patch_size, in_chans, BLOCKS)
         cos, sin = rope_1d(embed_dim // num_heads, context_tokens + grid[0] * grid[1])
@@ -345,7 +343,7 @@ class DriftingGenerator(nn.Module):
 
 
 class Drifting(BaseModule):
-    """Training of the generator (Algorithm 1) and sampling.
+    """Training of the generator and sampling.
 
     Batches hold `image` (B, C, S, S), pictures in [-1, 1] or scaled latents, and `label` (B,). All of a batch goes into
     the banks; the step is of a few of its labels. They may pin `positives` (L, P, C, S, S) and `unconditional`
@@ -360,12 +358,12 @@ class Drifting(BaseModule):
         encoder: of the features: the name of published weights, a file, or a checkpoint of
             :class:`MAEResNetPretraining`; null compares images themselves.
         features: of the encoder.
+        convnext: the features of ConvNeXt V2 too: a file of its weights, or "published"; null for none.
         field: the drift.
         alpha: how guidance scales are drawn.
         sets: samples in a step.
         banks: samples kept.
         sampling_alpha: guidance scale of samples.
-        sampling_temperature: of their noise.
         eval_samples: samples for each image in evaluation.
         autoencoder: weights of the autoencoder whose latents are modelled, or "pixels".
         optim: optimiser and schedule; `global_batch` counts the images that are banked in an update.
@@ -374,17 +372,18 @@ class Drifting(BaseModule):
 
     batch_keys: Sequence[str] = ("image", "label")
     meets = True
+    sampling_options = ("alpha",)
 
     def __init__(
         self,
         encoder: str | None = None,
         features: FeatureSet = FeatureSet(),  # noqa: B008 (frozen)
+        convnext: str | None = None,
         field: Field = Field(),
         alpha: AlphaDistribution = AlphaDistribution(),
         sets: Sets = Sets(),
         banks: Banks = Banks(),  # noqa: B008
         sampling_alpha: float = 1.0,
-        sampling_temperature: float = 1.0,
         eval_samples: int = 4,
         autoencoder: str = PIXELS,
         optim: Optim = Optim(lr=2e-4, weight_decay=0.01, no_decay="none", schedule="constant"),  # noqa: B008 (frozen)
@@ -400,10 +399,14 @@ class Drifting(BaseModule):
         self.field, self.alpha = _declared(Field, field), _declared(AlphaDistribution, alpha)
         self.sets = _declared(Sets, sets)
         self.positive_bank, self.unconditional_bank = _declared(Banks, banks).make(self.num_classes)
-        self.sampling_alpha, self.sampling_temperature = sampling_alpha, sampling_temperature
-        self.eval_samples = eval_samples
-        self.features = FrozenFeatures(encoder, _declared(FeatureSet, features), self.network.sample_shape[0])
+        self.sampling_alpha, self.eval_samples = sampling_alpha, eval_samples
+        self.features = FrozenFeatures(encoder, _declared(FeatureSet, features), self.network.sample_shape[0], convnext)
         self.autoencoder = FrozenAutoencoder(autoencoder)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            self.features.check()
 
     def trainable(self) -> nn.Module:
         return self.network
@@ -460,7 +463,8 @@ class Drifting(BaseModule):
     def _evaluate(self, stage: str, batch: Mapping[str, Any]) -> None:
         images, labels, each = batch["image"], batch["label"], self.eval_samples
         noise = self.draws(batch, "noise", each, *self.noise_shape, normal=True)
-        y = self._sampled(noise.flatten(0, 1), labels.repeat_interleave(each)).float().unflatten(0, (-1, each))
+        y = self.network.sample(noise.flatten(0, 1), labels.repeat_interleave(each), self.sampling_alpha)
+        y = y.float().unflatten(0, (-1, each))
         self.tally(f"{stage}/energy", energy_score(images.float().flatten(1), y.flatten(2)))
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
@@ -469,13 +473,11 @@ class Drifting(BaseModule):
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._evaluate("test", batch)
 
-    def _sampled(self, noise: Tensor, label: Tensor) -> Tensor:
-        return self.network.sample(noise, label, self.sampling_alpha, self.sampling_temperature)
-
     @torch.no_grad()
-    def sample(self, noise: Tensor, label: Tensor) -> Tensor:
+    def sample(self, noise: Tensor, label: Tensor, alpha: float | None = None) -> Tensor:
         """Pictures (B, 3, H, W), about in [-1, 1], of normal numbers (B, M) and labels (B,), in one evaluation."""
-        return self.autoencoder.decode(self._sampled(noise, label))
+        alpha = self.sampling_alpha if alpha is None else alpha
+        return self.autoencoder.decode(self.network.sample(noise, label, alpha))
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """A generated picture (B, 3, H, W), uint8, of each sample's class, from noise that its index decides."""

@@ -6,49 +6,95 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from zoo.errors import ZooError
 from zoo.nn.autoencoder import PIXELS, FrozenAutoencoder
+from zoo.nn.perceptual import ConvNeXtV2Features, FrozenNetwork, load_convnextv2
 from zoo.nn.resnet_mae import FeatureSet, MAEResNet, convert_mae_resnet, sizes_of
 from zoo.training import BaseModule, Optim
-from zoo.weights.pretrained import read_source
+from zoo.weights.pretrained import fill, read_source
+
+IMAGENET_MEAN, IMAGENET_STD, CONVNEXT_SIDE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224
 
 
 class FrozenFeatures:
-    """What images are compared in: the image itself ("global"), and the features of a frozen encoder. It is no part of
-    a task's parameters, checkpoints and averages.
+    """What images are compared in: the image itself ("global"), and the features of frozen networks, which are no part
+    of a task's parameters, checkpoints and averages.
 
     Args:
         encoder: None for none; the name of published weights, a file of them, or a checkpoint of
-            :class:`MAEResNetPretraining`, loaded at first use; or the network.
+            :class:`MAEResNetPretraining`; or the network.
         which: of the encoder.
         in_chans: channels of the images.
+        convnext: the features of ConvNeXt V2 too: a file of its weights, or "published"; None for none.
+
+    Raises:
+        ZooError: ConvNeXt V2 for what are no pictures.
     """
 
-    def __init__(self, encoder: str | MAEResNet | None, which: FeatureSet, in_chans: int) -> None:
-        self.encoder, self.which, self.in_chans = encoder, which, in_chans
+    def __init__(
+        self, encoder: str | MAEResNet | None, which: FeatureSet, in_chans: int, convnext: str | None = None
+    ) -> None:
+        if convnext is not None and in_chans != 3:
+            raise ZooError(f"the features of ConvNeXt V2 are of pictures of 3 channels, not {in_chans}")
+        self.which, self.nets = which, {}
+        if encoder is not None:
+            load = (lambda: load_encoder(encoder, in_chans)) if isinstance(encoder, str) else (lambda: encoder)
+            self.nets["encoder"] = FrozenNetwork(load)
+        if convnext is not None:
+            weights = None if convnext == "published" else convnext
+            self.nets["convnext"] = FrozenNetwork(lambda: load_convnextv2(weights))
 
-    def net(self, x: Tensor) -> MAEResNet:
-        """The encoder, on the device and in the precision of `x`."""
-        if isinstance(self.encoder, str):
-            state = convert_mae_resnet(read_source(self.encoder))
-            found = MAEResNet(**sizes_of(state, self.in_chans))
-            found.load_state_dict(state)
-            self.encoder = found
-        assert self.encoder is not None
-        return self.encoder.to(x.device, x.dtype).requires_grad_(False).eval()
+    def check(self) -> None:
+        """Loads the networks; a ZooError of one line where weights cannot be had."""
+        for net in self.nets.values():
+            net.check()
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Features (B, T, D) of images (B, C, S, S) by name, with their gradient."""
         found = {"global": images.flatten(1)[:, None]}
-        if self.encoder is None:
-            return found
-        return found | self.net(images).features(images, self.which)
+        for name, frozen in self.nets.items():
+            net: Any = frozen.net(images.device).to(images.dtype)
+            found |= net.features(images, self.which) if name == "encoder" else convnext_features(net, images)
+        return found
+
+
+def load_encoder(source: str, in_chans: int) -> MAEResNet:
+    """The encoder of images of so many channels from published weights, a file, or a checkpoint of its pre-training.
+
+    Raises:
+        ZooError: nothing there, or the weights of another network.
+    """
+    state = convert_mae_resnet(read_source(source))
+    with torch.device("meta"):
+        net = MAEResNet(**sizes_of(state, in_chans))
+    net.to_empty(device="cpu")
+    fill(net, state, source, lambda key: True)
+    return net
+
+
+def convnext_features(net: ConvNeXtV2Features, images: Tensor) -> dict[str, Tensor]:
+    """Features (B, T, D) of pictures (B, 3, S, S) in [-1, 1], resized to 224: the maps of ConvNeXt V2's last three
+    stages, standardised over the channels at each place, mean and deviation over places of all four, and the pooled
+    features with their norm."""
+    mean, std = (images.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    x = interpolate((images + 1) / 2, (CONVNEXT_SIDE, CONVNEXT_SIDE), mode="bilinear", antialias=True)
+    maps = net.maps((x - mean) / std)
+    found: dict[str, Tensor] = {}
+    for stage, y in enumerate(maps):
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        y = (y - y.mean(1, keepdim=True)) / (y.std(1, correction=0, keepdim=True) + 1e-3)
+        of_map = FeatureSet(patch_means=(), patch_stds=()).of(f"convnext_stage_{stage}", y)
+        found |= of_map if stage else {name: value for name, value in of_map.items() if value.shape[1] == 1}
+    found["global_mean"] = net.pooled(maps[-1])[:, None]
+    return found | {"global_std": found[f"convnext_stage_{len(maps) - 1}_std"]}
 
 
 class MAEResNetPretraining(BaseModule):
-    """Pre-training of the feature encoder (appendix A.3): masked reconstruction, and in the last steps classification.
+    """Pre-training of the feature encoder (appendix A): masked reconstruction, and in the last steps classification.
 
     Batches hold `image` (B, C, S, S) and `label` (B,). They may pin, uniform in [0, 1), `mask_noise` (B, h, w), a
     number for each square that is hidden or not, and `mask_ratio` (B,), and standard normal `latent_noise`.

@@ -1,5 +1,5 @@
 """A residual network that is pre-trained as a masked autoencoder, and the features that Drifting Models compare images
-in (Deng et al. 2026, arXiv 2602.04770, appendix A.3 and A.5).
+in (Deng et al. 2026, arXiv 2602.04770, appendix A).
 
 The encoder is a ResNet of basic blocks with GroupNorm on a grid of h x h places: a latent as it is, or a picture whose
 patches of `input_patch` pixels are the channels of a place. A U-Net decoder predicts the places that were set to zero.
@@ -43,7 +43,7 @@ def _conv(in_chans: int, out_chans: int, kernel: int = 3, stride: int = 1) -> nn
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Which features of the encoder's maps are compared (appendix A.5); those of single places always are.
+    """Which features of the encoder's maps are compared (appendix A); those of single places always are.
 
     Args:
         mean: the mean of a map over all places.
