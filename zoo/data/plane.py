@@ -16,9 +16,12 @@ from zoo.errors import ZooError, unknown
 
 # Centres of equally likely modes and their deviation; the first is where a network that starts at 0 starts.
 MODES: dict[str, tuple[list[list[float]], float]] = {
+    "one_mode": ([[0.0, 0.0]], 0.2),
     "two_modes": ([[0.0, 0.0], [2.0, 0.0]], 0.2),
     "three_modes": ([[0.0, 0.0], [2.0, 0.0], [1.0, 1.7]], 0.2),
 }
+
+TRAIN_SAMPLES = 25_600
 
 
 class _Points(Dataset):
@@ -42,10 +45,10 @@ class PlaneDataModule(SeededDataModule):
     Order and resuming are :class:`~zoo.data.base.SeededDataModule`'s.
 
     Args:
-        dataset: "two_modes" or "three_modes", Gaussians of deviation 0.2 at a distance of 2.
+        dataset: "one_mode", "two_modes" or "three_modes": Gaussians of deviation 0.2, at a distance of 2.
         batch_size: per device.
         eval_batch_size: per device; None: as `batch_size`.
-        train_samples: points to train on.
+        train_samples: points to train on; None: 25,600.
         eval_samples: points of each other split.
         seed: of points and order; None: the one of ``seed_everything``, else 0.
 
@@ -62,7 +65,7 @@ class PlaneDataModule(SeededDataModule):
         dataset: str = "two_modes",
         batch_size: int = 256,
         eval_batch_size: int | None = None,
-        train_samples: int = 25_600,
+        train_samples: int | None = None,
         eval_samples: int = 2048,
         seed: int | None = None,
     ) -> None:
@@ -70,7 +73,7 @@ class PlaneDataModule(SeededDataModule):
         at_least_one(train_samples=train_samples, eval_samples=eval_samples)
         if dataset not in MODES:
             raise unknown("data set of the plane", dataset, MODES)
-        self.dataset, self.counts = dataset, {"train": train_samples}
+        self.dataset, self.counts = dataset, {"train": train_samples or TRAIN_SAMPLES}
         self.eval_samples, self.image_size, self.num_classes = eval_samples, 1, 1
         centres, self.deviation = MODES[dataset]
         self.modes = torch.tensor(centres)

@@ -13,7 +13,7 @@ from zoo.errors import ZooError
 from zoo.training.ema import evaluation_weights
 from zoo.training.sampling import check_samples, labels_of, noise_of
 
-REACH = 4.0  # a sample is at a mode within so many deviations of its centre
+REACH = 3.0  # a sample is at a mode within so many deviations of its centre
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 64) -> Tensor:
