@@ -146,6 +146,8 @@ def test_a_bank_keeps_the_last_samples_of_each_class() -> None:
         some.push(torch.tensor([[7.0]]), torch.tensor([0]))
     assert bank.samples is not None
     assert torch.equal(bank.samples, other.samples)
+    with pytest.raises(ZooError, match="not finite"):
+        bank.push(torch.tensor([[torch.nan]]), torch.tensor([0]))
     with pytest.raises(ZooError, match="another size"):
         SampleBank(3, 5).load(bank.state())
 
@@ -313,3 +315,28 @@ def test_foreign_and_missing_keys_are_named(shared: Path) -> None:
         dr.convert_official({**state, "LightningDiT_0/blocks_0/Mlp_0/kernel": torch.empty(1)})
     with pytest.raises(ZooError, match="'encoder/stem/kernel'"):
         dr.convert_official({"encoder/stem/kernel": torch.empty(1)})
+
+
+def test_a_published_file_is_loaded_by_name_and_as_an_encoder(tmp_path: Path) -> None:
+    """An encoder's msgpack file, as it is described, for a small network."""
+    import re
+
+    from tests.formats.test_flax import _msgpack, _tree
+    from zoo import create_model
+
+    net = MAEResNet(**ENCODER)
+    arrays = {}
+    for key, value in net.state_dict().items():
+        path = re.sub(r"stages\.(\d)\.(\d)", r"stages_\1.layers_\2", key).replace(".", "/")
+        if path.endswith("/weight"):
+            leaf = "scale" if value.ndim == 1 else "kernel"
+            path = path.removesuffix("weight") + leaf
+            value = value.permute(2, 3, 1, 0) if value.ndim == 4 else value.T if value.ndim == 2 else value
+        arrays[path] = value.numpy()
+    file = tmp_path / "ema_params.msgpack"
+    file.write_bytes(_msgpack(_tree(arrays)))
+    x = torch.randn(2, 3, 8, 8)
+    loaded: Any = create_model("mae_resnet_256", weights=file, **ENCODER)
+    assert torch.equal(loaded(x), net(x))
+    found = FrozenFeatures(str(file), FeatureSet(every_blocks=0), 3)(x)
+    assert torch.equal(found["layer4_mean"][:, 0], net.pooled(x))

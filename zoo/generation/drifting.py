@@ -240,7 +240,7 @@ class DriftingGenerator(nn.Module):
         grad_checkpointing: recompute activations in the backward pass.
 
     Raises:
-        ZooError: no label.
+        ZooError: no class, or sizes that do not divide.
     """
 
     def __init__(
@@ -259,13 +259,11 @@ class DriftingGenerator(nn.Module):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ZooError("a drifting generator wants num_classes of 1 or more")
         self.sample_shape, self.patch_size, self.num_classes = (in_chans, img_size, img_size), patch_size, num_classes
         self.context_tokens, self.style_tokens, self.num_styles = context_tokens, style_tokens, num_styles
         self.grad_checkpointing = grad_checkpointing
-        if img_size % patch_size or embed_dim % num_heads:
-            raise ZooError("patch_size must divide img_size, and num_heads embed_dim")
+        if num_classes < 1 or img_size % patch_size or embed_dim % num_heads:
+            raise ZooError("a generator wants a class, a patch_size that divides img_size, and num_heads embed_dim")
         grid = (img_size // patch_size, img_size // patch_size)
         self.x_embedder = nn.Linear(patch_size**2 * in_chans, embed_dim)
         self.pos_embed = nn.Parameter(sincos_2d(embed_dim, grid))
@@ -427,19 +425,15 @@ class Drifting(BaseModule):
     def drifts(self, batch: Mapping[str, Any]) -> dict[str, Drift]:
         """The drift of every feature, of a step on this batch."""
         labels, positives, unconditional = self._real(batch)
-        count, each, net = len(labels), self.sets.generated, self.network
+        count, each, net, at = len(labels), self.sets.generated, self.network, labels.device
 
         def pinned(name: str, make: Callable[[], Tensor]) -> Tensor:
             return batch[name] if name in batch else make()
 
-        uniform, chance = (
-            pinned(name, lambda: torch.rand(count, device=labels.device)) for name in ("alpha_uniform", "plain_uniform")
-        )
+        uniform, chance = (pinned(n, lambda: torch.rand(count, device=at)) for n in ("alpha_uniform", "plain_uniform"))
         alpha = self.alpha.draw(uniform, chance).to(positives.dtype)
-        noise = pinned("noise", lambda: torch.randn(count * each, *net.sample_shape, device=labels.device))
-        styles = pinned(
-            "styles", lambda: torch.randint(net.num_styles, (count * each, net.style_tokens), device=labels.device)
-        )
+        noise = pinned("noise", lambda: torch.randn(count * each, *net.sample_shape, device=at))
+        styles = pinned("styles", lambda: torch.randint(net.num_styles, (count * each, net.style_tokens), device=at))
         with torch.no_grad():
             real = self.features(torch.cat([positives, unconditional], dim=1).flatten(0, 1))
         samples = net(noise.to(positives.dtype), styles, *(v.repeat_interleave(each) for v in (labels, alpha)))
@@ -530,7 +524,6 @@ def drifting_l16(**overrides: Any) -> DriftingGenerator:
 
 # ------------------------------------------------------------------------------------------------ 5. official weights
 
-# Names by their place in the tree.
 _BLOCK = {
     "TorchLinear_0": "adaLN_modulation.1",
     "RMSNorm_0": "norm1",

@@ -34,11 +34,17 @@ class SampleBank:
         self.pointer, self.count = torch.zeros(2, num_classes, dtype=torch.long)
 
     def push(self, samples: Tensor, labels: Tensor) -> None:
-        """Samples (B, ...) of classes (B,) take the place of the oldest, in their order."""
+        """Samples (B, ...) of classes (B,) take the place of the oldest, in their order.
+
+        Raises:
+            ZooError: one is not finite; it would stay.
+        """
         if self.samples is None:
             kind = getattr(torch, self.dtype)
             self.samples = torch.zeros(len(self.count), self.size, *samples.shape[1:], dtype=kind)
         samples, labels = samples.detach().cpu(), labels.cpu()
+        if not samples.isfinite().all():
+            raise ZooError("an image is not finite; it does not enter the bank of samples")
         order = labels.argsort(stable=True)
         sorted_labels, new = labels[order], labels.bincount(minlength=len(self.count))
         nth = torch.arange(len(labels)) - (new.cumsum(0) - new)[sorted_labels]  # of those of its class
