@@ -106,7 +106,7 @@ class Weight(Facts):
     the function of the paper's module that puts the file's keys into the model's names. Keys must match one for one,
     but for `fresh` (parameters of the model that the file need not have: a new head) and `spare`
     (keys of the file that the model need not have), both patterns such as ``fc_norm.*``. Of a file that holds raw
-    weights and their average, `use_ema` says which are published (null: the average).
+    weights and their average, `use_ema` says which are published (null: the average); of several averages, its name.
     """
 
     name: Annotated[str, Field(pattern=r"^[^.\s]+\.[^\s]+$")]
@@ -123,7 +123,7 @@ class Weight(Facts):
     overrides: dict[str, Any] = {}
     fresh: list[str] = []
     spare: list[str] = []
-    use_ema: bool | None = None
+    use_ema: bool | str | None = None
     preprocess: Preprocess
     metrics: list[WeightMetric] = []
     notes: str = ""

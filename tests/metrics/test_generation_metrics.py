@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -412,6 +413,54 @@ def test_a_task_that_does_not_sample_is_told() -> None:
         SampleGrid(classes=[7]).sheet(Painter(num_classes=3), "cpu")
     with pytest.raises(ZooError, match="num_samples must be at least 1"):
         SamplingEvaluation(num_samples=0)
+
+
+class Shaded(Painter):
+    """Paints darker by a setting."""
+
+    sampling_options = ("shade",)
+
+    def sample(self, noise: Tensor, label: Tensor | None, shade: float = 0.0) -> Tensor:
+        return (super().sample(noise, label) - shade).clamp(-1, 1)
+
+
+def test_a_sweep_finds_the_setting_that_the_evaluation_takes(tmp_path: Path, capsys: Any) -> None:
+    sweep = {"samples": 12, "shade": [0.5, 0.0, 1.0], "average": ["ema", "raw"]}
+    callback = evaluation(metrics=["fid"], sweep=sweep)
+    ema, model = EMA(), Shaded()
+    ema.start(model)
+    ema.weights["colour"] = torch.full_like(model.colour, 1.0)  # white
+    run = trainer(callback, ema, default_root_dir=tmp_path)
+    run.test(model, datamodule=data(), verbose=False)
+    assert [(row["shade"], row["average"]) for row in callback.table] == list(
+        itertools.product(*list(sweep.values())[1:])
+    )
+    scores = [row["frechet_random"] for row in callback.table]
+    assert len(set(scores)) == 6
+    assert callback.best == {name: callback.table[scores.index(min(scores))][name] for name in ("shade", "average")}
+    again = callback.evaluate(run, model, 45, callback.best)["frechet_random"]
+    assert run.callback_metrics["test/frechet_random"].item() == pytest.approx(again.item())
+    assert json.loads((tmp_path / "sweep.json").read_text()) == callback.results()["sweep"]
+    assert callback.protocol()["sampled_with"] == callback.best
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "sweep, 12 samples each:"
+    assert lines[2 + scores.index(min(scores))].endswith("  best")
+    assert model.colour.equal(torch.zeros_like(model.colour))
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ({}, "a sweep wants lists of values"),
+        ({"shade": 1.0}, "shade wants a list of values"),
+        ({"shade": [1.0], "samples": 1}, "samples must be a number of 2 or more"),
+        ({"shades": [1.0]}, "unknown sampling option of Shaded 'shades'.*shade"),
+        ({"average": ["ema"]}, "unknown average 'ema'"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_told(sweep: dict[str, Any], message: str) -> None:
+    with pytest.raises(ZooError, match=message):
+        trainer(evaluation(sweep=sweep)).test(Shaded(), datamodule=data(), verbose=False)
 
 
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:

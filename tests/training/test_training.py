@@ -25,7 +25,19 @@ from tests.training.training_task import CLASSES, OPTIM, Blobs, Classifier, Data
 from zoo.data.datamodule import ImageDataModule
 from zoo.errors import ZooError
 from zoo.metrics import KNNAccuracy, knn_scores
-from zoo.training import EMA, KNNProbe, LinearProbe, NonFiniteGuard, Optim, Pictures, Timing, default_callbacks
+from zoo.training import (
+    EMA,
+    KNNProbe,
+    LinearProbe,
+    NonFiniteGuard,
+    Optim,
+    Pictures,
+    Timing,
+    choose_average,
+    default_callbacks,
+    evaluation_weights,
+    half_life_decay,
+)
 from zoo.training import fit_probe as train_probe
 from zoo.training.probe import _loader, topk_accuracy
 
@@ -176,6 +188,63 @@ def test_several_averages_of_one_run(tmp_path: Path) -> None:
     raw = saved["state_dict"]["head.weight"]
     distances = [(saved[f"{name}_state_dict"]["head.weight"] - raw).norm() for name in ("x", "ema", "ema_9")]
     assert distances[0] < distances[1] < distances[2]
+
+
+@pytest.mark.parametrize(("chosen", "key"), [("ema_500", "ema_500_state_dict"), ("raw", "state_dict"), (None, None)])
+def test_an_average_is_chosen_by_name(tmp_path: Path, chosen: str | None, key: str | None) -> None:
+    options = [{"half_life": 500.0, "name": "ema_500"}, {"half_life": 5.0, "ramp": None, "name": "ema_5"}]
+    trainer(max_epochs=1, callbacks=[*[EMA(**o) for o in options], saver(tmp_path)], enable_checkpointing=True).fit(
+        fresh(), Data()
+    )
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    tested, callbacks = Classifier(), [EMA(**o) for o in reversed(options)]
+    choose_average(callbacks, chosen)
+    run = trainer(callbacks=callbacks)
+    run.test(tested, Data(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert tested.validated[-1].equal(saved[key or "ema_5_state_dict"]["head.weight"])
+    for name in ("ema_5", "raw"):  # inside an evaluation that has taken another
+        callbacks[1].on_test_start(run, tested)
+        with evaluation_weights(run, tested, name):
+            assert tested.head.weight.equal(
+                saved["state_dict" if name == "raw" else f"{name}_state_dict"]["head.weight"]
+            )
+        callbacks[1].on_test_end(run, tested)
+        assert tested.head.weight.equal(saved["state_dict"]["head.weight"])
+
+
+def test_a_half_life_counts_images_of_the_effective_batch() -> None:
+    module, ema = fresh(), EMA(half_life=100.0, ramp=0.5)
+    seen: list[Tensor] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.fit_loop.epoch_loop.batch_idx % 2:
+                seen.append(module.head.weight.detach().clone())
+
+    start = module.head.weight.detach().clone()
+    data = Data()
+    trainer(max_epochs=1, accumulate_grad_batches=2, callbacks=[Watch(), ema]).fit(module, data)
+    average, batch = start, 2 * data.batch_size
+    for step, value in enumerate(seen, start=1):
+        decay = 0.5 ** (batch / min(100.0, 0.5 * step * batch))
+        average = decay * average + (1 - decay) * value
+    assert ema.batch == batch
+    torch.testing.assert_close(ema.weights["head.weight"], average)
+    assert half_life_decay(400_000, 2e6, 1024) == pytest.approx(0.5 ** (1024 / 2e6))
+    assert half_life_decay(0, 2e6, 1024) == 0
+
+
+def test_an_average_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match=r"unknown average 'ema_7'.*ema"):
+        choose_average([EMA()], "ema_7")
+    with pytest.raises(ZooError, match="an average cannot be named 'raw'"):
+        EMA(name="raw")
+    with pytest.raises(ZooError, match="wants it and its ramp positive"):
+        EMA(half_life=0.0)
+    callbacks = [EMA(name="ema_9")]
+    choose_average(callbacks, "ema_9")
+    with pytest.raises(ZooError, match="there is no average 'ema_9'"):
+        trainer(callbacks=callbacks).test(Classifier(), Data(), verbose=False)
 
 
 def test_a_checkpoint_without_average_is_used_raw_with_a_warning(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from zoo.errors import ZooError
-from zoo.training import LARS, BaseModule, Optim, lr_at, param_groups
+from zoo.training import LARS, BaseModule, Muon, NAdam, Optim, lr_at, param_groups
+from zoo.training.muon import orthogonalise
 from zoo.training.optim import make_optimizer
 
 
@@ -377,3 +378,95 @@ def test_the_warm_up_ends_on_the_cosine_that_counts_from_the_start() -> None:
     assert lr_at(inside, 2, 8, 1.0) == pytest.approx(0.05), "halfway up to the value behind the step"
     with pytest.raises(ZooError, match=r"optim.factors are 1, one a milestone would be 2"):
         Optim(milestones=(1, 2), factors=(0.1,))
+
+
+# --- Muon and NAdam ----------------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Matrices, and what is none: a token, a convolution, a bias, a table of two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 2, 6))
+        self.conv = nn.Conv2d(3, 6, 2)
+        self.table = nn.Embedding(5, 6)
+        self.wide, self.tall = nn.Linear(6, 4), nn.Linear(4, 8, bias=False)
+
+
+def stepped(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int, first: int = 0) -> None:
+    for k in range(first, first + steps):
+        draw = torch.Generator().manual_seed(k)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=draw).to(p.dtype)
+        optimizer.step()
+
+
+def test_muon_takes_matrices_and_nadam_the_rest() -> None:
+    model = Tokens()
+    optim = Optim(name="muon", weight_decay=0.0, layer_decay=None)
+    groups = param_groups(model, optim)
+    names = {name: group["orthogonal"] for group in groups for name in group["names"]}
+    assert {name for name, matrix in names.items() if matrix} == {"wide.weight", "tall.weight"}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    muon = make_optimizer(groups, optim, 0.1)
+    stepped(muon, model, 2)
+    after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.load_state_dict(before)
+    plain = dataclasses.replace(optim, name="nadam")
+    stepped(make_optimizer(param_groups(model, plain), plain, 0.1), model, 2)
+    for name, p in model.named_parameters():
+        assert after[name].equal(p) != names[name], name
+    square = muon.state[model.tall.weight]
+    assert set(square) == {"step", "momentum"}
+
+
+def test_the_step_of_a_matrix_is_about_orthogonal() -> None:
+    for shape, norm in (((4, 12), 1.0), ((12, 4), math.sqrt(3))):
+        p = nn.Parameter(torch.zeros(shape))
+        stepped(Muon([p], lr=1.0), nn.ParameterList([p]), 1)
+        values = torch.linalg.svdvals(p.detach()) / norm
+        assert 0.6 < values.min() <= values.max() < 1.3
+    assert orthogonalise(torch.zeros(3, 3)).equal(torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_resumes_to_the_bit_with_moments_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    optim = Optim(name="muon", weight_decay=0.1)
+    models = [Tokens().to(dtype) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    first, second = (make_optimizer(param_groups(model, optim), optim, 0.01) for model in models)
+    stepped(first, models[0], 5)
+    stepped(second, models[1], 3)
+    saved = {name: value.clone() for name, value in models[1].state_dict().items()}, second.state_dict()
+    resumed = Tokens().to(dtype)
+    resumed.load_state_dict(saved[0])
+    third = make_optimizer(param_groups(resumed, optim), optim, 0.01)
+    third.load_state_dict(saved[1])
+    stepped(third, resumed, 2, first=3)
+    assert all(value.equal(resumed.state_dict()[name]) for name, value in models[0].state_dict().items())
+    moments = [value for state in third.state.values() for value in state.values() if isinstance(value, Tensor)]
+    assert {value.dtype for value in moments} == {torch.float32}
+
+
+def test_muon_and_nadam_refuse_what_they_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ZooError, match="NAdam wants lr"):
+        NAdam([nn.Parameter(torch.zeros(1))], lr=-1.0)
+    with pytest.raises(ZooError, match="Muon wants 0 <= momentum < 1"):
+        Muon([nn.Parameter(torch.zeros(1))], momentum=1.0)
+    with pytest.raises(ZooError, match=r"optim\.muon_momentum must be in"):
+        Optim(name="muon", muon_momentum=1.0)
+    run = trainer(strategy="auto")
+    # As in strategies that split the weights.
+    monkeypatch.setattr(type(run.strategy), "restore_checkpoint_after_setup", True)
+    with pytest.raises(ZooError, match="muon wants whole matrices on every device"):
+        run.fit(Task(Optim(name="muon", lr=0.1)), datamodule=Data())
+
+
+def test_muon_under_the_one_declaration() -> None:
+    task = Task(Optim(name="muon", lr=0.1, schedule="constant", weight_decay=0.0))
+    before = task.network.block.weight.detach().clone()
+    trainer(gradient_clip_val=1.0).fit(task, datamodule=Data())
+    assert task.rates == [0.1] * 8
+    assert not task.network.block.weight.equal(before)

@@ -699,6 +699,34 @@ def test_of_raw_and_averaged_weights_the_chosen_ones_are_taken(
         create_model("tiny_vit", weights=tmp_path / "raw.pth", use_ema=True)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda raw, one, two: {"model": raw, "model_ema1": one, "model_ema2": two},  # JiT
+        lambda raw, one, two: {"model": raw, "ema": {"model_ema1": one, "model_ema2": two}},
+        lambda raw, one, two: {
+            "pytorch-lightning_version": "2.6",
+            "state_dict": {f"network.{key}": value for key, value in raw.items()},
+            **{
+                f"model_ema{k}_state_dict": {f"network.{key}": v for key, v in s.items()}
+                for k, s in ((1, one), (2, two))
+            },
+            **{f"model_ema{k}_steps": 3 for k in (1, 2)},
+        },
+    ],
+)
+def test_an_average_is_taken_by_its_name(papers: Card, tmp_path: Path, content: Any) -> None:
+    raw, one, two = (checkpoint("tiny_vit", seed=seed)[1] for seed in (0, 1, 2))
+    torch.save(content(raw, one, two), tmp_path / "mine.pth")
+    for name, state in (("model_ema1", one), ("model_ema2", two)):
+        assert_holds(create_model("tiny_vit", weights=tmp_path / "mine.pth", use_ema=name), state)
+    with pytest.raises(ZooError, match=r"unknown average 'model_ema3'.*model_ema1"):
+        create_model("tiny_vit", weights=tmp_path / "mine.pth", use_ema="model_ema3")
+    torch.save({"model": raw}, tmp_path / "raw.pth")
+    with pytest.raises(ZooError, match=r"raw\.pth: holds no averages"):
+        create_model("tiny_vit", weights=tmp_path / "raw.pth", use_ema="model_ema1")
+
+
 def test_an_average_alone_and_one_without_buffers(papers: Card, tmp_path: Path) -> None:
     raw, average = checkpoint("tiny_vit")[1], checkpoint("tiny_vit", seed=1)[1]
     torch.save({"ema": average}, tmp_path / "a.pth")

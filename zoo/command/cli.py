@@ -152,6 +152,7 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("-o", "--out", metavar="FILE", help="convert: the file, .safetensors, .pth or .pkl")
     one.add_argument("--to", metavar="FORMAT", help="convert: into another library's layout (detectron2, ...)")
     _use_ema(one, "convert, of a checkpoint of yours")
+    one.add_argument("--average", metavar="NAME", help="convert: the average of this name, of several in a checkpoint")
     one.set_defaults(do=_weights)
 
     one = commands.add_parser("data", help="look a dataset over before a run; make its latents or statistics")
@@ -538,8 +539,9 @@ def _parity_make(arguments: argparse.Namespace) -> int:
 
 
 def _weights(arguments: argparse.Namespace, extra: list[str]) -> int:
-    if (arguments.out or arguments.to or arguments.use_ema is not None) and arguments.what != "convert":
-        raise ZooError("-o, --to and --use-ema go with zoo weights convert")
+    which = arguments.use_ema if arguments.average is None else arguments.average
+    if (arguments.out or arguments.to or which is not None) and arguments.what != "convert":
+        raise ZooError("-o, --to, --use-ema and --average go with zoo weights convert")
     from zoo.weights import pretrained
 
     if arguments.what == "get":
@@ -550,7 +552,7 @@ def _weights(arguments: argparse.Namespace, extra: list[str]) -> int:
         if arguments.to and not arguments.out:
             raise ZooError("--to wants the file to write: -o FILE.pkl, .pth or .safetensors")
         out = Path(arguments.out or f"{arguments.name}.safetensors")
-        print(pretrained.convert_weights(arguments.name, out, arguments.to, arguments.use_ema) or out)
+        print(pretrained.convert_weights(arguments.name, out, arguments.to, which) or out)
     return 0
 
 

@@ -15,12 +15,14 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -52,6 +54,7 @@ from zoo.command.runs import (
     new_run_folder,
     newest_checkpoint,
     of_a_loader,
+    of_memory,
     result_record,
     run_of,
     short_path,
@@ -59,7 +62,16 @@ from zoo.command.runs import (
 from zoo.command.verdict import verdict, verdict_line
 from zoo.errors import ZooError
 from zoo.machine import cpu_has_bfloat16
-from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint, SafeCheckpointIO, is_sharded, local, standing
+from zoo.training import choose_average
+from zoo.training.checkpoints import (
+    BestCheckpoint,
+    LastCheckpoint,
+    SafeCheckpointIO,
+    check_shards,
+    is_sharded,
+    local,
+    standing,
+)
 from zoo.weights.pretrained import load_published
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -83,6 +95,7 @@ class RecipeCLI(LightningCLI):
         dry: build model, data and callbacks, but no trainer.
         claim: make the run's folder; otherwise it is only named.
         checkpoints: what reads and writes them.
+        weights_given: published weights are evaluated, and no averages of a run.
     """
 
     def __init__(
@@ -93,9 +106,10 @@ class RecipeCLI(LightningCLI):
         dry: bool = False,
         claim: bool = False,
         checkpoints: SafeCheckpointIO | None = None,
+        weights_given: bool = False,
     ) -> None:
         self.recipe, self.what, self.line, self.rich = line.name, subcommand, line, rich
-        self.dry, self.claim = dry, claim
+        self.dry, self.claim, self.weights_given = dry, claim, weights_given
         self.folder = Path()
         self.weights: dict[str, Any] = {}
         self.checkpoints = checkpoints or SafeCheckpointIO()
@@ -129,6 +143,17 @@ class RecipeCLI(LightningCLI):
             type=str | None,
             help="last or best (of the newest run of this recipe), or the path of a checkpoint",
         )
+        parser.add_argument(
+            "--average",
+            type=str | None,
+            help="evaluate with the average (zoo.training.EMA) of this name; raw: with none",
+        )
+        if self.what in ("validate", "test"):
+            parser.add_argument(
+                "--sweep",
+                type=dict | None,
+                help="settings of sampling to compare first, on fewer samples: {samples: 5000, guidance: [6, 7], ...}",
+            )
         if "verbose" in added:
             parser.set_defaults({"verbose": False})  # the score line says it
         if self.line.module is not None:
@@ -164,10 +189,12 @@ class RecipeCLI(LightningCLI):
         if path in ("last", "best", "hpc") or str(path).startswith("registry"):
             raise ZooError(f"ckpt_path: write --ckpt_path last or best, or the path of a file, not {str(path)!r}")
         if is_sharded(local(path)):
+            check_shards(local(path))
             return
         found = self.checkpoints.peek(path)
         if self.what == "fit":
-            if missing := [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in found]:
+            wanted = ("loops", "optimizer_states", "lr_schedulers")
+            if missing := [key for key in wanted if found.get(key) is None]:
                 raise ZooError(f"{path}: weights only, which cannot be resumed: it holds no {missing[0]!r}")
             try:
                 self.standing = standing(found)
@@ -203,6 +230,10 @@ class RecipeCLI(LightningCLI):
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if self.what == "fit":
             callbacks += self._fit_callbacks(config, callbacks)
+        if (sweep := self.config.get("sweep")) is not None:
+            _set_sweep(callbacks, sweep)
+        if not self.weights_given:
+            choose_average(callbacks, self.config["average"])
         if self.what == "predict":
             callbacks += predictions.callbacks(self.model, callbacks, self.folder)
         callbacks = [self.interrupt, *callbacks]
@@ -278,6 +309,16 @@ class RecipeCLI(LightningCLI):
         ]
 
 
+def _set_sweep(callbacks: Sequence[Callback], sweep: Mapping[str, Any]) -> None:
+    from zoo.training.sampling import SamplingEvaluation, Sweep
+
+    evaluations = [callback for callback in callbacks if isinstance(callback, SamplingEvaluation)]
+    if not evaluations:
+        raise ZooError("--sweep wants a recipe whose callbacks evaluate by sampling (zoo.training.SamplingEvaluation)")
+    for callback in evaluations:
+        callback.sweep = Sweep.of(sweep)
+
+
 @contextlib.contextmanager
 def bounded_networks(most: int = 30_000) -> Iterator[None]:
     """A network of absurd size ends in a ZooError while it is built: of more parts than any real one (a ResNet-1001 has
@@ -311,7 +352,13 @@ def bounded_networks(most: int = 30_000) -> Iterator[None]:
 
 
 def _build(
-    subcommand: str, recipe: str | Path, argv: Sequence[str], rich: bool, dry: bool = False, claim: bool = False
+    subcommand: str,
+    recipe: str | Path,
+    argv: Sequence[str],
+    rich: bool,
+    dry: bool = False,
+    claim: bool = False,
+    weights_given: bool = False,
 ) -> RecipeCLI:
     printed = [word for word in argv if word.partition("=")[0] == "--print_config"]
     if printed:  # only what can be built; the parser then prints it and exits
@@ -321,7 +368,7 @@ def _build(
     with installed_only():
         line = command_line(recipe, argv, own)
         try:
-            return RecipeCLI(line, subcommand, rich, dry, claim, checkpoints)
+            return RecipeCLI(line, subcommand, rich, dry, claim, checkpoints, weights_given)
         except ZooError:
             raise
         except Exception as error:  # a value of the user's that some class cannot live with
@@ -363,13 +410,15 @@ def run(subcommand: str, recipe: str, argv: Sequence[str], debug: bool = False) 
     with _quiet(debug):
         source, words = _published_weights(subcommand, recipe, argv)
         try:
-            cli = _build(subcommand, recipe, words, rich=sys.stdout.isatty(), claim=True)
+            given = source is not None
+            cli = _build(subcommand, recipe, words, rich=sys.stdout.isatty(), claim=True, weights_given=given)
         except Finished as error:
             print(f"zoo: {error}", file=sys.stderr)
             return 0
         try:
             if source is not None:
-                cli.weights = load_published(cli.model, source, _card_of(recipe), cli.datamodule)
+                average = _average_of_file(cli, source)
+                cli.weights = load_published(cli.model, source, _card_of(recipe), cli.datamodule, average)
             outputs = _train(cli, [recipe, *argv], debug)
         finally:
             drop_empty(cli.folder)
@@ -407,16 +456,24 @@ def _train(cli: RecipeCLI, words: list[str], debug: bool) -> Any:
     except Exception as error:
         if debug:
             raise
-        if text := of_a_loader(error):
+        if text := of_a_loader(error) or of_memory(error) or _of_lightning(error):
             raise ZooError(f"{cli.recipe}: {text}") from error
         path = options.get("ckpt_path")
         if path and not cli.interrupt.begun and not isinstance(error, OSError | ImportError):
-            raise ZooError(f"{path}: {' '.join(innermost(error).split())}") from error
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else innermost(error)
+            raise ZooError(f"{path}: {' '.join(reason.split())}") from error
         raise
     finally:
         os.environ.pop("ZOO_RUN_DIR", None)
         if signal.getsignal(signal.SIGINT) != before:
             signal.signal(signal.SIGINT, before)
+
+
+def _of_lightning(error: BaseException) -> str | None:
+    """What Lightning itself, such as a callback of its, says of a setting; None where another's code failed."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    own = bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith("lightning.")
+    return innermost(error) if own and isinstance(error, RuntimeError | ValueError) else None
 
 
 def _options(cli: RecipeCLI) -> dict[str, Any]:
@@ -443,6 +500,16 @@ def _published_weights(subcommand: str, recipe: str, argv: Sequence[str]) -> tup
     return words[at + 1], words[:at] + words[at + 2 :]
 
 
+def _average_of_file(cli: RecipeCLI, source: str) -> str | None:
+    """The average that `--average` names within a file of weights. Published weights by name are one set, and a row
+    may name the average that a run of it evaluates beside them."""
+    if source not in catalog.list_weights():
+        return cli.config["average"]
+    if any(word.partition("=")[0] == "--average" for word in cli.line.asked):
+        raise ZooError(f"--average chooses within a checkpoint or a file; {source} is one set of weights")
+    return None
+
+
 def _card_of(recipe: str) -> catalog.PaperCard:
     """The paper whose converters read weights for `recipe`."""
     if catalog.is_row(recipe):
@@ -456,6 +523,8 @@ def _find_checkpoint(
     """`argv` with ``--ckpt_path last`` or ``best`` as the path in the newest run of this recipe, and the settings of
     that run: its seed, model and data."""
     words, content = _split_path(argv), read_recipe(catalog.recipe_path(recipe))
+    if words.count("--ckpt_path") > 1:
+        raise ZooError("--ckpt_path is given twice")
     if "--ckpt_path" not in words[:-1]:
         if content.get("ckpt_path") not in ("last", "best"):
             return words, {}
@@ -542,7 +611,7 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
         print("score: " + (" · ".join(numbers(said)) or "no metric was logged"))
     record = result_record(cli, metrics, command, seconds)
     if cli.what == "test" and catalog.is_row(cli.recipe):
-        record["verdict"] = verdict(cli.recipe, metrics, cli.line.asked)
+        record["verdict"] = verdict(cli.recipe, metrics, [*cli.line.asked, *_set_by_its_run(cli)])
         print(verdict_line(record["verdict"]))
     files.write_json(cli.folder / "result.json", record)
     paths = [cli.last.last_model_path] if cli.last is not None else []
@@ -550,6 +619,23 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
     for path in dict.fromkeys(short_path(path) for path in paths if path):
         print(f"checkpoint: {path}")
     print(f"run: {short_path(cli.folder)} ({seconds:.0f} s)")
+
+
+def _set_by_its_run(cli: RecipeCLI) -> list[str]:
+    """The options by which the settings of the run that a test takes up differ from those of its row."""
+    if not cli.line.own:
+        return []
+
+    def settings(one: RecipeCLI) -> dict[str, Any]:
+        parts = yaml.safe_load(one.parser.dump(one.config, skip_none=False))
+        return {
+            f"{part}.{key}": value
+            for part in ("model", "data")
+            for key, value in {"class_path": parts[part]["class_path"], **(parts[part].get("init_args") or {})}.items()
+        }
+
+    of_row, here = settings(build_dry(cli.what, cli.recipe)), settings(cli)
+    return [f"--{key}" for key in {**of_row, **here} if of_row.get(key) != here.get(key)]
 
 
 @contextlib.contextmanager
@@ -569,6 +655,7 @@ def _quiet(debug: bool = False) -> Iterator[None]:
                 ".*does not have many workers.*",
                 ".*num_workers.*",
                 ".*number of training batches .* is smaller than the logging interval.*",
+                ".*could not find the monitored key.*",  # it raises where there was a validation
                 ".*Checkpoint directory .* exists and is not empty.*",
                 ".*dirpath has changed.*",
                 ".*Experiment logs directory.*",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.errors import MissingPackage, ZooError
+from zoo.errors import MissingPackage, ZooError, unknown
 from zoo.formats import zips
 from zoo.weights.download import say
 
@@ -41,12 +41,12 @@ def is_checkpoint(path: Path) -> bool:
     return path.suffix == ".msgpack" or _STEP.fullmatch(path.name) is not None
 
 
-def read_state_dict(path: Path, use_ema: bool | None = None) -> dict[str, Tensor]:
+def read_state_dict(path: Path, use_ema: bool | str | None = None) -> dict[str, Tensor]:
     """The parameters of a checkpoint by their paths; of several steps, the last.
 
     Args:
         use_ema: of a training state, take the averaged parameters; False: the raw ones; None: the average where there
-            is one.
+            is one. Of several averages (``ema_params/500``, ``ema_params/1000``, ...), the name of one.
 
     Raises:
         ZooError: no checkpoint, or a damaged one; not the set that `use_ema` names; msgpack or tensorstore is missing.
@@ -86,7 +86,7 @@ def missing(error: ImportError) -> MissingPackage:
     )
 
 
-def _chosen(names: Mapping[str, Any] | set[str], path: Path, use_ema: bool | None) -> str | None:
+def _chosen(names: Mapping[str, Any] | set[str], path: Path, use_ema: bool | str | None) -> str | None:
     """The part of a training state that is read; None for what is no training state."""
     if use_ema is False and AVERAGED in names and RAW not in names:
         raise ZooError(f"{path}: use_ema=False: holds averaged parameters only ({AVERAGED})")
@@ -94,6 +94,26 @@ def _chosen(names: Mapping[str, Any] | set[str], path: Path, use_ema: bool | Non
         say(f"{path.name}: the averaged parameters ({AVERAGED}) are taken; use_ema=False takes the raw ones")
     order = (RAW, AVERAGED) if use_ema is False else (AVERAGED, RAW)
     return next((name for name in order if name in names), None)
+
+
+def _one_average(keys: Iterable[str], mark: str, path: Path, use_ema: bool | str | None) -> str:
+    """The beginning of the keys of the average named by `use_ema`, of those of averaged parameters; empty where there
+    is one average alone."""
+    sets: dict[str, set[str]] = {}
+    for key in keys:
+        name, _, rest = key.partition(mark)
+        sets.setdefault(name, set()).add(rest)
+    trees = list(sets.values())
+    several = len(trees) > 1 and len(trees[0]) > 1 and all(tree == trees[0] for tree in trees)
+    if not several:
+        if isinstance(use_ema, str):
+            raise ZooError(f"{path}: holds one average ({AVERAGED}), and none named {use_ema!r}")
+        return ""
+    if not isinstance(use_ema, str):
+        raise ZooError(f"{path}: holds several averages: name one of {', '.join(sorted(sets))} (use_ema, or --average)")
+    if use_ema not in sets:
+        raise ZooError(f"{path}: {unknown('average', use_ema, sets)}")
+    return f"{use_ema}{mark}"
 
 
 # ------------------------------------------------------------------------------------------------------------- msgpack
@@ -142,7 +162,7 @@ def leaves(
             yield from leaves(below, is_leaf, (*path, str(name)))
 
 
-def _read_msgpack(path: Path, use_ema: bool | None) -> dict[str, Tensor]:
+def _read_msgpack(path: Path, use_ema: bool | str | None) -> dict[str, Tensor]:
     tree, averaged = unpack(path), False
     try:
         while isinstance(tree, Mapping) and (name := _chosen(tree, path, use_ema)) is not None:
@@ -154,6 +174,8 @@ def _read_msgpack(path: Path, use_ema: bool | None) -> dict[str, Tensor]:
         raise ZooError(f"{path}: use_ema: holds no averaged parameters ({AVERAGED})")
     if not state:
         raise ZooError(f"{path}: holds no parameters")
+    if averaged and (prefix := _one_average(state, "/", path, use_ema)):
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state
 
 
@@ -180,7 +202,7 @@ def read_arrays(opened: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray
     return {name: read.result() for name, read in reads.items()}
 
 
-def _read_orbax(folder: Path, use_ema: bool | None) -> dict[str, Tensor]:
+def _read_orbax(folder: Path, use_ema: bool | str | None) -> dict[str, Tensor]:
     """Arrays lie as zarr under their dotted paths, each in its folder or all in one store (OCDBT)."""
     try:
         import tensorstore
@@ -197,6 +219,9 @@ def _read_orbax(folder: Path, use_ema: bool | None) -> dict[str, Tensor]:
         if use_ema and chosen != AVERAGED:
             raise ZooError(f"{folder}: use_ema: holds no averaged parameters ({AVERAGED})")
         prefix = f"{chosen}." if chosen else ""
+        if chosen == AVERAGED:
+            below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+            prefix += _one_average(below, ".", folder, use_ema)
         version = "zarr3" if any(key.endswith(b"/zarr.json") for key in keys) else "zarr"
         opened = {}
         for name in sorted(names):

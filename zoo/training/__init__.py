@@ -6,9 +6,10 @@ from zoo.training.base import BaseModule, seed_position
 from zoo.training.callbacks import NonFiniteGuard, Pictures, PreciseBN, Timing, default_callbacks
 from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from zoo.training.classification import Classification, LinearClassification
-from zoo.training.ema import EMA, evaluation_weights
+from zoo.training.ema import EMA, choose_average, evaluation_weights, half_life_decay
 from zoo.training.lars import LARS
 from zoo.training.measures import FactorAccuracy, GivenBoxMasks, GradientSpread, UnitDeletion
+from zoo.training.muon import Muon, NAdam
 from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_optimizer, param_groups
 from zoo.training.probe import KNNProbe, LinearProbe, extract_features, fit_probe, gather_samples, probe_head
 from zoo.training.sampling import SampleGrid, SamplingEvaluation
@@ -29,6 +30,8 @@ __all__ = [
     "LinearClassification",
     "LinearProbe",
     "MultiLabelVideoClassification",
+    "Muon",
+    "NAdam",
     "NonFiniteGuard",
     "Optim",
     "Pictures",
@@ -39,11 +42,13 @@ __all__ = [
     "UnitDeletion",
     "VideoClassification",
     "build",
+    "choose_average",
     "default_callbacks",
     "evaluation_weights",
     "extract_features",
     "fit_probe",
     "gather_samples",
+    "half_life_decay",
     "hold_global_batch",
     "lr_at",
     "make_optimizer",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, unknown
+from zoo.training.optim import Optim, effective_batch
+
+RAW = "raw"  # what the weights themselves are called where an average is chosen by name
 
 
 class EMA(L.Callback):
@@ -23,10 +26,14 @@ class EMA(L.Callback):
     in `state_dict` and the averaged ones in `ema_state_dict`; a resumed run takes both up. For the strategies that keep
     whole weights on every device (one device, ddp).
 
-    Several averages of one run are several of these callbacks with different `name`; the first with `evaluate` is used.
+    Several averages of one run are several of these callbacks with different `name`; the first with `evaluate` is used,
+    or the one that :func:`choose_average` names (``--average NAME`` on the command line).
 
     Args:
         decay: in [0, 1).
+        half_life: where given, the decay is that of :func:`half_life_decay`, in images, at every optimiser step;
+            `decay` is not used then. The images of a step are those of the effective batch.
+        ramp: of the half-life, see there.
         every_n_steps: optimiser steps between two updates.
         evaluate: validate, test and predict with the averaged weights; also those of a loaded checkpoint.
         per_step: `decay` is that of one optimiser step, so that an update takes decay ** every_n_steps.
@@ -44,10 +51,22 @@ class EMA(L.Callback):
         evaluate: bool = True,
         per_step: bool = False,
         name: str = "ema",
+        half_life: float | None = None,
+        ramp: float | None = 0.05,
     ) -> None:
         if not 0 <= decay < 1 or every_n_steps < 1:
             raise ZooError(f"EMA wants 0 <= decay < 1 and every_n_steps >= 1, not {decay} and {every_n_steps}")
+        if half_life is not None and (half_life <= 0 or (ramp is not None and ramp <= 0) or every_n_steps > 1):
+            raise ZooError(
+                f"EMA with a half-life wants it and its ramp positive and every_n_steps 1, not {half_life}, {ramp} and"
+                f" {every_n_steps}"
+            )
+        if name == RAW or not name:
+            raise ZooError(f"an average cannot be named {name!r}")
         self.decay, self.every_n_steps, self.evaluate, self.name = decay, every_n_steps, evaluate, name
+        self.half_life, self.ramp = half_life, ramp
+        self.batch = 0  # images of an optimiser step, for the half-life
+        self.chosen: bool | None = None  # by choose_average: to evaluate with, or not; None: as `evaluate` says
         self.key = f"{name}_state_dict"
         self.weights: dict[str, Tensor] = {}
         self.steps = 0
@@ -57,6 +76,9 @@ class EMA(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._seen = trainer.global_step
+        if self.half_life is not None:
+            optim = getattr(pl_module, "optim", None)
+            self.batch = effective_batch(optim if isinstance(optim, Optim) else Optim(), trainer)
         self.start(pl_module)
 
     def start(self, pl_module: L.LightningModule) -> None:
@@ -81,6 +103,8 @@ class EMA(L.Callback):
     def step(self, pl_module: L.LightningModule) -> None:
         """Counts an optimiser step, and updates where one is due."""
         self.steps += 1
+        if self.half_life is not None:
+            self._average = get_ema_multi_avg_fn(half_life_decay(self.steps, self.half_life, self.batch, self.ramp))
         if self.steps % self.every_n_steps == 0:
             self.update(pl_module)
 
@@ -136,6 +160,8 @@ class EMA(L.Callback):
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _evaluated(trainer) is self:
+            if self.chosen:
+                self.require()
             self._swap_in(pl_module)
 
     def _end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -143,6 +169,11 @@ class EMA(L.Callback):
 
     on_validation_start = on_test_start = on_predict_start = _start
     on_validation_end = on_test_end = on_predict_end = _end
+
+    def require(self) -> None:
+        """Raises ZooError unless there are averaged weights."""
+        if not self.weights:
+            raise ZooError(f"there is no average {self.name!r}: the checkpoint holds none of this name")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._swap_out(pl_module)
@@ -169,15 +200,73 @@ def _wide(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
+def half_life_decay(step: int, half_life: float, batch: int, ramp: float | None = 0.05) -> float:
+    """The decay at which an average forgets half in so many images (Karras et al. 2022, arXiv 2206.00364; 2024,
+    arXiv 2312.02696): 0.5 ** (batch / min(half_life, ramp * images so far)).
+
+    Args:
+        step: optimiser steps, this one included.
+        half_life: in images.
+        batch: images of a step.
+        ramp: a half-life is at most this share of the run so far, so that early weights are forgotten; None: never.
+    """
+    images = half_life if ramp is None else min(half_life, step * batch * ramp)
+    return 0.5 ** (batch / max(images, 1e-8))
+
+
+def averages(callbacks: Iterable[Any]) -> list[EMA]:
+    """The averages among callbacks."""
+    return [callback for callback in callbacks if isinstance(callback, EMA)]
+
+
+def check_average(callbacks: Iterable[Any], name: str) -> None:
+    """Raises ZooError unless `name` is that of an average among callbacks, or "raw"."""
+    known = [ema.name for ema in averages(callbacks)]
+    if name not in (*known, RAW):
+        raise unknown("average", str(name), (*known, RAW))
+
+
+def choose_average(callbacks: Iterable[Any], name: str | None) -> None:
+    """Evaluation takes the average of this name; of "raw", the weights themselves; of None, what the callbacks say.
+
+    Raises:
+        ZooError: there is no average of this name.
+    """
+    found = averages(callbacks)
+    if name is not None:
+        check_average(found, name)
+    for ema in found:
+        ema.chosen = None if name is None else ema.name == name
+
+
 def _evaluated(trainer: L.Trainer) -> EMA | None:
     """The average that evaluation takes."""
-    return next((c for c in trainer.callbacks if isinstance(c, EMA) and c.evaluate), None)  # type: ignore[attr-defined]
+    found = averages(trainer.callbacks)  # type: ignore[attr-defined]
+    return next((ema for ema in found if (ema.evaluate if ema.chosen is None else ema.chosen)), None)
 
 
 @contextmanager
-def evaluation_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
-    """The module as it is evaluated: with averaged weights where an :class:`EMA` callback says so, in eval mode."""
+def evaluation_weights(trainer: L.Trainer, pl_module: L.LightningModule, average: str | None = None) -> Iterator[None]:
+    """The module as it is evaluated: with averaged weights where an :class:`EMA` callback says so, in eval mode.
+
+    Args:
+        trainer: whose callbacks the averages are.
+        pl_module: the module.
+        average: the name of another average than evaluation takes anyway, or "raw".
+
+    Raises:
+        ZooError: there is no average of this name, or none yet.
+    """
+    found = averages(trainer.callbacks)  # type: ignore[attr-defined]
     ema = _evaluated(trainer)
+    if average is not None:
+        check_average(found, average)
+        ema = next((one for one in found if one.name == average), None)
+        if ema is not None:
+            ema.require()
+    held = next((one for one in found if one._raw is not None and one is not ema), None)
+    if held is not None:
+        held._swap_out(pl_module)
     modes = {module: module.training for module in pl_module.modules()}
     pl_module.eval()
     try:
@@ -187,5 +276,7 @@ def evaluation_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> Iter
             with ema.applied(pl_module):
                 yield
     finally:
+        if held is not None:
+            held._swap_in(pl_module)
         for module, mode in modes.items():
             module.training = mode

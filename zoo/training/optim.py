@@ -21,8 +21,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from zoo.errors import ZooError, unknown
 from zoo.training.lars import LARS
+from zoo.training.muon import Muon, NAdam
 
-Name = Literal["adamw", "adam", "sgd", "lars"]
+Name = Literal["adamw", "adam", "sgd", "lars", "muon", "nadam"]
 Schedule = Literal["cosine", "step", "constant"]
 Interval = Literal["step", "epoch"]
 NoDecay = Literal["1d", "norm", "none"]
@@ -39,7 +40,8 @@ class Optim:
     """Optimiser and learning-rate schedule of a run.
 
     Args:
-        name: the optimiser; "adam" takes its decay as a part of the gradient (L2), "adamw" beside it.
+        name: the optimiser; "adam" takes its decay as a part of the gradient (L2), "adamw" beside it. "muon" takes
+            parameters of two dimensions, but for tables of embeddings, as matrices, and treats the others as "nadam".
         base_lr: learning rate for `reference_batch` samples; scaled linearly to the effective batch.
         lr: the absolute learning rate; where given, `base_lr` is not used.
         reference_batch: the batch that `base_lr` is stated for (256 in most papers).
@@ -47,8 +49,9 @@ class Optim:
         norm_weight_decay: decay of normalisation layers, which are a group of their own then; null: as `no_decay` says.
         bias_weight_decay: decay of all biases, those of normalisation layers too; null: as the others'.
         bias_lr_scale: factor of the learning rate of all biases.
-        betas, eps: of Adam and AdamW.
+        betas, eps: of Adam, AdamW and NAdam.
         momentum: of SGD and LARS.
+        muon_momentum: of the matrices under Muon.
         nesterov, dampening: of SGD.
         trust_coefficient: of LARS.
         layer_decay: factor per layer from the top down; wants a model with `layer_id(name)` and `num_layer_ids`.
@@ -87,6 +90,7 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     momentum: float = 0.9
+    muon_momentum: float = 0.95
     nesterov: bool = False
     dampening: float = 0.0
     trust_coefficient: float = 0.001
@@ -123,6 +127,8 @@ class Optim:
         for key in ("lr", "layer_decay", "warmup_lr", "global_batch"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise ZooError(f"optim.{key} must be positive or null, not {getattr(self, key)}")
+        if not 0 <= self.muon_momentum < 1:
+            raise ZooError(f"optim.muon_momentum must be in [0, 1), not {self.muon_momentum}")
         for key in ("weight_decay", "eps", "dampening", "warmup_epochs", "warmup_start_lr", "min_lr"):
             if not getattr(self, key) >= 0:
                 raise ZooError(f"optim.{key} must not be negative, but is {getattr(self, key)}")
@@ -194,10 +200,10 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     the names in its `weight_decay_too()`. Normalisation layers and biases with a decay of their own have that instead,
     a bias of a normalisation layer that of biases. Without layer decay these groups come first, then the undecayed one;
     with it, groups come in the order in which they first occur in `named_parameters`, and a layer's scale is
-    layer_decay ** (top - id), top being `model.num_layer_ids` - 1.
+    layer_decay ** (top - id), top being `model.num_layer_ids` - 1. Under Muon matrices are groups of their own.
 
     Returns:
-        Groups with keys `params`, `names`, `weight_decay`, `lr_scale`.
+        Groups with keys `params`, `names`, `weight_decay`, `lr_scale`, and under Muon `orthogonal`.
 
     Raises:
         ZooError: nothing to train, or layer decay for a model that does not number its layers.
@@ -217,7 +223,8 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        norm = isinstance(model.get_submodule(name.rpartition(".")[0]), NORMS)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        norm = isinstance(owner, NORMS)
         bias = name.rpartition(".")[2] == "bias"
         plain = norm if optim.no_decay == "norm" else parameter.ndim <= 1 or name.endswith(".bias")
         decayed = optim.no_decay == "none" or name in included or not (plain or name in spared)
@@ -233,9 +240,9 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
             kind, decay = -1, optim.norm_weight_decay
         if bias and optim.bias_weight_decay is not None:
             kind, decay = 0, optim.bias_weight_decay
-        group = groups.setdefault(
-            (layer, kind, scale), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale}
-        )
+        matrix = optim.name == "muon" and parameter.ndim == 2 and not isinstance(owner, nn.Embedding)
+        facts = {"weight_decay": decay, "lr_scale": scale} | ({"orthogonal": matrix} if optim.name == "muon" else {})
+        group = groups.setdefault((layer, kind, scale, matrix), {"params": [], "names": [], **facts})
         group["params"].append(parameter)
         group["names"].append(name)
     if not groups:
@@ -255,6 +262,10 @@ def make_optimizer(groups: list[dict[str, Any]], optim: Optim, lr: float, fused:
         return torch.optim.SGD(
             groups, lr=lr, momentum=optim.momentum, dampening=optim.dampening, nesterov=optim.nesterov
         )
+    if optim.name == "muon":
+        return Muon(groups, lr=lr, betas=optim.betas, eps=optim.eps, momentum=optim.muon_momentum)
+    if optim.name == "nadam":
+        return NAdam(groups, lr=lr, betas=optim.betas, eps=optim.eps)
     return LARS(groups, lr=lr, momentum=optim.momentum, trust_coefficient=optim.trust_coefficient)
 
 
@@ -265,8 +276,11 @@ def build(model: nn.Module, optim: Optim, trainer: L.Trainer) -> Any:
     `trainer.max_steps` where the number of epochs is not limited (max_epochs: -1).
 
     Raises:
-        ZooError: the global batch cannot be held, the batch size is not known, or the run has no end to anneal to.
+        ZooError: the global batch cannot be held, the batch size is not known, the run has no end to anneal to, or a
+            strategy splits the matrices of Muon.
     """
+    if optim.name == "muon" and trainer.strategy.restore_checkpoint_after_setup:
+        raise ZooError("optim.name muon wants whole matrices on every device: take trainer.strategy ddp")
     hold_global_batch(optim, trainer)
     if optim.schedule == "cosine" and trainer.max_epochs == -1 and (trainer.max_steps == -1 or optim.first_epoch):
         ends = "trainer.max_epochs" if optim.first_epoch else "trainer.max_epochs or trainer.max_steps"

@@ -5,7 +5,9 @@ A task (or a network) that samples gives
 - ``sample(noise, label) -> images``: noise (B, *noise_shape), labels (B,) int64 or None, to pictures (B, 3, H, W) in
   [-1, 1]; a function of its arguments alone,
 - ``noise_shape``: of one sample's noise, such as (4, 32, 32),
-- ``num_classes``: 0 where it is unconditional.
+- ``num_classes``: 0 where it is unconditional,
+- ``sampling_options``, where its sampling has settings: the names of further keyword arguments of ``sample``, such as
+  ("guidance", "interval", "steps"), each by default as the task says. A sweep finds the best of them.
 
 Noise and label of sample number k are functions of (seed, k), whatever the batches and the number of processes: the
 same samples come from one device and from eight, and a number can be had again.
@@ -15,7 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -23,6 +26,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from zoo import files
 from zoo.data.shapes import hash64
 from zoo.errors import ZooError, unknown
 from zoo.metrics.generation import (
@@ -35,7 +39,7 @@ from zoo.metrics.generation import (
     read_pictures,
     to_uint8,
 )
-from zoo.training.ema import evaluation_weights
+from zoo.training.ema import check_average, evaluation_weights
 
 Labels = Literal["random", "balanced"]
 
@@ -90,10 +94,12 @@ def draw_samples(
     device: torch.device | str,
     seed: int = 0,
     label: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] of the samples with these numbers and labels; call in inference mode."""
+    """Pictures (B, 3, H, W) in [-1, 1] of the samples with these numbers and labels; call in inference mode. `options`
+    are of the model's `sampling_options`."""
     noise = noise_of(indices, tuple(model.noise_shape), seed).to(device)
-    images = model.sample(noise, None if label is None else label.to(device))
+    images = model.sample(noise, None if label is None else label.to(device), **options)
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ZooError(f"{type(model).__name__}.sample gave no pictures (B, 3, H, W) but {tuple(images.shape)}")
     return images.expand(-1, 3, -1, -1)
@@ -277,11 +283,65 @@ class SampleGrid(L.Callback):
         return grid(torch.cat(parts), self.columns)
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Settings of sampling to be compared: every combination of `values`, on so many `samples` each."""
+
+    values: dict[str, list[Any]]
+    samples: int = 5000
+
+    @staticmethod
+    def of(facts: Mapping[str, Any] | None) -> Sweep | None:
+        """From ``{samples: 5000, NAME: [VALUE, ...], ...}``.
+
+        Raises:
+            ZooError: nothing to sweep over, a value that is no list, or no samples.
+        """
+        if facts is None:
+            return None
+        values = {name: value for name, value in facts.items() if name != "samples"}
+        if not values:
+            raise ZooError("a sweep wants lists of values by name, such as {guidance: [1, 2]}")
+        for name, value in values.items():
+            if not isinstance(value, list) or not value:
+                raise ZooError(f"sweep: {name} wants a list of values, not {value!r}")
+        samples = facts.get("samples", 5000)
+        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 2:
+            raise ZooError(f"sweep: samples must be a number of 2 or more, not {samples!r}")
+        return Sweep(values, samples)
+
+    def check(self, model: Any, callbacks: Sequence[Any]) -> None:
+        """Raises ZooError for a name that sampling does not know, or an average that is not there."""
+        known = [*getattr(model, "sampling_options", ()), "average"]
+        for name in self.values:
+            if name not in known:
+                raise unknown(f"sampling option of {type(model).__name__}", str(name), known)
+        for name in self.values.get("average", ()):
+            check_average(callbacks, name)
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Every combination; the last name changes fastest."""
+        return [dict(zip(self.values, row, strict=True)) for row in product(*self.values.values())]
+
+    def lines(self, table: Sequence[Mapping[str, Any]], best: int) -> list[str]:
+        """The table, its best row marked."""
+        heads = list(table[0])
+        rows = [heads, *([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in table)]
+        widths = [max(len(row[k]) for row in rows) for k in range(len(heads))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines[best + 1] += "  best"
+        return [f"sweep, {self.samples} samples each:", *(f"  {line.rstrip()}" for line in lines)]
+
+
 class SamplingEvaluation(L.Callback):
     """The field's protocol: so many samples, compared with real pictures, at the end of validation and of testing.
 
     Logs `val/fid` (or `test/fid`, ...), under the names of :class:`~zoo.metrics.generation.GenerationMetrics`: only
     features of Inception give a FID. The numbers are the same for any number of processes and any batch size.
+
+    With a `sweep` (``zoo test RECIPE --sweep '{samples: 5000, guidance: [6, 7], average: [ema_500, ema_1000]}'``) every
+    combination of the values is measured first, on fewer samples; the table is printed and kept as <run>/sweep.json and
+    in result.json, and the evaluation proper samples with the best. `validate` and `test` sweep, training does not.
 
     Args:
         num_samples: 50,000 in the papers.
@@ -298,6 +358,8 @@ class SamplingEvaluation(L.Callback):
         val_samples: samples at a validation during training, where all of them would take too long; None: all.
         kid_subset_size: samples in a subset of the kernel distance.
         seed: of noises and labels.
+        sweep: lists of values by name: of the task's `sampling_options`, and of `average`, the names of averages (or
+            "raw"); `samples`, a number, is of each combination (5000). The first of `metrics` decides.
     """
 
     def __init__(
@@ -314,6 +376,7 @@ class SamplingEvaluation(L.Callback):
         val_samples: int | None = None,
         kid_subset_size: int = 1000,
         seed: int = 0,
+        sweep: dict[str, Any] | None = None,
     ) -> None:
         _at_least_one(
             num_samples=num_samples, batch_size=batch_size, every_n_epochs=every_n_epochs, val_samples=val_samples
@@ -324,10 +387,15 @@ class SamplingEvaluation(L.Callback):
         self.metrics, self.extractor, self.extractor_options = list(metrics), extractor, dict(extractor_options or {})
         self.reference, self.labels, self.rounding = reference, labels, rounding
         self.batch_size, self.kid_subset_size, self.seed = batch_size, kid_subset_size, seed
+        self.sweep = Sweep.of(sweep)
+        self.table: list[dict[str, Any]] = []  # of a sweep: its settings with their numbers
+        self.best: dict[str, Any] = {}  # settings
         self._metric: GenerationMetrics | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         check_samples(pl_module)
+        if self.sweep is not None:
+            self.sweep.check(pl_module, trainer.callbacks)  # type: ignore[attr-defined]
         if stage in ("fit", "validate", "test") and self._metric is None:
             # Made here, so that missing weights are told before hours of training and not after them.
             extractor = make_extractor(self.extractor, **self.extractor_options)
@@ -356,12 +424,56 @@ class SamplingEvaluation(L.Callback):
         self._log(trainer, pl_module, "test", self.num_samples)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str, count: int) -> None:
-        for name, value in self.evaluate(trainer, pl_module, count).items():
+        if self.sweep is not None and trainer.state.fn != "fit":
+            self.run_sweep(trainer, pl_module)
+        for name, value in self.evaluate(trainer, pl_module, count, self.best).items():
             # A number, and the same on every process already.
             pl_module.log(f"{stage}/{name}", value.item(), prog_bar=True)
 
-    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, count: int) -> dict[str, Tensor]:
-        """The metrics of `count` samples, the same on every process. Call on every process."""
+    def run_sweep(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fills `table` and `best`, prints the table and writes it. Call on every process."""
+        assert self.sweep is not None
+        assert self._metric is not None
+        first = {"precision_recall": "precision"}.get(self.metrics[0], self.metrics[0])
+        name, better = self._metric.label(first), -1.0 if first in ("is", "precision") else 1.0
+        settings = self.sweep.settings()
+        self.table = []
+        for k, setting in enumerate(settings):
+            what = f"sweep {k + 1} of {len(settings)}: batch"
+            found = self.evaluate(trainer, pl_module, self.sweep.samples, setting, what)
+            self.table.append({**setting, **{key: value.item() for key, value in found.items()}})
+        scores = [better * row[name] if math.isfinite(row[name]) else math.inf for row in self.table]
+        at = scores.index(min(scores))
+        self.best = settings[at]
+        folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective call
+        if trainer.is_global_zero:
+            print("\n".join(self.sweep.lines(self.table, at)), flush=True)
+            files.write_json(Path(folder) / "sweep.json", self.results()["sweep"])
+
+    def results(self) -> dict[str, Any]:
+        """What a result holds of a sweep beside the metrics."""
+        if not self.table or self.sweep is None:
+            return {}
+        return {"sweep": {"samples": self.sweep.samples, "best": self.best, "table": self.table}}
+
+    def evaluate(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        count: int,
+        setting: Mapping[str, Any] | None = None,
+        what: str = "evaluation by samples: batch",
+    ) -> dict[str, Tensor]:
+        """The metrics of `count` samples, the same on every process. Call on every process.
+
+        Args:
+            trainer, pl_module: what samples, and its data.
+            count: samples.
+            setting: of the task's `sampling_options`, and the name of an `average`, where not as the task says.
+            what: told of the progress.
+        """
+        options = dict(setting or {})
+        average = options.pop("average", None)
         from zoo.training.probe import told
 
         assert self._metric is not None
@@ -377,14 +489,14 @@ class SamplingEvaluation(L.Callback):
         elif metric.reference and self._wants_features and metric.reference.features is None:
             metric.reference = replace(metric.reference, features=self._features(read_pictures(self.reference)))
         with (
-            evaluation_weights(trainer, pl_module),
+            evaluation_weights(trainer, pl_module, average),
             torch.inference_mode(),
             trainer.precision_plugin.forward_context(),
         ):
             shares = list(self._shares(count, trainer.global_rank, trainer.world_size))
-            for indices in told("evaluation by samples: batch", shares, trainer):
+            for indices in told(what, shares, trainer):
                 label = labels_of(indices, pl_module.num_classes, count, self.seed, self.labels)  # type: ignore[arg-type]
-                images = draw_samples(pl_module, indices, pl_module.device, self.seed, label)
+                images = draw_samples(pl_module, indices, pl_module.device, self.seed, label, **options)
                 metric.update(to_uint8(images.float(), self.rounding), torch.tensor(indices, device=pl_module.device))
         found = metric.compute()
         metric.reset()
@@ -411,7 +523,9 @@ class SamplingEvaluation(L.Callback):
         """What must agree for two numbers of this evaluation to be compared, but for the task itself."""
         facts: Mapping[str, Any] = self._metric.protocol() if self._metric else {"reference": self.reference}
         own = ("num_samples", "labels", "rounding", "seed")
-        return {**facts, **{name: getattr(self, name) for name in own}, "noise": "by (seed, number of the sample)"}
+        sampled = {"sampled_with": self.best} if self.best else {}
+        noise = {"noise": "by (seed, number of the sample)"}
+        return {**facts, **{name: getattr(self, name) for name in own}, **noise, **sampled}
 
 
 def _at_least_one(**counts: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, unknown
 from zoo.formats import flax, pickles, pytorch, t5x, torch7, zips
 from zoo.weights.download import page, say
 
@@ -51,7 +52,8 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
 
     Raises:
         ZooError: one line that names the file and the reason: nothing there, a folder, a pipe, empty, a page, not
-            whole, something in it that no checkpoint holds (named by place and type), or weights without a run.
+            whole, something in it that no checkpoint holds (named by place and type), weights without a run, or NaN
+            among them.
     """
     path = Path(path)
     check_file(path)
@@ -65,10 +67,13 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     missing = [key for key in wanted if not isinstance(content, dict) or key not in content]
     if missing:
         raise ZooError(f"{path}: weights, not a checkpoint of a run: it holds no {missing[0]!r}")
+    for part, state in content.items():
+        if str(part).endswith("state_dict") and isinstance(state, Mapping):
+            _refuse_nan({key: value for key, value in state.items() if isinstance(value, Tensor)}, path)
     return content
 
 
-def read_state_dict(path: str | os.PathLike[str], use_ema: bool | None = None) -> dict[str, Tensor]:
+def read_state_dict(path: str | os.PathLike[str], use_ema: bool | str | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, by name: safetensors, PyTorch, out of wrappers such as ``{"model": ...}``,
     pickled NumPy arrays of Caffe2, Detectron and detectron2 (``.pkl``), ``.npz``, Torch7 (``.t7``), by place, a folder
     or zip of t5x, or flax (``.msgpack``, or a zip of ``checkpoint_<step>``), by path.
@@ -79,7 +84,8 @@ def read_state_dict(path: str | os.PathLike[str], use_ema: bool | None = None) -
     Args:
         use_ema: of a file that holds raw weights and their average (``{"model": ..., "ema": ...}``, ``{"state_dict":
             ..., "state_dict_ema": ...}``, a checkpoint of ours), take the average; False: the raw ones; None: the
-            average where there is one. Which was taken of two is told.
+            average where there is one. Which was taken of two is told. A name takes the average of this name: the key
+            under which it stands, without ``_state_dict`` in a checkpoint of ours.
 
     Raises:
         ZooError: not a file, not a whole checkpoint, no tensors in it, something that weights do not hold, NaN among
@@ -97,10 +103,14 @@ def read_state_dict(path: str | os.PathLike[str], use_ema: bool | None = None) -
     except Exception as error:  # the readers' own errors are told above; a spoilt file makes libraries raise anything
         problem = pickles.short(str(error), 200) or type(error).__name__
         raise ZooError(f"{path}: not a whole file of weights ({problem})") from error
+    _refuse_nan(state, path)
+    return state
+
+
+def _refuse_nan(state: Mapping[Any, Tensor], path: Path) -> None:
     if spoilt := [key for key, value in state.items() if _has_nan(value)]:
         more = f" and {len(spoilt) - 1} more of {len(state)}" if spoilt[1:] else ""
-        raise ZooError(f"{path}: not usable: {pickles.short(spoilt[0])}{more} holds NaN")
-    return state
+        raise ZooError(f"{path}: not usable: {pickles.short(str(spoilt[0]))}{more} holds NaN")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -123,7 +133,7 @@ def is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors" or (len(head) == 9 and head[8:] == b"{" and head[2:8] == bytes(6))
 
 
-def _read(path: Path, use_ema: bool | None) -> dict[str, Tensor]:
+def _read(path: Path, use_ema: bool | str | None) -> dict[str, Tensor]:
     if t5x.is_checkpoint(path):
         return _only(t5x.read_state_dict(path), path, use_ema)
     if flax.is_checkpoint(path):
@@ -163,12 +173,15 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _unwrap(content: Any, path: Path, use_ema: bool | None) -> dict[str, Tensor]:
+def _unwrap(content: Any, path: Path, use_ema: bool | str | None) -> dict[str, Tensor]:
     """Descends from the top of a file to the dict whose values are tensors; entries beside tensors are left."""
     is_run = isinstance(content, Mapping) and "pytorch-lightning_version" in content
     average: dict[str, Tensor] = {}
     named = ""
+    sets: dict[str, dict[str, Tensor]] = {}
     while isinstance(content, Mapping):
+        if isinstance(use_ema, str):
+            sets |= {key: found for key, found in _named_averages(content).items() if key not in sets}
         if not named and (named := next((key for key in _averages(content) if _below(content[key])), "")):
             average = _below(content[named])
         inner = next((key for key in RAW if _below(content.get(key))), None)
@@ -180,6 +193,10 @@ def _unwrap(content: Any, path: Path, use_ema: bool | None) -> dict[str, Tensor]
         keys = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
         raise ZooError(f"{path}: holds no tensors by name (top: {pickles.short(keys, 200)})")
     raw, average = (_without_prefix(_network(state) if is_run else state) for state in (raw, average))
+    if isinstance(use_ema, str):
+        if use_ema not in sets:
+            raise ZooError(f"{path}: {unknown('average', use_ema, sets)}" if sets else f"{path}: holds no averages")
+        average, named = _without_prefix(_network(sets[use_ema]) if is_run else sets[use_ema]), use_ema
     if use_ema is True and not average:
         raise ZooError(f"{path}: use_ema: holds no averaged weights")
     if use_ema is False and not raw:
@@ -187,7 +204,8 @@ def _unwrap(content: Any, path: Path, use_ema: bool | None) -> dict[str, Tensor]
     if not average or use_ema is False:
         return raw
     if raw:
-        say(f"{path.name}: the averaged weights ({named}) are taken; use_ema=False takes the raw ones")
+        if not isinstance(use_ema, str):
+            say(f"{path.name}: the averaged weights ({named}) are taken; use_ema=False takes the raw ones")
         if average.keys() < raw.keys():  # an average of parameters alone: buffers are those of the raw weights
             average = {**raw, **average}
     return average
@@ -199,6 +217,18 @@ def _averages(content: Mapping[Any, Any]) -> list[str]:
         key for key in content if str(key).endswith("_state_dict") and f"{key[: -len('_state_dict')]}_steps" in content
     ]
     return [key for key in AVERAGED if key in content] + [key for key in ours if key not in AVERAGED]
+
+
+def _named_averages(content: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
+    """The averages at this place of a file by their names; those of ``{"ema": {"500": ..., "1000": ...}}`` too."""
+    found = {}
+    numbered = [key for key in content for name in AVERAGED if re.fullmatch(rf"{name}_?\d+", str(key))]
+    for key in [*_averages(content), *numbered]:
+        if state := _below(content[key]):
+            found[str(key).removesuffix("_state_dict")] = state
+        elif isinstance(content[key], Mapping):
+            found |= {str(name): state for name, inner in content[key].items() if (state := _below(inner))}
+    return found
 
 
 def _below(content: Any) -> dict[str, Tensor]:
@@ -235,7 +265,7 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _only(state: dict[str, Tensor], path: Path, use_ema: bool | None) -> dict[str, Tensor]:
+def _only(state: dict[str, Tensor], path: Path, use_ema: bool | str | None) -> dict[str, Tensor]:
     """`state`, of a format that holds one set of weights."""
     if use_ema:
         raise ZooError(f"{path}: use_ema: this format holds one set of weights")

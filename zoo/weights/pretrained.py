@@ -15,7 +15,6 @@ import contextlib
 import fnmatch
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -39,6 +38,7 @@ from torch import Tensor, nn
 from zoo import __version__, catalog
 from zoo.catalog import PaperCard, Preprocess, Weight
 from zoo.errors import ZooError, unknown
+from zoo.files import module_from
 from zoo.formats import pytorch
 from zoo.paths import cache_dir
 from zoo.weights import download
@@ -54,7 +54,7 @@ def create_model(
     name: str,
     pretrained: bool = False,
     weights: str | os.PathLike[str] | None = None,
-    use_ema: bool | None = None,
+    use_ema: bool | str | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """A model of the catalog.
@@ -66,7 +66,8 @@ def create_model(
         weights: load these instead: the name of published weights, a path, an http(s) address or a hub id
             (``hf://org/repo/file``), in the official layout or in ours.
         use_ema: of a file given by `weights` that holds raw weights and their average, take the average; False: the
-            raw ones. None: what the paper's card says of its files, else the average where there is one.
+            raw ones. None: what the paper's card says of its files, else the average where there is one. Of several
+            averages, the name of one.
         overrides: further arguments of the model. With weights, ``num_classes`` and ``in_chans`` start anew just the
             parameters whose shape they change (a warning names them), and ``img_size`` resizes position tables.
 
@@ -86,7 +87,7 @@ def create_model(
     if weights is not None:
         known = [entry for entry in card.weights if entry.model == model.name]
         converter = known[0].converter if known else "convert_official"
-        if use_ema is None and known:
+        if use_ema is None and known and not isinstance(known[0].use_ema, str):
             use_ema = known[0].use_ema
         state = _convert(card, read_state_dict(_file_of(weights), use_ema), os.fspath(weights), converter)
         fresh, spare = [key for e in known for key in e.fresh], [key for e in known for key in e.spare]
@@ -270,7 +271,9 @@ def verify_weights(name: str) -> str:
     return f"sha256 {record['source_sha256']} as {against}; {len(state)} tensors match {entry.model} key for key"
 
 
-def convert_weights(name: str, out: str | os.PathLike[str], to: str | None = None, use_ema: bool | None = None) -> Path:
+def convert_weights(
+    name: str, out: str | os.PathLike[str], to: str | None = None, use_ema: bool | str | None = None
+) -> Path:
     """Writes published weights, or those of a checkpoint of a task of ours, for use elsewhere; returns the path.
 
     Args:
@@ -279,7 +282,7 @@ def convert_weights(name: str, out: str | os.PathLike[str], to: str | None = Non
             model zoo; these two can hold more than tensors by name.
         to: a format among the EXPORTS of the paper's module; None: our own layout.
         use_ema: of a checkpoint of ours, take the averaged weights; False: the raw ones; None: the average if it holds
-            one.
+            one. Of several averages, the name of one.
 
     Raises:
         ZooError: unknown weights or format, or a file that cannot hold it.
@@ -410,17 +413,7 @@ def paper_module(card: PaperCard) -> ModuleType:
         return loaded
     if not path.is_file():
         raise ZooError(f"{card.path}: the paper's code {path.name} must lie beside its card")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return module_from(path, name)
 
 
 @dataclass(frozen=True)
@@ -499,7 +492,7 @@ def fill(
 
 
 def load_published(
-    task: nn.Module, source: str | os.PathLike[str], card: PaperCard, data: Any = None
+    task: nn.Module, source: str | os.PathLike[str], card: PaperCard, data: Any = None, average: str | None = None
 ) -> dict[str, str | None]:
     """Loads published weights into the network of a task that is to be evaluated: every entry, with nothing fresh.
 
@@ -508,6 +501,7 @@ def load_published(
         source: the name of published weights, or a file, address or hub id in the official layout or in ours.
         card: the paper whose converters read a file.
         data: the data module; weights are refused where it states another image size, mean or deviation than theirs.
+        average: of a file that holds several averages, the name of one.
 
     Returns:
         {name, sha256 of the file, licence}.
@@ -526,7 +520,7 @@ def load_published(
         sha256 = download.read_json(path.with_suffix(".json")).get("source_sha256")
     else:
         path = _file_of(source)
-        raw, sha256 = read_state_dict(path), _sha256(path) if path.is_file() else None
+        raw, sha256 = read_state_dict(path, average), _sha256(path) if path.is_file() else None
         converters = dict.fromkeys(entry.converter for entry in card.weights) or ["convert_official"]
         state, candidates = _first_that_reads(card, raw, name, list(converters)), list(card.weights)
     spare = [key for entry in candidates for key in entry.spare]

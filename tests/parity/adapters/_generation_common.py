@@ -8,47 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.metrics.generation import (
-    Statistics,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-    tf1_resize,
-)
-from zoo.nn.dit import DiT, convert_dit
+from zoo.nn.dit import DiT
 from zoo.ops.diffusion import Diffusion
-from zoo.ops.flow import GVPPath, LinearPath, Path, VPPath
 from zoo.ops.guidance import guide, guided
-from zoo.ops.samplers import OdeMethod, dopri5_path, ode_path, sde_path, times_between
-from zoo.parity import Case, by_entry, filled_inputs, load_filled
+from zoo.ops.transport import Sampler, Transport
+from zoo.parity import Case, by_entry, filled_inputs, shared
 
-PATHS = {"Linear": LinearPath, "GVP": GVPPath, "VP": VPPath}
-ODE_METHODS: dict[str, OdeMethod] = {"euler": "euler", "midpoint": "midpoint", "heun2": "heun", "rk4": "rk4"}
+ODE_METHODS: Any = {"dopri5": "dopri5", "euler": "euler", "midpoint": "midpoint", "heun2": "heun", "rk4": "rk4"}
+SDE_METHODS: Any = {"Euler": "sde_euler", "Heun": "sde_heun"}
 FORMS = {"SBDM": "sbdm", "inccreasing-decreasing": "bump"}
-
-
-def _network(case: Case, variance: bool) -> Any:
-    """The network of a case; `variance`: the second half of the channels is used."""
-    facts = case["config"]["constructor"]
-    learned = facts.get("learn_sigma", True)
-    network = DiT(
-        img_size=facts["input_size"],
-        patch_size=facts["patch_size"],
-        in_chans=facts["in_channels"],
-        out_chans=facts["in_channels"] * (2 if learned else 1),
-        embed_dim=facts["hidden_size"],
-        depth=facts["depth"],
-        num_heads=facts["num_heads"],
-        mlp_ratio=facts.get("mlp_ratio", 4.0),
-        num_classes=facts["num_classes"],
-        null_class=facts.get("class_dropout_prob", 0.1) > 0,
-    )
-    load_filled(network, case, convert_dit)
-    network.eval()
-    if variance or not learned:
-        return network
-    return lambda x, t, labels: network(x, t, labels)[:, : facts["in_channels"]]
+_network, scores = shared("dit").network, shared("generation_scores")
 
 
 # ---------------------------------------------------------------------------------------------------------------- DiT
@@ -84,9 +53,17 @@ def dit(case: Case) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------- SiT
 
 
-def _path(case: Case) -> tuple[Path, Any]:
-    transport = case["config"]["transport"]
-    return PATHS[transport["path_type"]](noise_at=0), transport.get("prediction") or "velocity"
+def _transport(case: Case) -> Transport:
+    given = case["config"]["transport"]
+    train_eps = given.get("train_eps")
+    return Transport(
+        path=given["path_type"].lower(),
+        prediction=given.get("prediction") or "velocity",
+        loss_weight=given.get("loss_weight") or "none",
+        train_eps=train_eps,
+        # The official code takes its own default for both where that of training is not given.
+        sample_eps=None if train_eps is None else given.get("sample_eps"),
+    )
 
 
 def sit(case: Case) -> dict[str, Tensor]:
@@ -112,112 +89,34 @@ def _doubled(network: Any, x: Tensor, t: Tensor, y: Tensor, scale: float) -> Ten
     return torch.cat([guide(first, second, scale, channels=3), other])
 
 
-def _eps(case: Case) -> tuple[float, float]:
-    """What is left out at the ends of time, in training and in sampling."""
-    path, prediction = _path(case)
-    given = case["config"]["transport"]
-    if isinstance(path, LinearPath | GVPPath) and prediction == "velocity":
-        return 0.0, 0.0
-    train = given.get("train_eps")
-    default = 1e-5 if isinstance(path, VPPath) else 1e-3
-    return (default, 1e-3) if train is None else (train, given.get("sample_eps"))
-
-
-def _interval(case: Case, eps: float, form: str = "SBDM", sde: bool = False, last: float = 0.0) -> tuple[float, float]:
-    path, prediction = _path(case)
-    end = 1 - last if sde and last else 1 - eps
-    if isinstance(path, VPPath):
-        return 0.0, end
-    if prediction == "velocity" and not sde:
-        return 0.0, 1.0
-    return (eps if (form == "SBDM" and sde) or prediction != "velocity" else 0.0), end
-
-
 def transport_loss(case: Case) -> dict[str, Tensor]:
-    inputs, network = filled_inputs(case), _network(case, False)
-    path, prediction = _path(case)
-    x, noise = inputs["latents"], inputs["noise"]
-    start, end = _interval(case, _eps(case)[0])
-    t = inputs["t_uniform"] * (end - start) + start
-    pred = network(path.interpolate(x, noise, t), t, inputs["y"])
-    weight: Any = case["config"]["transport"].get("loss_weight") or "none"
-    return {"pred": pred, "loss_per_sample": path.loss(prediction, pred, x, noise, t, weight)}
+    inputs, network, transport = filled_inputs(case), _network(case, False), _transport(case)
+    x, noise, t = inputs["latents"], inputs["noise"], transport.times(inputs["t_uniform"])
+    pred = network(transport.interpolant.interpolate(x, noise, t), t, inputs["y"])
+    return {"pred": pred, "loss_per_sample": transport.loss(pred, x, noise, t)}
 
 
 def transport_sampler(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
-    options, y, z = config["kwargs"], inputs["y"], inputs["noise"]
-    path, prediction = _path(case)
-    network, (_, eps) = _network(case, False), _eps(case)
-
-    def output(z: Tensor, t: Tensor) -> Tensor:
-        return network(z, t, y)
-
+    network, options, y = _network(case, False), config["kwargs"], inputs["y"]
     if config["sampler"] == "ode":
-        steps = options.get("num_steps", 50) - 1
-        times = times_between(*_interval(case, eps), steps, z)
-
-        def velocity(z: Tensor, t: Tensor) -> Tensor:
-            return path.velocity_from(prediction, output(z, t), z, t)
-
         method = options.get("sampling_method", "dopri5")
-        if method == "dopri5":
-            walk = dopri5_path(velocity, z, times, options.get("atol", 1e-6), options.get("rtol", 1e-3))
-        else:
-            walk = ode_path(velocity, z, times, ODE_METHODS[method])
-        states = list(walk)
-        return {"first": states[0], "last": states[-1]}
-    form, steps = options.get("diffusion_form", "SBDM"), options.get("num_steps", 250) - 1
-    last = options.get("last_step", "Mean")
-    size = options.get("last_step_size", 0.04) if last else 0.0
-    states = list(
-        sde_path(
-            path,
-            prediction,
-            output,
-            z,
-            times_between(*_interval(case, eps, form, True, size), steps, z),
-            [inputs[f"step_noise_{k}"] for k in range(steps)],
+        tolerances = {name: options[name] for name in ("atol", "rtol") if name in options}
+        sampler = Sampler(ODE_METHODS[method], steps=options.get("num_steps", 50) - 1, **tolerances)
+    else:
+        form, last = options.get("diffusion_form", "SBDM"), options.get("last_step", "Mean")
+        sampler = Sampler(
+            SDE_METHODS[options.get("sampling_method", "Euler")],
+            steps=options.get("num_steps", 250),
             form=FORMS.get(form, form),
             norm=options.get("diffusion_norm", 1.0),
-            method=options.get("sampling_method", "Euler").lower(),
             last_step=last.lower() if last else None,
-            last_step_size=size,
+            last_step_size=options.get("last_step_size", 0.04),
         )
-    )
-    return {"first": states[1], "last": states[-1]}  # the noise itself is not among the official states
-
-
-# -------------------------------------------------------------------------------------------------------------- scores
-
-
-def scores(case: Case) -> dict[str, Tensor]:
-    config, inputs = case["config"], filled_inputs(case)
-    generated, real = inputs["features_gen"], inputs["features_real"]
-    logits, splits, seed = (
-        inputs["logits_gen"] * config.get("logit_scale", 1.0),
-        config["isc_splits"],
-        config["rng_seed"],
-    )
-    score, score_std = inception_score(logits, splits, seed)
-    kid, kid_std = kernel_distance(generated, real, config["kid_subsets"], config["kid_subset_size"], seed)
-    precision, recall = precision_recall(generated, real, config["prc_neighborhood"])
-    return {
-        "fid": frechet_distance(Statistics.of(generated), Statistics.of(real)),
-        "isc_mean": score,
-        "isc_std": score_std,
-        "isc_mean_unshuffled": inception_score(logits, splits, None)[0],
-        "kid_mean": kid,
-        "kid_std": kid_std,
-        "precision": precision,
-        "recall": recall,
-    }
-
-
-def tf1_bilinear(case: Case) -> dict[str, Tensor]:
-    size, corners = case["config"]["size"], case["config"].get("align_corners", False)
-    side = (size, size) if isinstance(size, int) else tuple(size)
-    return {"resized": tf1_resize(filled_inputs(case)["image"], side, corners)}
+    kicks = [inputs[f"step_noise_{k}"] for k in range(sampler.kicks)]
+    states = list(sampler.states(lambda z, t: network(z, t, y), inputs["noise"], _transport(case), kicks))
+    # Of the SDE the noise itself is not among the official states.
+    return {"first": states[1 if sampler.kicks else 0], "last": states[-1]}
 
 
 KINDS = by_entry(
@@ -226,8 +125,8 @@ KINDS = by_entry(
         "models.SiT": sit,
         "transport.Transport.training_losses": transport_loss,
         "transport.Sampler": transport_sampler,
-        "metric_fid / metric_isc / metric_kid / metric_prc": scores,
-        "interpolate_compat_tensorflow.interpolate_bilinear_2d_like_tensorflow1x": tf1_bilinear,
+        "metric_fid / metric_isc / metric_kid / metric_prc": scores.scores,
+        "interpolate_compat_tensorflow.interpolate_bilinear_2d_like_tensorflow1x": scores.tf1_bilinear,
     }
 )
 
