@@ -19,7 +19,16 @@ from zoo.weights.download import page, say
 
 # Where files keep weights: those that an optimiser moved, and their averages. Of each the first that is there counts.
 RAW = ("state_dict", "model", "model_state", "model_state_dict", "module", "params", "blobs")
-AVERAGED = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_params", "ema", "params_ema", "ema_model")
+AVERAGED = (
+    "ema_state_dict",
+    "state_dict_ema",
+    "model_ema",
+    "ema_params",
+    "ema",
+    "params_ema",
+    "ema_model",
+    "model_ema1",
+)
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.")  # of DataParallel, torch.compile, Lightning modules
 
 
