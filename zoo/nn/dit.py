@@ -161,7 +161,7 @@ def _mlp(kind: str, dim: int, hidden: int, drop: float, multiple: int) -> nn.Mod
     if kind == "swiglu":
         return SwiGLU(dim, hidden, drop, multiple)
     gelu: Any = partial(nn.GELU, approximate="tanh" if kind == "gelu_tanh" else "none")
-    return Mlp(dim, hidden, act_layer=gelu, drop=(drop, 0.0))  # type: ignore[arg-type]
+    return Mlp(dim, hidden, act_layer=gelu, drop=(drop, 0.0))
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
