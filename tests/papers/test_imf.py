@@ -221,8 +221,9 @@ def test_a_checkpoint_samples_the_same_and_tells_its_errors(tmp_path: Path) -> N
     noise, label = torch.randn(2, *task.noise_shape), torch.tensor([0, 4])
     torch.testing.assert_close(reloaded.sample(noise, label), task.sample(noise, label))
     assert (reloaded.guidance, reloaded.pairs) == (task.guidance, task.pairs)
-    task.network.omega = 4.0
-    assert not torch.equal(task.sample(noise, label), reloaded.sample(noise, label))
+    for other in ({"omega": 4.0}, {"interval": (0.0, 0.5)}, {"steps": 2}):
+        assert not torch.equal(task.sample(noise, label, **other), task.sample(noise, label))
+    assert torch.equal(task.sample(noise, label, 2.0, (0.0, 1.0), 1), task.sample(noise, label))
     with pytest.raises(ZooError, match="tangent"):
         _task(tangent="wrong")
 

@@ -82,7 +82,7 @@ LATENT_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 
 def velocity(network: TokenDiT, z: Tensor, t: Tensor, omega: Tensor, labels: Tensor) -> Tensor:
     """v(z, t) (B, ...), guided by omega (B,) at all times: of the v-head at h = 0, or of u where there is none
-    (section 4.1)."""
+    (the boundary variant, Table 1a)."""
     zero, one = torch.zeros_like(t), torch.ones_like(t)
     (v,) = network(z, t, zero, omega, zero, one, labels, heads="v" if network.velocity_head else "u")
     return v
@@ -135,7 +135,7 @@ def imf_errors(
     tangent: Tangent = "predicted",
     path: Path = PATH,
 ) -> Errors:
-    """What the loss of a batch is made of (section 4.1, Algorithm 1; with guidance, section 4.2 and the appendix).
+    """What the loss of a batch is made of (the loss on v, and guidance as a condition; Tables 1a and 1b).
 
     The guided velocity v_g = v + (1 - 1/omega) (v(z, t | label) - v(z, t | none)), omega being 1 outside of its
     interval, is what V and the v-head regress.
@@ -320,8 +320,7 @@ class GuidedMeanFlow(MeanFlow):
         noise_scale: float = 1.0,
         path: Path = PATH,
     ) -> None:
-        network_: Any = network
-        super().__init__(network_, optim, pairs, loss_power, loss_eps, sampling_times, autoencoder)
+        super().__init__(network, optim, pairs, loss_power, loss_eps, sampling_times, autoencoder)
         if tangent not in ("predicted", "target"):
             raise unknown("tangent", tangent, ("predicted", "target"))
         self.guidance = GuidanceConditions(**guidance) if isinstance(guidance, Mapping) else guidance

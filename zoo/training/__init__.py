@@ -11,6 +11,7 @@ from zoo.training.lars import LARS
 from zoo.training.measures import FactorAccuracy, GivenBoxMasks, GradientSpread, UnitDeletion
 from zoo.training.muon import Muon, NAdam
 from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_optimizer, param_groups
+from zoo.training.plane import PlaneEvaluation
 from zoo.training.probe import KNNProbe, LinearProbe, extract_features, fit_probe, gather_samples, probe_head
 from zoo.training.sampling import SampleGrid, SamplingEvaluation
 from zoo.training.video import ActionDetection, MultiLabelVideoClassification, VideoClassification
@@ -35,6 +36,7 @@ __all__ = [
     "NonFiniteGuard",
     "Optim",
     "Pictures",
+    "PlaneEvaluation",
     "PreciseBN",
     "SampleGrid",
     "SamplingEvaluation",
