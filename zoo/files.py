@@ -1,12 +1,15 @@
-"""Files that are there whole or not at all, on any file system, whatever kills the process."""
+"""Files that are there whole or not at all, on any file system, whatever kills the process; and modules from files."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -94,3 +97,18 @@ class _Noting:
 
     def flush(self) -> None:
         self._file.flush()
+
+
+def module_from(path: Path, name: str) -> ModuleType:
+    """The module of the Python file at `path`, which runs now; `sys.modules` has it as `name`, unless it fails."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None, path  # it ends in .py
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

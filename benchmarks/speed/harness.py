@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import multiprocessing
+import resource
 import sys
 import tempfile
 import time
@@ -22,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.environment import ROOT, package_version
 from zoo.errors import ZooError
@@ -40,6 +42,7 @@ GPU_PEAKS: dict[str, tuple[float, float]] = {
     "H200": (494.5, 989.4),
     "B200": (1125.0, 2250.0),
 }
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,42 @@ def training_step(trainer: Trainer, images: Tensor, setting: Setting) -> dict[st
         "update": end - backward,
         "loss": float(loss.detach()),
     }
+
+
+def peak_memory(trainer: Trainer, images: Tensor, setting: Setting) -> int:
+    """Bytes at the peak of a trainer's second step above those before its first: gradients, the optimiser's state and
+    activations, but not the weights. On a CPU they are those of a process of its own, with one thread."""
+    if setting.device.startswith("cuda"):
+        training_step(trainer, images, setting)
+        torch.cuda.reset_peak_memory_stats(setting.device)
+        training_step(trainer, images, setting)
+        state = [v for values in trainer.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+        weights = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        own = sum(v.numel() * v.element_size() for v in (*state, *weights)) - sum(
+            v.numel() * v.element_size() for v in weights
+        )
+        held = torch.cuda.memory_allocated(setting.device)
+        return torch.cuda.max_memory_allocated(setting.device) - held + own
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+
+    def measured() -> None:
+        torch.set_num_threads(1)
+        unit = 1 if sys.platform == "darwin" else 1024
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(2):
+            training_step(trainer, images, setting)
+        send.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
+
+    process = context.Process(target=measured)
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        raise ZooError(f"{trainer.name}: the process that measured its memory died") from None
+    finally:
+        process.join()
 
 
 def _loading_step(loader: Loader) -> dict[str, float]:
@@ -247,61 +286,175 @@ def recipe_task(recipe: str, options: Mapping[str, Any], device: str = "cpu") ->
 
 
 def from_recipe(
-    recipe: str, options: Mapping[str, Any], batch: Callable[[Tensor], Mapping[str, Any]], setting: Setting
+    recipe: str,
+    options: Mapping[str, Any],
+    batch: Callable[[Tensor], Mapping[str, Any]],
+    setting: Setting,
+    start: Mapping[str, Tensor] | None = None,
+    loss: Callable[[Any, Mapping[str, Any]], Tensor] | None = None,
 ) -> Trainer:
-    """Our contender: the training step of a recipe's task, and the fused optimiser that the recipe declares.
+    """Our contender: the training step of a recipe's task, and the optimiser that it declares, fused as in training.
 
     Args:
         recipe: its name, or that of a leaderboard row.
         options: as on the command line. `model.optim.lr` keeps a few steps without a warm-up finite.
         batch: from the images that all contenders get to the batch that the task reads.
         setting: device, and the batch by which a `base_lr` is scaled.
+        start: what the network starts from, key for key; None: random weights. No `init_from` is loaded.
+        loss: of the task and a batch, where something else than its training step is timed.
     """
     import zoo
     from zoo.training.optim import make_optimizer, param_groups
 
     task = recipe_task(recipe, options, setting.device)
+    if start is not None:
+        task.network.load_state_dict(start)
     rate = task.optim.peak_lr(task.optim.global_batch or setting.batch)
     optimizer = make_optimizer(param_groups(task.trainable(), task.optim), task.optim, rate, fused=True)
 
-    def loss(images: Tensor) -> Tensor:
-        found = task.training_step(batch(images), 0)
+    def step(images: Tensor) -> Tensor:
+        found = task.training_step(batch(images), 0) if loss is None else loss(task, batch(images))
         return found["loss"] if isinstance(found, Mapping) else found
 
-    kind = type(task)
-    about = f"{kind.__module__}.{kind.__name__} of {recipe}: its training step and its own optimiser, fused"
-    return Trainer("zoo", zoo.__version__, loss, optimizer, about)
+    kind = task.network if loss is not None else task
+    what = "the network in the loss of all" if loss is not None else "its training step"
+    how = f"{'fused ' * bool(optimizer.defaults.get('fused'))}{type(optimizer).__name__}"
+    about = f"{type(kind).__module__}.{type(kind).__name__} of {recipe}: {what} and its own {how}"
+    return Trainer("zoo", zoo.__version__, step, optimizer, about)
 
 
-def data_from_recipe(recipe: str, options: Mapping[str, Any], folder: Path, batch: int) -> Loader:
-    """Our pipeline: the training images of a recipe's data module, read in this process from a folder of classes."""
+def noise(setting: Setting, *shape: int, seed: int = 0) -> Tensor:
+    """Seeded noise of a shape, on the device: the time of a step does not depend on what is in the pictures."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(setting.device)
+
+
+def costs(contenders: Mapping[str, tuple[nn.Module, Callable[[], Tensor]]]) -> dict[str, dict[str, int]]:
+    """`flops` and `parameters` of each contender's network on the meta device, given its loss: do all do the same?"""
+    return {
+        "flops": {name: count_flops(loss) for name, (_, loss) in contenders.items()},
+        "parameters": {name: sum(p.numel() for p in net.parameters()) for name, (net, _) in contenders.items()},
+    }
+
+
+def data_from_recipe(
+    recipe: str,
+    options: Mapping[str, Any],
+    folder: Path,
+    batch: int,
+    image: Callable[[Any], Tensor] = lambda batch: batch["image"],
+    how: str = "JPEG decoding and crop on uint8 tensors",
+) -> Loader:
+    """Our pipeline: what a recipe's data module reads in this process from a folder or file in place of its data set.
+
+    Args:
+        recipe, options: as in :func:`from_recipe`.
+        folder: of classes, or what else the data module takes as `dataset`.
+        batch: pictures in one.
+        image: from the module's batch to the tensor that the network gets.
+        how: the pipeline in words.
+    """
     import zoo
 
     own = {"data.dataset": str(folder), "data.batch_size": batch, "data.num_workers": 0}
     data: Any = zoo.load_recipe(recipe, {**_NO_RUN, **own, **options})[1]
     data.setup("fit")
-    about = f"{type(data).__name__} of {recipe}: JPEG decoding and crop on uint8 tensors"
-    return Loader("zoo", zoo.__version__, forever(data.train_dataloader(), lambda b: b["image"]), about)
+    about = f"{type(data).__name__} of {recipe}: {how}"
+    return Loader("zoo", zoo.__version__, forever(data.train_dataloader(), image), about)
 
 
-def peer_loader(name: str, package: str, dataset: Any, batch: int, about: str) -> Loader:
-    """A peer's pipeline: shuffled batches of a dataset of (image, label), loaded in this process."""
+def pil_crop(side: int, *further: Any, **options: Any) -> Any:
+    """The transforms that official scripts share: torchvision's random resized crop, bicubic unless `options` say else,
+    `further` ones, flip and ImageNet's normalisation, on PIL pictures."""
+    from torchvision import transforms
+
+    bicubic = transforms.InterpolationMode.BICUBIC
+    crop = transforms.RandomResizedCrop(side, **{"interpolation": bicubic, **options})
+    ends = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    return transforms.Compose([crop, *further, *ends])
+
+
+def peer_loader(
+    name: str,
+    package: str | Path,
+    dataset: Any,
+    batch: int | None,
+    about: str,
+    image: Callable[[Any], Tensor] = lambda batch: batch[0],
+    **options: Any,
+) -> Loader:
+    """A peer's pipeline: shuffled batches of a dataset, of (image, label) unless told, loaded in this process.
+
+    Args:
+        package: whose version counts, or a checkout, whose revision does.
+        batch: pictures in one; None: the dataset gives whole batches by itself.
+        options: of the DataLoader.
+    """
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(dataset, batch_size=batch, shuffle=True, drop_last=True)
-    version = f"{package} " * (package != name) + (package_version(package) or "")
-    return Loader(name, version, forever(loader, lambda b: b[0]), about)
+    whole = {"batch_size": None} if batch is None else {"batch_size": batch, "shuffle": True, "drop_last": True}
+    if isinstance(package, Path):
+        version = revision(package)
+    else:
+        version = f"{package} " * (package != name) + (package_version(package) or "")
+    return Loader(name, version, forever(DataLoader(dataset, **whole, **options), image), about)
 
 
-def import_from(checkout: Path, name: str) -> ModuleType:
-    """A module or package of a checkout, with what it imports from there; sys.path and sys.modules stay as they were.
+@contextlib.contextmanager
+def crop_loaders(
+    recipe: str,
+    options: Mapping[str, Any],
+    setting: Setting,
+    side: int,
+    batch: int,
+    peer: tuple[str, str],
+    jitter: float | None = None,
+    **crop: Any,
+) -> Iterator[tuple[list[Loader], Work]]:
+    """The pipelines from JPEG files to batches of crops: a recipe's, that of :func:`pil_crop`, and timm's.
+
+    Args:
+        recipe, options: of ours.
+        side: of the crops, in pixels.
+        batch: crops in one.
+        peer: the name of the second, and what it is.
+        jitter: of the colours, in both peers.
+        crop: of the peers, as of torchvision's RandomResizedCrop.
+    """
+    from timm.data import ImageDataset, create_transform
+    from torchvision import datasets, transforms
+
+    colours = {"interpolation": "bicubic", "mean": MEAN, "std": STD}
+    timms = create_transform(side, True, color_jitter=jitter, **colours, **crop)
+    steps = [] if jitter is None else [transforms.ColorJitter(jitter, jitter, jitter)]
+    with photos(setting, 4 * batch) as (folder, name):
+        found = [data_from_recipe(recipe, options, folder, batch)]
+        theirs = datasets.ImageFolder(str(folder), pil_crop(side, *steps, **crop))
+        found.append(peer_loader(peer[0], "torchvision", theirs, batch, peer[1]))
+        about = "ImageDataset, create_transform" + (f" with color_jitter {jitter}" if jitter else "")
+        found.append(peer_loader("timm", "timm", ImageDataset(str(folder), transform=timms), batch, about))
+        yield found, Work(batch, detail={"data": name, "crop": side})
+
+
+@contextlib.contextmanager
+def importing(checkout: Path, *needed: str, stand_ins: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[None]:
+    """Modules of a checkout, and what they import from there, can be imported; afterwards sys.path and sys.modules are
+    as they were.
+
+    Args:
+        needed: modules or packages of the checkout by which it is known.
+        stand_ins: modules that it asks for without using them here, by their names; where there are none.
 
     Raises:
-        ZooError: the checkout has no such module.
+        ZooError: the checkout lacks one of `needed`, or a package that it wants is not installed.
     """
-    if not (checkout / f"{name}.py").is_file() and not (checkout / name / "__init__.py").is_file():
-        raise ZooError(f"{checkout} is not the official checkout: it has no {name}.py")
+    for path in (name.replace(".", "/") for name in needed):
+        if not (checkout / f"{path}.py").is_file() and not (checkout / path / "__init__.py").is_file():
+            raise ZooError(f"{checkout} is not the official checkout: it has no {path}.py")
+    made = {name: ModuleType(name) for name in stand_ins or {} if name not in sys.modules}
+    for name, module in made.items():
+        module.__dict__.update((stand_ins or {})[name])
     tops = {path.stem for path in checkout.iterdir() if path.is_dir() or path.suffix == ".py"}
+    tops |= {name.partition(".")[0] for name in made}
 
     def of_these_names() -> dict[str, ModuleType]:
         return {key: module for key, module in sys.modules.items() if key.partition(".")[0] in tops}
@@ -309,14 +462,23 @@ def import_from(checkout: Path, name: str) -> ModuleType:
     before = of_these_names()
     for key in before:
         del sys.modules[key]
+    sys.modules.update(made)
     sys.path.insert(0, str(checkout))
     try:
-        return importlib.import_module(name)
+        yield
+    except ModuleNotFoundError as error:
+        raise ZooError(f"{checkout.name} wants {error.name}, which is not installed") from error
     finally:
         sys.path.remove(str(checkout))
         for key in of_these_names():
             del sys.modules[key]
         sys.modules.update(before)
+
+
+def import_from(checkout: Path, name: str) -> ModuleType:
+    """A module or package of a checkout; see :func:`importing`."""
+    with importing(checkout, name):
+        return importlib.import_module(name)
 
 
 def forever(loader: Any, image: Callable[[Any], Tensor]) -> Iterator[Tensor]:

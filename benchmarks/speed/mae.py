@@ -1,8 +1,7 @@
 """Speed of MAE: our pre-training step and data pipeline beside those of the official code, transformers and lightly.
 
 Every network has the same sizes, sees the same images, masks 75 % of the patches, standardises the target patches and
-is updated by AdamW as its own training script sets it up; nobody else's code is copied here, it is imported from where
-it is installed or checked out.
+is updated by AdamW as its own training script sets it up; nobody else's code is copied here.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -23,24 +23,17 @@ from benchmarks.speed import harness
 from benchmarks.speed.harness import Loader, Setting, Trainer, Work
 
 RECIPE, MASK_RATIO, LR = "mae/pretrain_imagenet1k", 0.75, 1.5e-4
-PACKAGES = ("transformers", "lightly")
-LOADING_BATCH = 64
-DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
+PACKAGES, LOADING_BATCH = ("transformers", "lightly"), 64
+NAMES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+NAMES += ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 MODELS: dict[str, dict[str, int]] = {
-    "vit_base_patch16": {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **DECODER},
-    "vit_large_patch16": {
-        "img_size": 224,
-        "patch_size": 16,
-        "embed_dim": 1024,
-        "depth": 24,
-        "num_heads": 16,
-        **DECODER,
-    },
-    "vit_huge_patch14": {"img_size": 224, "patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **DECODER},
-    "tiny": {  # for the harness's own test
-        **{"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-        **{"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2},
-    },
+    name: dict(zip(NAMES, sizes, strict=True))
+    for name, sizes in {
+        "vit_base_patch16": (224, 16, 768, 12, 12, 512, 8, 16),
+        "vit_large_patch16": (224, 16, 1024, 24, 16, 512, 8, 16),
+        "vit_huge_patch14": (224, 14, 1280, 32, 16, 512, 8, 16),
+        "tiny": (32, 8, 32, 2, 2, 32, 1, 2),  # for the harness's own test
+    }.items()
 }
 DEFAULT_MODEL = "vit_base_patch16"
 
@@ -59,15 +52,13 @@ def _adamw(network: nn.Module, **options: Any) -> torch.optim.Optimizer:
 @contextlib.contextmanager
 def _as_when_written() -> Iterator[None]:
     """Give the official code what it expects of the libraries of 2021: `qk_scale` in timm's Block, `np.float`."""
-    block, had_float = vision_transformer.Block, "float" in vars(np)
-    vision_transformer.Block = lambda *sizes, qk_scale=None, **options: block(*sizes, **options)
-    np.float = float  # type: ignore[attr-defined]
-    try:
+    block = vision_transformer.Block
+
+    def old(*sizes: Any, qk_scale: None = None, **options: Any) -> nn.Module:
+        return block(*sizes, **options)
+
+    with patch.object(vision_transformer, "Block", old), patch.object(np, "float", float, create=True):
         yield
-    finally:
-        vision_transformer.Block = block
-        if not had_float:
-            del np.float  # type: ignore[attr-defined]
 
 
 def official(size: dict[str, int], setting: Setting, fused_attention: bool) -> Trainer:
@@ -89,11 +80,9 @@ def official(size: dict[str, int], setting: Setting, fused_attention: bool) -> T
 def transformers_vit_mae(size: dict[str, int], setting: Setting) -> Trainer:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    names = {"img_size": "image_size", "patch_size": "patch_size", "embed_dim": "hidden_size"}
-    names |= {"depth": "num_hidden_layers", "num_heads": "num_attention_heads"}
-    names |= {"decoder_embed_dim": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers"}
-    names |= {"decoder_num_heads": "decoder_num_attention_heads"}
-    options: dict[str, Any] = {theirs: size[ours] for ours, theirs in names.items()}
+    names = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")  # in NAMES' order
+    names += ("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
+    options: dict[str, Any] = dict(zip(names, (size[name] for name in NAMES), strict=True))
     options |= {"intermediate_size": 4 * size["embed_dim"], "decoder_intermediate_size": 4 * size["decoder_embed_dim"]}
     options |= {"mask_ratio": MASK_RATIO, "norm_pix_loss": True, "attn_implementation": "sdpa"}
     network = ViTMAEForPreTraining(ViTMAEConfig(**options)).to(setting.device).train()
@@ -111,12 +100,12 @@ def lightly_mae(size: dict[str, int], setting: Setting) -> Trainer:
     of_decoder = {name: size[f"decoder_{name}"] for name in ("embed_dim", "depth", "num_heads")}
     of_encoder = {name: value for name, value in size.items() if not name.startswith("decoder")}
     vit = vision_transformer.VisionTransformer(**of_encoder, num_classes=0)  # type: ignore[arg-type]
-    patch, width = size["patch_size"], of_decoder["embed_dim"]
+    side, width = size["patch_size"], of_decoder["embed_dim"]
     parts = {
         "encoder": MaskedVisionTransformerTIMM(vit=vit),
         "embed": nn.Linear(size["embed_dim"], width),
-        "decoder": MaskedVisionTransformerDecoderTIMM(num_patches=(size["img_size"] // patch) ** 2, **of_decoder),
-        "predict": nn.Linear(width, patch**2 * 3),
+        "decoder": MaskedVisionTransformerDecoderTIMM(num_patches=(size["img_size"] // side) ** 2, **of_decoder),
+        "predict": nn.Linear(width, side**2 * 3),
     }
     network: Any = nn.ModuleDict(parts).to(setting.device)
     decoder = network["decoder"]
@@ -129,7 +118,7 @@ def lightly_mae(size: dict[str, int], setting: Setting) -> Trainer:
         tokens = utils.set_at_index(tokens, keep, latent.type_as(tokens))
         decoded = decoder.decode(decoder.add_pos_embed(tokens))
         predicted = network["predict"](utils.get_at_index(decoded, masked))
-        target = utils.get_at_index(utils.patchify(images, patch), masked - 1)
+        target = utils.get_at_index(utils.patchify(images, side), masked - 1)
         return nn.functional.mse_loss(predicted, utils.normalize_mean_var(target))
 
     about = "MaskedVisionTransformerTIMM and its decoder; predicts masked patches only; torch.optim.AdamW defaults"
@@ -147,9 +136,9 @@ def trainers(setting: Setting) -> list[Trainer]:
 
 
 def images(setting: Setting) -> Tensor:
-    """Seeded noise images (B,3,H,W): the time of a step does not depend on what is in them."""
-    side, generator = MODELS[setting.model]["img_size"], torch.Generator().manual_seed(0)
-    return torch.randn(setting.batch, 3, side, side, generator=generator).to(setting.device)
+    """Noise (B,3,H,W)."""
+    side = MODELS[setting.model]["img_size"]
+    return harness.noise(setting, setting.batch, 3, side, side)
 
 
 def work(setting: Setting) -> Work:
@@ -163,22 +152,9 @@ def work(setting: Setting) -> Work:
     return Work(setting.batch, setting.batch * (encoder + decoder), flops, detail)
 
 
-@contextlib.contextmanager
-def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
+def loaders(setting: Setting) -> contextlib.AbstractContextManager[tuple[list[Loader], Work]]:
     """The pipelines from JPEG files to a batch, in this process (no workers), ours first."""
-    from timm.data import ImageDataset, create_transform
-    from torchvision import datasets, transforms
-
-    size, batch, crop = MODELS[setting.model], LOADING_BATCH, {"scale": (0.2, 1.0)}
-    side, mean, std = size["img_size"], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    steps = [transforms.RandomResizedCrop(side, interpolation=transforms.InterpolationMode.BICUBIC, **crop)]
-    steps += [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(mean, std)]
-    timms = create_transform(side, True, color_jitter=None, interpolation="bicubic", mean=mean, std=std, **crop)
-    with harness.photos(setting, 4 * batch) as (folder, name):
-        theirs = datasets.ImageFolder(str(folder), transforms.Compose(steps))
-        about = "torchvision ImageFolder and the PIL transforms of the official script"
-        found = [harness.data_from_recipe(RECIPE, _options(size), folder, batch)]
-        found += [harness.peer_loader("official", "torchvision", theirs, batch, about)]
-        data = ImageDataset(str(folder), transform=timms)
-        found += [harness.peer_loader("timm", "timm", data, batch, "ImageDataset, create_transform")]
-        yield found, Work(batch, detail={"data": name, "crop": side})
+    size = MODELS[setting.model]
+    official = ("official", "torchvision ImageFolder and the PIL transforms of the official script")
+    common: Any = (setting, size["img_size"], LOADING_BATCH)
+    return harness.crop_loaders(RECIPE, _options(size), *common, official, scale=(0.2, 1.0))

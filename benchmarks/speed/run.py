@@ -4,7 +4,7 @@
 
 Writes benchmarks/speed/results/<name>.json and rewrites benchmarks/speed/RESULTS.md from all results there. A paper
 takes part with a module benchmarks/speed/<paper>.py: MODELS, DEFAULT_MODEL, PACKAGES, trainers, images, work, loaders;
-without trainers, images and work it is about data alone.
+without trainers, images and work it is about data alone. `samplers`, of a generative paper, gives those that draw.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ sys.path.append(str(HERE.parents[1]))
 import torch  # noqa: E402
 
 from benchmarks.environment import command_line, environment  # noqa: E402
-from benchmarks.speed.harness import Setting, time_loading, time_training  # noqa: E402
+from benchmarks.speed.harness import Setting, peak_memory, time_loading, time_training  # noqa: E402
 from zoo import catalog  # noqa: E402
 from zoo.errors import ZooError  # noqa: E402
 
 RESULTS = HERE / "results"
+SECTIONS = ("step", "data", "sample")
 
 
 def papers() -> list[str]:
@@ -35,8 +36,11 @@ def papers() -> list[str]:
     return sorted(p.stem for p in HERE.glob("*.py") if p.stem not in ("run", "harness", "__init__"))
 
 
-def measure(paper: str, setting: Setting, sections: tuple[str, ...] = ("step", "data")) -> dict[str, Any]:
-    """Measure the sections of a paper under a setting; the record that goes into its result file."""
+def measure(
+    paper: str, setting: Setting, sections: tuple[str, ...] = ("step", "data"), memory: bool = False
+) -> dict[str, Any]:
+    """Measure the sections of a paper under a setting; the record that goes into its result file. With `memory`, the
+    contenders of the step also say what it takes."""
     peers = importlib.import_module(f"benchmarks.speed.{paper}")
     threads = torch.get_num_threads()
     torch.set_num_threads(setting.threads)
@@ -57,10 +61,17 @@ def measure(paper: str, setting: Setting, sections: tuple[str, ...] = ("step", "
     }
     try:
         if "step" in sections and hasattr(peers, "trainers"):
-            record["step"] = time_training(peers.trainers(setting), peers.images(setting), peers.work(setting), setting)
+            trainers, images = peers.trainers(setting), peers.images(setting)
+            peaks = [peak_memory(trainer, images, setting) for trainer in trainers] if memory else []
+            record["step"] = time_training(trainers, images, peers.work(setting), setting)
+            for row, peak in zip(record["step"]["contenders"], peaks, strict=False):
+                row["peak_bytes"] = peak
         if "data" in sections:
             with peers.loaders(setting) as (loaders, work):
                 record["data"] = time_loading(loaders, work, setting)
+        if "sample" in sections:
+            samplers, work = peers.samplers(setting)
+            record["sample"] = time_loading(samplers, work, setting)
     finally:
         torch.set_num_threads(threads)
     return record
@@ -85,7 +96,7 @@ def compare(record: dict[str, Any], path: Path) -> None:
     if not path.is_file():
         return
     last = json.loads(path.read_text())
-    for section in ("step", "data"):
+    for section in SECTIONS:
         if section in record and section in last and _machine(record) == _machine(last):
             rate, date = our_rate(last[section]), last["environment"]["date"]
             record[section]["last"] = {"images_per_second": rate, "date": date}
@@ -141,6 +152,8 @@ def _table(record: dict[str, Any], section: str) -> list[str]:
             "backward",
             "update",
         ]
+    in_memory = any("peak_bytes" in row for row in found["contenders"])
+    head += ["peak memory without weights"] if in_memory else []
     on_cpu = not setting["device"].startswith("cuda")
     head += ["time over ours (quartiles)", *(["processor time over ours"] if on_cpu else [])]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -158,6 +171,7 @@ def _table(record: dict[str, Any], section: str) -> list[str]:
                 share = row["share_of_peak"]
                 cells += ["" if share is None else f"{100 * share:.1f} %"]
             cells += [f"{row[part]:.3f}" for part in ("forward", "backward", "update")]
+        cells += [f"{row['peak_bytes'] / 2**20:.0f} MiB"] if in_memory else []
         cells += [f"{ratio['median']:.3f} ({ratio['q25']:.3f} to {ratio['q75']:.3f})"]
         if on_cpu:
             ratio = row["processor_times_ours"]
@@ -182,7 +196,7 @@ def render(results: Path) -> str:
         name = record["benchmark"]
         by_field[catalog.paper(name).field if name in catalog.list_papers() else "data"].append(record)
     for field, found in by_field.items():
-        tables = [_table(record, section) for record in found for section in ("step", "data") if section in record]
+        tables = [_table(record, section) for record in found for section in SECTIONS if section in record]
         if tables:
             lines += [f"## {field}", "", *(line for table in tables for line in table)]
     return "\n".join(lines)
@@ -201,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=2, help="rounds before that do not")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile every contender's loss")
-    parser.add_argument("--only", choices=["step", "data"], help="one of the two sections")
+    parser.add_argument("--only", choices=SECTIONS, help="one section (default: step and data)")
+    parser.add_argument("--memory", action="store_true", help="also the peak memory of a training step")
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/ beside this script)")
     given = parser.parse_args(argv)
     peers = importlib.import_module(f"benchmarks.speed.{given.paper}")
@@ -224,13 +239,16 @@ def main(argv: list[str] | None = None) -> int:
         data=given.data,
     )
     try:
-        record = measure(given.paper, setting, (given.only,) if given.only else ("step", "data"))
+        if given.only == "sample" and not hasattr(peers, "samplers"):
+            raise ZooError(f"{given.paper} does not sample")
+        record = measure(given.paper, setting, (given.only,) if given.only else ("step", "data"), given.memory)
     except ZooError as error:
         print(error, file=sys.stderr)
         return 2
     out = given.out or RESULTS
     kind = f"{model}_{given.dtype}_b{given.batch}" if given.only != "data" else "data"
     kind = kind if hasattr(peers, "trainers") else f"{model}_b{given.batch}"
+    kind += "_sample" if given.only == "sample" else ""
     name = "_".join(
         [given.paper, kind, given.device.split(":")[0], f"t{given.threads}", *(["compile"] * given.compile)]
     )
@@ -238,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     write(record, out / f"{name}.json")
     page = out.parent / "RESULTS.md" if given.out is None else out / "RESULTS.md"
     page.write_text(render(out))
-    for section in ("step", "data"):
+    for section in SECTIONS:
         if section in record:
             print("\n".join(_table(record, section)))
     print(f"written: {name}.json and {page.name}")

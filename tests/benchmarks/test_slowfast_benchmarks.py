@@ -1,4 +1,4 @@
-"""SlowFast's claim and the timing of its data run; at Slow's frames the claim's patterns cannot be told apart."""
+"""The timing of SlowFast's data runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.speed import slowfast as speed
 from benchmarks.speed.harness import Setting
+from benchmarks.speed.shared import video
 
 
 def test_clips_are_loaded(tmp_path: Path) -> None:
@@ -20,4 +21,4 @@ def test_clips_are_loaded(tmp_path: Path) -> None:
         assert found[0].name == "zoo"
         assert work.detail["from"] == "mp4"
         for loader in found:
-            assert next(loader.batches).shape == (speed.CLIP_BATCH, 3, speed.CLIP_FRAMES, 32, 32)
+            assert next(loader.batches).shape == (video.BATCH, 3, video.FRAMES, 32, 32)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from zoo.catalog import read_facts, validated
 from zoo.claims.declaration import Declaration
 from zoo.command import new
 from zoo.command.cli import main
+from zoo.files import module_from
 
 
 @pytest.fixture
@@ -38,11 +39,8 @@ def test_the_files_of_a_paper(
     source = checkout / "zoo/recognition/my_paper.py"
     monkeypatch.setenv("ZOO_PAPERS", str(source.parent))
     (entry,) = catalog.paper("my_paper").models
-    spec = importlib.util.spec_from_file_location("my_paper", source)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_from(source, "my_paper")
+    del sys.modules["my_paper"]
     with torch.device("meta"):
         assert sum(p.numel() for p in module.my_paper_small().parameters()) == entry.params
     recipe = yaml.safe_load((checkout / "recipes/my_paper/pocket.yaml").read_text())

@@ -98,9 +98,25 @@ def test_a_fifo_is_no_recipe(here: Path, capsys: pytest.CaptureFixture[str]) -> 
         ["fit", "fifo.yaml"],
         ["fit", "toy.yaml", "--config", "fifo.yaml"],
         ["fit", "toy.yaml", "--config=."],
+        ["fit", "toy.yaml", "--model.optim=fifo.yaml"],
+        ["fit", "inner.yaml"],
+        ["fit", "toy.yaml", "--trainer", "inner.yaml"],
     ):
+        (here / "inner.yaml").write_text(yaml.safe_dump({**CONFIG, "trainer": {"plugins": "fifo.yaml"}}))
         assert main(words) == 2
         _line(capsys)
+
+
+@pytest.mark.parametrize("key", ["model", "data", "trainer", "model.optim", "trainer.logger"])
+def test_files_of_settings_are_bounded_and_of_this_machine(
+    key: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "bomb.yaml").write_text(BOMB)
+    assert main(["fit", "toy.yaml", f"--{key}", "bomb.yaml"]) == 2
+    assert ("values once its aliases are expanded" in _line(capsys)) == (key != "model.optim")  # which tells its type
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("an address was asked"))
+    assert main(["fit", "toy.yaml", f"--{key}", "http://127.0.0.1:9/x.yaml"]) == 2
+    _line(capsys)
 
 
 def test_a_recipe_with_a_byte_order_mark(here: Path) -> None:
@@ -119,7 +135,7 @@ def test_a_recipe_with_a_byte_order_mark(here: Path) -> None:
         ("--resume=x", "did you mean 'ckpt_path'?"),
         ("--model.lr=3", "did you mean 'model.optim.base_lr'?"),
         ("--model.dept=3", "did you mean 'model.depth'?"),
-        ("--quux=3", "unknown key 'quux'; known: ckpt_path"),
+        ("--quux=3", "unknown key 'quux'; known: average, ckpt_path"),
         ("--trainer.quux=3", "unknown key 'trainer.quux'; --help lists what trainer has"),
         ("--model=evil.Task", "No module named 'evil'"),
         ("--model=os.popen", "os.popen is not imported"),

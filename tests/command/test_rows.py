@@ -85,6 +85,18 @@ def test_fit_resume_and_test_a_row(here: Path, capsys: pytest.CaptureFixture[str
     assert "verdict: toys:short top1: within tolerance" in out
     assert len(record["weights"]["sha256"]) == 64
     assert {"torch", "lightning", "zoo"} <= record["versions"].keys()
+    # The settings of the run that is taken up count as those of the command line.
+    assert main(["fit", "toys:short", "--data.length", "12"]) == 0
+    for words, said in (
+        (["--ckpt_path", "last"], "none: --data.length changes"),
+        (["-c", "extra.yaml"], "none: --c changes"),
+    ):
+        (here / "extra.yaml").write_text("data: {init_args: {length: 12}}")
+        assert main(["test", "toys:short", *words]) == 0
+        assert said in capsys.readouterr().out
+    for path in (here / "runs").rglob("result.json"):
+        if "--data.length" in path.read_text() or "extra" in path.read_text():
+            path.unlink()
     # The user's own result stands beside the published one.
     assert main(["leaderboard", "toys", "--results", "runs", "--json"]) == 0
     rows = {row["id"]: row for row in json.loads(capsys.readouterr().out)}

@@ -39,9 +39,9 @@ class Task(pl.LightningModule):
 
     monitor = ("val/loss", "min")
 
-    def __init__(self, width: int = 3, lr: float = 0.1, bad_at: int = -1) -> None:
+    def __init__(self, width: int = 3, lr: float = 0.1, bad_at: int = -1, momentum: float = 0) -> None:
         super().__init__()
-        self.lr, self.bad_at = lr, bad_at
+        self.lr, self.bad_at, self.momentum = lr, bad_at, momentum
         self.layer = torch.nn.Linear(2, width)
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
@@ -59,7 +59,7 @@ class Task(pl.LightningModule):
         return self.layer(batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), self.lr)
+        return torch.optim.SGD(self.parameters(), self.lr, self.momentum)
 
 
 class Set(torch.utils.data.Dataset):
@@ -74,6 +74,8 @@ class Set(torch.utils.data.Dataset):
             raise ValueError("picture 7 is torn")
         if self.fault == "zoo":
             raise ZooError("a.jpg: cannot be read")
+        if self.fault == "memory":
+            torch.empty(1 << 60)
         if self.fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.tensor([index, 1.0])
@@ -433,6 +435,7 @@ def test_sigterm_keeps_the_state_and_says_how_to_go_on(here: Path, capsys: Any) 
         ("value", "picture 7 is torn"),
         ("zoo", "zoo: toy: a.jpg: cannot be read"),
         ("killed", "a loader process"),
+        ("memory", "zoo: toy: out of memory; a smaller data.batch_size"),
     ],
 )
 def test_an_error_in_a_loader_process_is_one_line(fault: str, line: str, here: Path, capsys: Any) -> None:
@@ -441,6 +444,48 @@ def test_an_error_in_a_loader_process_is_one_line(fault: str, line: str, here: P
     assert line in err
     assert err.count("\n") == 1
     assert not (here / "executed").exists()
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(here: Path, capsys: Any) -> None:
+    assert main(["fit", "toy.yaml", "--trainer.max_epochs", "1"]) == 0
+    (run,) = runs(here)
+    before = (run / "config.yaml").read_text()
+    for option in ("--trainer.max_steps=2", "--model.width=5"):
+        assert main(["fit", "toy.yaml", "--ckpt_path", "last", option]) in (0, 2)
+        assert (run / "config.yaml").read_text() == before, option
+    assert main(["fit", "toy.yaml", "--ckpt_path", "last", "--ckpt_path", "best"]) == 2
+    assert "--ckpt_path is given twice" in capsys.readouterr().err
+    assert main(["fit", "toy.yaml", "--ckpt_path", "last"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (lambda c: c["state_dict"]["layer.weight"].fill_(torch.nan), "layer.weight holds NaN"),
+        (lambda c: c["optimizer_states"].clear(), "0 optimisers"),
+        (lambda c: c["optimizer_states"][0]["state"][0].update(momentum_buffer=torch.zeros(7)), "of another model"),
+        (lambda c: c.update(loops=None), "it holds no 'loops'"),
+    ],
+)
+def test_a_spoilt_state_is_not_gone_on_from(spoil: Any, line: str, here: Path, capsys: Any) -> None:
+    assert main(["fit", "toy.yaml", "--trainer.max_epochs", "1", "--model.momentum", "0.9"]) == 0
+    path = runs(here)[0] / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    spoil(content)
+    torch.save(content, here / "odd.ckpt")
+    capsys.readouterr()
+    assert main(["fit", "toy.yaml", "--model.momentum", "0.9", "--ckpt_path", "odd.ckpt"]) == 2
+    err = capsys.readouterr().err
+    assert line in err
+    assert err.count("\n") == 1
+
+
+def test_what_lightning_says_of_a_setting_is_one_line(here: Path, capsys: Any) -> None:
+    callback = '[{"class_path": "EarlyStopping", "init_args": {"monitor": "val/none"}}]'
+    assert main(["fit", "toy.yaml", "--trainer.callbacks", callback]) == 2
+    err = capsys.readouterr().err
+    assert "`val/none` which is not available" in err
+    assert err.count("\n") == 1
 
 
 def full(*_: Any) -> None:

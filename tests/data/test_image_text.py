@@ -20,7 +20,7 @@ from zoo.data.shapes import COLORS, SCENES, SHAPES, TEXTURES, render
 from zoo.data.text import WordPiece, prompts, write_vocabulary, zero_shot
 from zoo.errors import ZooError
 from zoo.metrics import ImageTextRetrieval
-from zoo.metrics.retrieval import expected_rank
+from zoo.metrics.retrieval import ranks, recall
 
 
 def _jpeg(number: int) -> bytes:
@@ -425,7 +425,10 @@ def test_prompts() -> None:
 def test_ranks_by_hand() -> None:
     scores = torch.tensor([[0.9, 0.5, 0.1], [0.9, 0.5, 0.1], [0.3, 0.3, 0.3]])
     positive = torch.tensor([[True, False, False], [False, True, True], [True, False, False]])
-    assert expected_rank(scores, positive).tolist() == [0, 1, 1]  # equal scores are chance
+    above, level = ranks(scores, positive)
+    assert (above.tolist(), level.tolist()) == ([0, 1, 0], [0, 0, 2])
+    chances = [recall(above, level, k).tolist() for k in (1, 2, 3)]  # equal scores are chance
+    assert chances == [[1, 0, pytest.approx(1 / 3)], [1, 1, pytest.approx(2 / 3)], [1, 1, 1]]
 
 
 def test_retrieval_with_several_captions() -> None:
@@ -438,17 +441,20 @@ def test_retrieval_with_several_captions() -> None:
     metric.update(images[2:], numbers[2:], texts[3:], owners[3:])
     metric.update(images[:2], numbers[:2], texts[:3], owners[:3])  # a sampler's padding counts once
     found = {key: value.item() for key, value in metric.compute().items()}
-    # 10 ties with another's caption (rank 1/2); 20 and 30 find one of theirs first.
-    assert found["image_to_text_r1"] == 1.0
-    # The caption (20, e0) finds picture 10 first; (30, e3) fits none: all tie.
-    assert found["text_to_image_r1"] == pytest.approx(3 / 5)
-    assert found["text_to_image_r2"] == pytest.approx(5 / 5)
+    # 10 ties with another's caption; 20 and 30 find one of theirs first.
+    assert found["image_to_text_r1"] == pytest.approx(2.5 / 3)
+    # The caption (20, e0) finds picture 10 first, then 20 and 30 tie; (30, e3) fits none: all tie.
+    assert found["text_to_image_r1"] == pytest.approx((3 + 1 / 3) / 5)
+    assert found["text_to_image_r2"] == pytest.approx((3 + 1 / 2 + 2 / 3) / 5)
     constant = ImageTextRetrieval(k=(1,))
     constant.update(torch.ones(50, 4), torch.arange(50), torch.ones(50, 4), torch.arange(50))
-    assert constant.compute()["text_to_image_r1"] == 0
+    assert constant.compute()["text_to_image_r1"] == pytest.approx(1 / 50)
     assert constant.compute()["text_to_image_median"] == 25.5
     with pytest.raises(ZooError, match="needs images"):
         ImageTextRetrieval().compute()
+    constant.update(torch.full((1, 4), torch.nan), torch.tensor([50]), torch.ones(1, 4), torch.tensor([50]))
+    with pytest.raises(ZooError, match="NaN"):
+        constant.compute()
     lonely = ImageTextRetrieval()
     lonely.update(torch.ones(2, 4), torch.arange(2), torch.ones(1, 4), torch.arange(1))
     with pytest.raises(ZooError, match="a text for every image"):

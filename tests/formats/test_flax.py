@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,19 @@ def test_which_parameters_of_a_training_state_are_read(tmp_path: Path) -> None:
     path.write_bytes(_msgpack({"params": _tree(ARRAYS)}))
     with pytest.raises(ZooError, match="use_ema: holds no averaged parameters"):
         read_state_dict(path, use_ema=True)
+
+
+def test_a_chunk_that_unpacks_to_far_more_is_refused_unread(tmp_path: Path) -> None:
+    """Two gigabytes in 64 kB: tensorstore reads no further than what the chunk is said to hold."""
+    pytest.importorskip("tensorstore", reason="orbax checkpoints are read with tensorstore")
+    folder = tmp_path / "checkpoint_3" / "params.a"
+    folder.mkdir(parents=True)
+    facts = {"zarr_format": 2, "dtype": "<f4", "fill_value": 0, "order": "C", "filters": None, "shape": [2]}
+    (folder / ".zarray").write_text(json.dumps({**facts, "chunks": [2], "compressor": {"id": "zstd", "level": 1}}))
+    block = (1 << 1 | (128 << 10) << 3).to_bytes(3, "little") + b"\0"  # 128 kB of one byte
+    last = (1 | 1 << 1 | (128 << 10) << 3).to_bytes(3, "little") + b"\0"
+    (folder / "0").write_bytes(b"\x28\xb5\x2f\xfd\x00\x58" + block * 16383 + last)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ZooError, match="End of data expected"):
+        read_state_dict(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000

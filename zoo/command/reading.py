@@ -9,29 +9,69 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import inspect
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch.cli  # noqa: F401  which lets configs be addresses; the settings below take it back
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import get_loader, set_loader, set_parsing_settings
 
 from zoo import catalog
 from zoo.command.parse_errors import class_files
 from zoo.command.runs import folder_name, safe_name
 from zoo.command.verdict import row_words
 from zoo.errors import ZooError
+from zoo.files import module_from
 from zoo.paths import share
 
-# A dict with a `class_path` stays a dict where an argument takes anything, and no value may name what runs code.
-set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=sorted(sys.stdlib_module_names))
+# A dict with a `class_path` stays a dict where an argument takes anything, no value may name what runs code, and files
+# of settings that values name are of this machine.
+set_parsing_settings(
+    instantiate_subclass_spec_in_any=False,
+    import_path_denylist=sorted(sys.stdlib_module_names),
+    config_read_mode_fsspec_enabled=False,
+    config_read_mode_urls_enabled=False,
+)
+_load_yaml = get_loader("yaml")
+
+
+def _bounded_yaml(text: str) -> Any:
+    """What the parser reads: options, and the files of settings that options and recipes name."""
+    _check_value(text, "an option")
+    found = _load_yaml(text)
+    _no_pipes(found)
+    return found
+
+
+set_loader("yaml", _bounded_yaml, (yaml.YAMLError,))
+
+
+def _check_value(value: str, name: str) -> None:
+    if any(mark in value for mark in "[{&*") or len(value) > 100:
+        catalog.check_yaml(value, name)
+
+
+def _no_pipes(value: Any) -> None:
+    """Refuses a value that names a pipe or a socket, at which reading would wait for ever."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        for entry in value:
+            _no_pipes(entry)
+    elif isinstance(value, str):
+        with contextlib.suppress(OSError, ValueError):
+            mode = os.stat(value).st_mode
+            if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+                raise ZooError(f"{value}: is no regular file (a pipe or socket)")
+
 
 # Facts of the data module that the model takes over, where its class has such an argument and nobody set it.
 LINKS = {"num_classes": "num_classes", "num_tasks": "num_tasks", "image_size": "img_size"}
@@ -45,7 +85,8 @@ class CommandLine:
 
     `words` are all that the parser reads: the recipe's file, the row's options (these two are `given`), and the user's
     `asked`. `unlinked` are model arguments that are set and therefore not taken from the data module. `module` is the
-    Python file that the recipe declares. `notes` tell the user what another dataset changes.
+    Python file that the recipe declares. `notes` tell the user what another dataset changes. `own` are the settings of
+    a run that stand in the recipe's place.
     """
 
     name: str
@@ -56,6 +97,7 @@ class CommandLine:
     unlinked: set[str] = field(default_factory=set)
     module: Path | None = None
     notes: list[str] = field(default_factory=list)
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     def stated(self) -> set[str]:
         """The dotted keys that the recipe states."""
@@ -125,13 +167,15 @@ def command_line(recipe: str | Path, argv: Sequence[str] = (), own: Mapping[str,
     for key, value in _options(argv):
         if key in ("config", "c"):
             contents.append(_read_config(value or ""))
-        elif value and (any(mark in value for mark in "[{&*") or len(value) > 100):
+        elif value:
             with contextlib.suppress(yaml.YAMLError):
-                catalog.check_yaml(value, f"--{key}")
+                _check_value(value, f"--{key}")
+            _no_pipes(value)
+    _no_pipes(contents)
     given = ["--config", str(path), *_nested_nulls(row)]
     if own:
         contents[0], given = {**contents[0], **own}, [*given, "--config", json.dumps(own)]
-    found = CommandLine(name, given, [], list(argv), contents)
+    found = CommandLine(name, given, [], list(argv), contents, own=own or {})
     _prepare_imports(found, path)
     found.words = [*given, *_without_its_data(found, row), *_with_help(found, _nested_nulls(argv))]
     found.unlinked = {t for t in LINKS.values() if any(t in _init_args(one, "model") for one in contents)}
@@ -317,15 +361,9 @@ def _load_declared(module: Any, folder: Path) -> Path:
         if getattr(sys.modules[name], "__file__", None) == str(path):
             return path
         raise ZooError(f"module: the name {name!r} is taken by another module; rename {path.name}")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[name] = made
     try:
-        spec.loader.exec_module(made)
+        module_from(path, name)
     except Exception as error:
-        del sys.modules[name]
         raise ZooError(f"module {path.name}: {type(error).__name__}: {error}") from error
     return path
 

@@ -15,12 +15,14 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -52,6 +54,7 @@ from zoo.command.runs import (
     new_run_folder,
     newest_checkpoint,
     of_a_loader,
+    of_memory,
     result_record,
     run_of,
     short_path,
@@ -60,7 +63,15 @@ from zoo.command.verdict import verdict, verdict_line
 from zoo.errors import ZooError
 from zoo.machine import cpu_has_bfloat16
 from zoo.training import choose_average
-from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint, SafeCheckpointIO, is_sharded, local, standing
+from zoo.training.checkpoints import (
+    BestCheckpoint,
+    LastCheckpoint,
+    SafeCheckpointIO,
+    check_shards,
+    is_sharded,
+    local,
+    standing,
+)
 from zoo.weights.pretrained import load_published
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -178,10 +189,12 @@ class RecipeCLI(LightningCLI):
         if path in ("last", "best", "hpc") or str(path).startswith("registry"):
             raise ZooError(f"ckpt_path: write --ckpt_path last or best, or the path of a file, not {str(path)!r}")
         if is_sharded(local(path)):
+            check_shards(local(path))
             return
         found = self.checkpoints.peek(path)
         if self.what == "fit":
-            if missing := [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in found]:
+            wanted = ("loops", "optimizer_states", "lr_schedulers")
+            if missing := [key for key in wanted if found.get(key) is None]:
                 raise ZooError(f"{path}: weights only, which cannot be resumed: it holds no {missing[0]!r}")
             try:
                 self.standing = standing(found)
@@ -443,16 +456,24 @@ def _train(cli: RecipeCLI, words: list[str], debug: bool) -> Any:
     except Exception as error:
         if debug:
             raise
-        if text := of_a_loader(error):
+        if text := of_a_loader(error) or of_memory(error) or _of_lightning(error):
             raise ZooError(f"{cli.recipe}: {text}") from error
         path = options.get("ckpt_path")
         if path and not cli.interrupt.begun and not isinstance(error, OSError | ImportError):
-            raise ZooError(f"{path}: {' '.join(innermost(error).split())}") from error
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else innermost(error)
+            raise ZooError(f"{path}: {' '.join(reason.split())}") from error
         raise
     finally:
         os.environ.pop("ZOO_RUN_DIR", None)
         if signal.getsignal(signal.SIGINT) != before:
             signal.signal(signal.SIGINT, before)
+
+
+def _of_lightning(error: BaseException) -> str | None:
+    """What Lightning itself, such as a callback of its, says of a setting; None where another's code failed."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    own = bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith("lightning.")
+    return innermost(error) if own and isinstance(error, RuntimeError | ValueError) else None
 
 
 def _options(cli: RecipeCLI) -> dict[str, Any]:
@@ -502,6 +523,8 @@ def _find_checkpoint(
     """`argv` with ``--ckpt_path last`` or ``best`` as the path in the newest run of this recipe, and the settings of
     that run: its seed, model and data."""
     words, content = _split_path(argv), read_recipe(catalog.recipe_path(recipe))
+    if words.count("--ckpt_path") > 1:
+        raise ZooError("--ckpt_path is given twice")
     if "--ckpt_path" not in words[:-1]:
         if content.get("ckpt_path") not in ("last", "best"):
             return words, {}
@@ -588,7 +611,7 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
         print("score: " + (" · ".join(numbers(said)) or "no metric was logged"))
     record = result_record(cli, metrics, command, seconds)
     if cli.what == "test" and catalog.is_row(cli.recipe):
-        record["verdict"] = verdict(cli.recipe, metrics, cli.line.asked)
+        record["verdict"] = verdict(cli.recipe, metrics, [*cli.line.asked, *_set_by_its_run(cli)])
         print(verdict_line(record["verdict"]))
     files.write_json(cli.folder / "result.json", record)
     paths = [cli.last.last_model_path] if cli.last is not None else []
@@ -596,6 +619,23 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
     for path in dict.fromkeys(short_path(path) for path in paths if path):
         print(f"checkpoint: {path}")
     print(f"run: {short_path(cli.folder)} ({seconds:.0f} s)")
+
+
+def _set_by_its_run(cli: RecipeCLI) -> list[str]:
+    """The options by which the settings of the run that a test takes up differ from those of its row."""
+    if not cli.line.own:
+        return []
+
+    def settings(one: RecipeCLI) -> dict[str, Any]:
+        parts = yaml.safe_load(one.parser.dump(one.config, skip_none=False))
+        return {
+            f"{part}.{key}": value
+            for part in ("model", "data")
+            for key, value in {"class_path": parts[part]["class_path"], **(parts[part].get("init_args") or {})}.items()
+        }
+
+    of_row, here = settings(build_dry(cli.what, cli.recipe)), settings(cli)
+    return [f"--{key}" for key in {**of_row, **here} if of_row.get(key) != here.get(key)]
 
 
 @contextlib.contextmanager
@@ -615,6 +655,7 @@ def _quiet(debug: bool = False) -> Iterator[None]:
                 ".*does not have many workers.*",
                 ".*num_workers.*",
                 ".*number of training batches .* is smaller than the logging interval.*",
+                ".*could not find the monitored key.*",  # it raises where there was a validation
                 ".*Checkpoint directory .* exists and is not empty.*",
                 ".*dirpath has changed.*",
                 ".*Experiment logs directory.*",

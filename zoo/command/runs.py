@@ -25,7 +25,7 @@ import zoo
 from zoo import files
 from zoo.data.check import checked_hash
 from zoo.errors import ZooError
-from zoo.training.checkpoints import is_sharded
+from zoo.training.checkpoints import check_shards, is_sharded
 from zoo.weights.files import read_checkpoint
 
 if TYPE_CHECKING:
@@ -97,7 +97,9 @@ def newest_checkpoint(
     lines = []
     for path in found:
         try:
-            if not is_sharded(path):
+            if is_sharded(path):
+                check_shards(path)
+            else:
                 read(path)
         except ZooError as error:
             lines.append(f"passed over: {error}")
@@ -163,11 +165,25 @@ def drop_empty(run: Path) -> None:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the resolved config of a fit into the run folder; it is a recipe again."""
+    """Writes the resolved config of a fit into the run folder; it is a recipe again.
+
+    Only when training begins: a resume that is refused leaves that of the run it would have gone on with.
+    """
 
     def __init__(self, parser: Any, config: Any, folder: Path) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
         self.folder = folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self.already_saved:
+            super().setup(trainer, pl_module, "fit")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.already_saved:  # nothing was left to train
+            super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         config = self.config.clone()
@@ -187,7 +203,15 @@ def of_a_loader(error: BaseException) -> str | None:
         last = [line for line in text.splitlines() if line.strip()][-1].strip()
         kind, colon, message = last.partition(": ")
         plain = colon and kind.rpartition(".")[2] in ("ZooError", "MissingPackage")
-        return message if plain else f"in a loader process: {last if colon else caught[1]}"
+        return message if plain else of_memory(error) or f"in a loader process: {last if colon else caught[1]}"
+    return None
+
+
+def of_memory(error: BaseException) -> str | None:
+    """That there is too little memory, in one line; None for an error of another kind."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        said = " ".join(str(error).splitlines()[-1].partition(" Error code")[0].split())[-160:] if str(error) else ""
+        return f"out of memory; a smaller data.batch_size or image_size takes less ({said or type(error).__name__})"
     return None
 
 

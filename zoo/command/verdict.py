@@ -108,7 +108,7 @@ def verdict(name: str, metrics: Mapping[str, float], options: Sequence[str]) -> 
 
 
 def _keys(options: Sequence[str]) -> list[str]:
-    return [word[2:].partition("=")[0] for word in options if word.startswith("--")]
+    return [word.lstrip("-").partition("=")[0] for word in options if re.match("-{1,2}[a-zA-Z]", word)]
 
 
 def verdict_line(found: Mapping[str, Any]) -> str:

@@ -113,12 +113,13 @@ def average_and_derivative(
 
 class Errors(NamedTuple):
     """Per sample (B,) `u` |V - v_g|^2 and `v` |v - v_g|^2, summed over the picture; without v-head the second has no
-    gradient. Besides, the noised `z` (B, ...), its times `t`, and u(z, r, t) `average` (B, ...)."""
+    gradient. Besides, the noised `z` (B, ...), its times `t` and `r`, and u(z, r, t) `average` (B, ...)."""
 
     u: Tensor
     v: Tensor
     z: Tensor
     t: Tensor
+    r: Tensor
     average: Tensor
 
 
@@ -195,7 +196,7 @@ def imf_errors(
         v = v.index_put((apart,), v_apart.to(v.dtype))
     v = v if both else v.detach()
     u_error, v_error = ((value - target).square().flatten(1).sum(1) for value in (compound, v))
-    return Errors(u_error, v_error, z, t, u)
+    return Errors(u_error, v_error, z, t, r, u)
 
 
 def steps(
@@ -287,6 +288,9 @@ class GuidedMeanFlow(MeanFlow):
     Batches are as those of :class:`~zoo.generation.meanflow.MeanFlow` with `label` (B,); they may pin `omega_uniform`,
     `t_min_uniform` and `t_max_uniform` (B,) too.
 
+    Logs `error` |V - v_g|^2 and `velocity_error` |v - v_g|^2, and of the samples with r < t alone `compound_error` and
+    its mean square, `compound_square` (in evaluation), by which the variance of the loss is known.
+
     Args:
         network: of :class:`ImprovedMeanFlowDiT`.
         guidance: how scale and interval of a sample are drawn.
@@ -342,6 +346,22 @@ class GuidedMeanFlow(MeanFlow):
         errors = self.errors(batch)
         return Loss(self.total(batch, errors), errors.u.detach(), errors.v.detach())
 
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        errors = self.errors(batch)
+        found = {"error": errors.u.detach().mean(), "velocity_error": errors.v.detach().mean()}
+        apart = errors.u.detach()[errors.r < errors.t]  # whose curve Figure 3 shows
+        for name, value in {**found, "compound_error": apart.mean() if len(apart) else apart.sum()}.items():
+            self.log(f"train/{name}", value, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(errors.u))
+        return {"loss": self.total(batch, errors), **found}
+
+    def _evaluate(self, stage: str, batch: Mapping[str, Any]) -> None:
+        errors = self.errors(batch)
+        apart = errors.u[errors.r < errors.t]
+        self.tally(f"{stage}/error", errors.u)
+        self.tally(f"{stage}/velocity_error", errors.v)
+        self.tally(f"{stage}/compound_error", apart)
+        self.tally(f"{stage}/compound_square", apart.square())
+
     @torch.no_grad()
     def sample(self, noise: Tensor, label: Tensor | None = None) -> Tensor:
         noise = self.noise_scale * noise.to(self.dtype)
@@ -380,7 +400,9 @@ class ImprovedMeanFlow(GuidedMeanFlow):
 
 # ----------------------------------------------------------------------------------------------------------- 4. models
 
+# As for sampling: without v-head.
 _LATENTS: dict[str, Any] = {"patch_size": 2, "latent_mean": LATENT_MEAN, "latent_std": LATENT_STD}
+_LATENTS |= {"velocity_head": False}
 
 
 def _size(depth: int, dim: int, omega: float, interval: tuple[float, float], overrides: dict[str, Any]) -> Any:
@@ -389,22 +411,22 @@ def _size(depth: int, dim: int, omega: float, interval: tuple[float, float], ove
 
 
 def imf_b2(**overrides: Any) -> ImprovedMeanFlowDiT:
-    """iMF-B/2 on latents of 32 x 32 x 4."""
+    """iMF-B/2 on latents of 32 x 32 x 4, without v-head (``velocity_head=True`` has it), guided as its samples were."""
     return _size(12, 768, 8.0, (0.4, 0.65), overrides)
 
 
 def imf_m2(**overrides: Any) -> ImprovedMeanFlowDiT:
-    """iMF-M/2 on latents of 32 x 32 x 4."""
+    """iMF-M/2, likewise."""
     return _size(24, 768, 10.5, (0.4, 0.6), overrides)
 
 
 def imf_l2(**overrides: Any) -> ImprovedMeanFlowDiT:
-    """iMF-L/2 on latents of 32 x 32 x 4."""
+    """iMF-L/2, likewise."""
     return _size(32, 1024, 10.5, (0.4, 0.6), overrides)
 
 
 def imf_xl2(**overrides: Any) -> ImprovedMeanFlowDiT:
-    """iMF-XL/2 on latents of 32 x 32 x 4."""
+    """iMF-XL/2, likewise."""
     return _size(48, 1024, 8.0, (0.42, 0.62), overrides)
 
 

@@ -12,16 +12,20 @@ from zoo.errors import ZooError
 from zoo.metrics.gathered import Gathered
 
 
-def expected_rank(scores: Tensor, positive: Tensor) -> Tensor:
-    """The rank (N,), from 0, of each query's best true item among M: scores (N, M), `positive` (N, M) bool.
+def ranks(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each query's best true item stands among M: how many wrong ones are above it, how many tie with it, (N,).
 
-    True items do not stand in each other's way; what ties with the best one counts half, its expected place among them,
-    so that equal scores are chance and not a hit.
+    True items do not stand in each other's way. `scores` (N, M), `positive` (N, M) bool.
     """
     best = scores.masked_fill(~positive, -torch.inf).amax(dim=1, keepdim=True)
     wrong = ~positive
-    above, level = ((scores > best) & wrong).sum(dim=1), ((scores == best) & wrong).sum(dim=1)
-    return above + level / 2
+    return ((scores > best) & wrong).sum(dim=1), ((scores == best) & wrong).sum(dim=1)
+
+
+def recall(above: Tensor, level: Tensor, k: int) -> Tensor:
+    """The chance (N,) that each best true item is among the first `k`, any order of those that tie being as likely: so
+    equal scores are chance and not a hit."""
+    return ((k - above) / (level + 1)).clamp(0, 1)
 
 
 class ImageTextRetrieval(Gathered):
@@ -75,6 +79,8 @@ class ImageTextRetrieval(Gathered):
         text_once = _first_of_each(owners * (int(places.max()) + 1) + places)
         images, numbers = dim_zero_cat(self.image_features)[image_once], numbers[image_once]
         texts, owners = dim_zero_cat(self.text_features)[text_once], owners[text_once]
+        if images.isnan().any() or texts.isnan().any():
+            raise ZooError("retrieval got features that are not numbers (NaN)")
         if not torch.isin(owners, numbers).all() or not torch.isin(numbers, owners).all():
             raise ZooError("retrieval wants a text for every image and an image for every text")
         found: dict[str, Tensor] = {}
@@ -82,12 +88,13 @@ class ImageTextRetrieval(Gathered):
             ("image_to_text", images, numbers, texts, owners),
             ("text_to_image", texts, owners, images, numbers),
         ):
-            ranks = torch.cat([
-                expected_rank(part @ item.T, of[:, None] == item_of)
+            parts = [
+                ranks(part @ item.T, of[:, None] == item_of)
                 for part, of in zip(query.split(self.chunk), query_of.split(self.chunk), strict=True)
-            ])  # fmt: skip
-            found |= {f"{name}_r{k}": (ranks < k).float().mean() for k in self.k}
-            found[f"{name}_median"] = ranks.median() + 1
+            ]
+            above, level = (torch.cat(part) for part in zip(*parts, strict=True))
+            found |= {f"{name}_r{k}": recall(above, level, k).mean() for k in self.k}
+            found[f"{name}_median"] = (above + level / 2).median() + 1  # a tie counts half, its expected place
         return found
 
 

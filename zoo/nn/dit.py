@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import dropout, rms_norm, silu
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import ZooError
@@ -71,7 +71,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
+        return rms_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
 def _norm(kind: str, dim: int) -> nn.Module:
@@ -116,10 +116,14 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(vit.Attention):
-    """Multi-head self-attention with optional query-key norm and rotary positions."""
+    """Multi-head self-attention with optional query-key norm and rotary positions; dropout of the attention weights and
+    of what comes out."""
 
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, qk_norm: bool = False, attn_drop: float = 0.0, proj_drop: float = 0.0
+    ) -> None:
         super().__init__(dim, num_heads)
+        self.attn_drop, self.proj_drop = attn_drop, proj_drop
         self.q_norm: nn.Module = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
 
@@ -130,27 +134,31 @@ class Attention(vit.Attention):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(batch, length, dim))
+        # Under autocast v is in half precision, and so is the product; the sums of q and k were wider.
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        out = attention(q, k, v, dropout=self.attn_drop if self.training else 0.0)
+        return dropout(self.proj(out.transpose(1, 2).reshape(batch, length, dim)), self.proj_drop, self.training)
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(a) * b) with (a, b) = w12(x); hidden width int(2/3 * hidden)."""
+    """w3(silu(a) * b) with (a, b) = w12(x); hidden width int(2/3 * hidden), of which `drop` are dropped."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()
         hidden = int(hidden * 2 / 3)
         self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+        self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.w12(x).chunk(2, dim=-1)
-        return self.w3(silu(a) * b)
+        return self.w3(dropout(silu(a) * b, self.drop, self.training))
 
 
-def _mlp(kind: str, dim: int, hidden: int) -> nn.Module:
+def _mlp(kind: str, dim: int, hidden: int, drop: float) -> nn.Module:
     if kind == "swiglu":
-        return SwiGLU(dim, hidden)
+        return SwiGLU(dim, hidden, drop)
     gelu: Any = partial(nn.GELU, approximate="tanh" if kind == "gelu_tanh" else "none")
-    return Mlp(dim, hidden, act_layer=gelu)
+    return Mlp(dim, hidden, act_layer=gelu, drop=(drop, 0.0))  # type: ignore[arg-type]
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
@@ -163,13 +171,21 @@ class DiTBlock(nn.Module):
     """x + gate * attention(modulate(norm(x))), then x + gate * mlp(modulate(norm(x))); the six vectors come from the
     condition."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, style: BlockStyle = BlockStyle()) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        style: BlockStyle = BlockStyle(),
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
         super().__init__()
         self.shift = style.shift
         self.norm1 = _norm(style.norm, dim)
-        self.attn = Attention(dim, num_heads, style.qk_norm)
+        self.attn = Attention(dim, num_heads, style.qk_norm, attn_drop, proj_drop)
         self.norm2 = _norm(style.norm, dim)
-        self.mlp = _mlp(style.mlp, dim, int(dim * mlp_ratio))
+        self.mlp = _mlp(style.mlp, dim, int(dim * mlp_ratio), proj_drop)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, (6 if style.shift else 4) * dim))
 
     def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -235,6 +251,8 @@ class DiT(nn.Module):
             (not stored), or there is "none".
         bottleneck: rank of the patch embedding; None for a full one.
         context_tokens: class tokens, prepended to the patches before block `context_start` and dropped at the end.
+        attn_drop, proj_drop: dropout of attention weights, and of the attention's output and the MLP's hidden units; in
+            the middle half of the blocks only (JiT, Table 9).
         grad_checkpointing: recompute activations in the backward pass.
     """
 
@@ -256,9 +274,12 @@ class DiT(nn.Module):
         bottleneck: int | None = None,
         context_tokens: int = 0,
         context_start: int = 0,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        style = BlockStyle(**style) if isinstance(style, Mapping) else style  # as a checkpoint holds it
         if context_tokens and not (num_classes and 0 <= context_start < depth):
             raise ZooError("context tokens want labels (num_classes) and a context_start below depth")
         if not times or any(not name.isidentifier() for name in times):
@@ -284,7 +305,13 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", table, persistent=pos_embed == "stored")
         if context_tokens:
             self.in_context_posemb = nn.Parameter(torch.empty(1, context_tokens, embed_dim))
-        self.blocks = nn.ModuleList(DiTBlock(embed_dim, num_heads, mlp_ratio, style) for _ in range(depth))
+        if not (0 <= attn_drop < 1 and 0 <= proj_drop < 1):
+            raise ZooError(f"dropout is a share in [0, 1), not attn_drop {attn_drop} or proj_drop {proj_drop}")
+        middle = range(depth // 4, depth // 4 * 3)
+        self.blocks = nn.ModuleList(
+            DiTBlock(embed_dim, num_heads, mlp_ratio, style, *((attn_drop, proj_drop) if k in middle else ()))
+            for k in range(depth)
+        )
         self.final_layer = FinalLayer(embed_dim, patch_size, self.out_chans, style)
         cos, sin = rope_2d(embed_dim // num_heads, grid, context_tokens) if style.rope else (None, None)
         self.rope_cos: Tensor | None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import MissingPackage, ZooError, unknown
+from zoo.files import module_from
 from zoo.parity.cases import Case, Config, compare
 from zoo.paths import share
 
@@ -93,12 +93,9 @@ def shared(name: str) -> ModuleType:
 @cache
 def _module(name: str) -> ModuleType:
     path = share("parity/adapters") / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"zoo_parity_{name.replace('/', '_')}", path)
-    if spec is None or spec.loader is None or not path.is_file():
+    if not path.is_file():
         raise ZooError(f"no parity adapter {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_from(path, f"zoo_parity_{name.replace('/', '_')}")
 
 
 def by_entry(kinds: Mapping[str, Adapter]) -> Adapter:

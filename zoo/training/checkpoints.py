@@ -53,6 +53,13 @@ def is_sharded(path: Path) -> bool:
     return path.is_dir() and any((path / name).exists() for name in (".metadata", "latest", "meta.pt"))
 
 
+def check_shards(path: Path) -> None:
+    """As :func:`zoo.formats.shards.check`, whose imports take their time."""
+    from zoo.formats import shards
+
+    shards.check(path)
+
+
 def local(path: Any) -> Path:
     """`path` as one of this machine; a ZooError for an address."""
     if "://" in str(path):
@@ -197,7 +204,8 @@ class LastCheckpoint(Checkpoint):
         self.saved = False  # the state to stop at is kept
         self._steps = 0
         self._stamp = time.monotonic()
-        self._pending = self._ended = self._resumed = self._due_between = False
+        self._pending = self._ended = self._due_between = False
+        self._resumed: tuple[int, int] | None = None  # the optimisers and schedulers of the checkpoint taken up
         self.metrics: dict[str, float] = {}  # those of the checkpoint that was taken up
 
     @property
@@ -220,8 +228,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._steps, self._stamp = trainer.global_step, time.monotonic()
         self._pending = self._ended = self.saved = self.stop = False
-        if self._resumed:
-            _refuse_other_optimizer(trainer)
+        if self._resumed is not None:
+            _refuse_other_optimizer(trainer, *self._resumed)
         values = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.metrics.items()}
         trainer.callback_metrics.update(values)  # those of earlier epochs are part of the score
         if trainer.is_global_zero:
@@ -314,12 +322,23 @@ class LastCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            self.metrics, self._resumed = standing(checkpoint)["metrics"], True
+            self.metrics = standing(checkpoint)["metrics"]
+            self._resumed = len(checkpoint["optimizer_states"]), len(checkpoint["lr_schedulers"])
             take_up(trainer, checkpoint)
 
 
-def _refuse_other_optimizer(trainer: L.Trainer) -> None:
+def _refuse_other_optimizer(trainer: L.Trainer, optimizers: int, schedulers: int) -> None:
+    wanted = len(trainer.optimizers), len(trainer.lr_scheduler_configs)
+    if (optimizers, schedulers) != wanted:
+        raise ZooError(
+            f"the checkpoint has {optimizers} optimisers and {schedulers} schedules, the model {wanted[0]} and "
+            f"{wanted[1]}: keep model.optim"
+        )
     for optimizer in trainer.optimizers:
+        for parameter, state in optimizer.state.items():
+            for name in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+                if isinstance(value := state.get(name), torch.Tensor) and value.numel() != parameter.numel():
+                    raise ZooError(f"the checkpoint's optimiser is of another model: {name} of {tuple(value.shape)}")
         odd = [name for group in optimizer.param_groups for name in optimizer.defaults if name not in group]
         if odd:
             kind = type(optimizer).__name__

@@ -52,7 +52,8 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
 
     Raises:
         ZooError: one line that names the file and the reason: nothing there, a folder, a pipe, empty, a page, not
-            whole, something in it that no checkpoint holds (named by place and type), or weights without a run.
+            whole, something in it that no checkpoint holds (named by place and type), weights without a run, or NaN
+            among them.
     """
     path = Path(path)
     check_file(path)
@@ -66,6 +67,9 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     missing = [key for key in wanted if not isinstance(content, dict) or key not in content]
     if missing:
         raise ZooError(f"{path}: weights, not a checkpoint of a run: it holds no {missing[0]!r}")
+    for part, state in content.items():
+        if str(part).endswith("state_dict") and isinstance(state, Mapping):
+            _refuse_nan({key: value for key, value in state.items() if isinstance(value, Tensor)}, path)
     return content
 
 
@@ -99,10 +103,14 @@ def read_state_dict(path: str | os.PathLike[str], use_ema: bool | str | None = N
     except Exception as error:  # the readers' own errors are told above; a spoilt file makes libraries raise anything
         problem = pickles.short(str(error), 200) or type(error).__name__
         raise ZooError(f"{path}: not a whole file of weights ({problem})") from error
+    _refuse_nan(state, path)
+    return state
+
+
+def _refuse_nan(state: Mapping[Any, Tensor], path: Path) -> None:
     if spoilt := [key for key, value in state.items() if _has_nan(value)]:
         more = f" and {len(spoilt) - 1} more of {len(state)}" if spoilt[1:] else ""
-        raise ZooError(f"{path}: not usable: {pickles.short(spoilt[0])}{more} holds NaN")
-    return state
+        raise ZooError(f"{path}: not usable: {pickles.short(str(spoilt[0]))}{more} holds NaN")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ import contextlib
 import fnmatch
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -39,6 +38,7 @@ from torch import Tensor, nn
 from zoo import __version__, catalog
 from zoo.catalog import PaperCard, Preprocess, Weight
 from zoo.errors import ZooError, unknown
+from zoo.files import module_from
 from zoo.formats import pytorch
 from zoo.paths import cache_dir
 from zoo.weights import download
@@ -413,17 +413,7 @@ def paper_module(card: PaperCard) -> ModuleType:
         return loaded
     if not path.is_file():
         raise ZooError(f"{card.path}: the paper's code {path.name} must lie beside its card")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return module_from(path, name)
 
 
 @dataclass(frozen=True)

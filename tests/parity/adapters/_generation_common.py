@@ -8,46 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.metrics.generation import (
-    Statistics,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-    tf1_resize,
-)
-from zoo.nn.dit import DiT, convert_dit
+from zoo.nn.dit import DiT
 from zoo.ops.diffusion import Diffusion
 from zoo.ops.guidance import guide, guided
 from zoo.ops.transport import Sampler, Transport
-from zoo.parity import Case, by_entry, filled_inputs, load_filled
+from zoo.parity import Case, by_entry, filled_inputs, shared
 
 ODE_METHODS: Any = {"dopri5": "dopri5", "euler": "euler", "midpoint": "midpoint", "heun2": "heun", "rk4": "rk4"}
 SDE_METHODS: Any = {"Euler": "sde_euler", "Heun": "sde_heun"}
 FORMS = {"SBDM": "sbdm", "inccreasing-decreasing": "bump"}
-
-
-def _network(case: Case, variance: bool) -> Any:
-    """The network of a case; `variance`: the second half of the channels is used."""
-    facts = case["config"]["constructor"]
-    learned = facts.get("learn_sigma", True)
-    network = DiT(
-        img_size=facts["input_size"],
-        patch_size=facts["patch_size"],
-        in_chans=facts["in_channels"],
-        out_chans=facts["in_channels"] * (2 if learned else 1),
-        embed_dim=facts["hidden_size"],
-        depth=facts["depth"],
-        num_heads=facts["num_heads"],
-        mlp_ratio=facts.get("mlp_ratio", 4.0),
-        num_classes=facts["num_classes"],
-        null_class=facts.get("class_dropout_prob", 0.1) > 0,
-    )
-    load_filled(network, case, convert_dit)
-    network.eval()
-    if variance or not learned:
-        return network
-    return lambda x, t, labels: network(x, t, labels)[:, : facts["in_channels"]]
+_network, scores = shared("dit").network, shared("generation_scores")
 
 
 # ---------------------------------------------------------------------------------------------------------------- DiT
@@ -149,46 +119,14 @@ def transport_sampler(case: Case) -> dict[str, Tensor]:
     return {"first": states[1 if sampler.kicks else 0], "last": states[-1]}
 
 
-# -------------------------------------------------------------------------------------------------------------- scores
-
-
-def scores(case: Case) -> dict[str, Tensor]:
-    config, inputs = case["config"], filled_inputs(case)
-    generated, real = inputs["features_gen"], inputs["features_real"]
-    logits, splits, seed = (
-        inputs["logits_gen"] * config.get("logit_scale", 1.0),
-        config["isc_splits"],
-        config["rng_seed"],
-    )
-    score, score_std = inception_score(logits, splits, seed)
-    kid, kid_std = kernel_distance(generated, real, config["kid_subsets"], config["kid_subset_size"], seed)
-    precision, recall = precision_recall(generated, real, config["prc_neighborhood"])
-    return {
-        "fid": frechet_distance(Statistics.of(generated), Statistics.of(real)),
-        "isc_mean": score,
-        "isc_std": score_std,
-        "isc_mean_unshuffled": inception_score(logits, splits, None)[0],
-        "kid_mean": kid,
-        "kid_std": kid_std,
-        "precision": precision,
-        "recall": recall,
-    }
-
-
-def tf1_bilinear(case: Case) -> dict[str, Tensor]:
-    size, corners = case["config"]["size"], case["config"].get("align_corners", False)
-    side = (size, size) if isinstance(size, int) else tuple(size)
-    return {"resized": tf1_resize(filled_inputs(case)["image"], side, corners)}
-
-
 KINDS = by_entry(
     {
         "models.DiT + diffusion.create_diffusion": dit,
         "models.SiT": sit,
         "transport.Transport.training_losses": transport_loss,
         "transport.Sampler": transport_sampler,
-        "metric_fid / metric_isc / metric_kid / metric_prc": scores,
-        "interpolate_compat_tensorflow.interpolate_bilinear_2d_like_tensorflow1x": tf1_bilinear,
+        "metric_fid / metric_isc / metric_kid / metric_prc": scores.scores,
+        "interpolate_compat_tensorflow.interpolate_bilinear_2d_like_tensorflow1x": scores.tf1_bilinear,
     }
 )
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import re
 from typing import Any
 
 import torch
@@ -12,7 +9,6 @@ from torch import Tensor
 
 from zoo.detection import mask_rcnn
 from zoo.detection.mask_rcnn import MaskRCNN, MaskRCNNDetection, convert_official
-from zoo.errors import ZooError
 from zoo.nn.detection.roi_heads import PoolConfig, RoIPooler, rois_of
 from zoo.nn.detection.rpn import AnchorGenerator
 from zoo.ops.boxes import decode_boxes, encode_boxes, match, pairwise_iou, permutation, pyramid_levels, sample_labels
@@ -117,7 +113,7 @@ def box_ops(case: Case) -> dict[str, Tensor]:
     positive, negative = sample_labels(labels, config["num_samples"], config["positive_fraction"], 0, permute)
     weights = tuple(config["weights"])
     maps = [inputs[f"feat{k}"] for k in range(sum(name.startswith("feat") for name in inputs))]
-    lowest, canonical = _lowest_level(case, maps), config["canonical_size"]
+    lowest, canonical = official.lowest_level(case, maps), config["canonical_size"]
     side = case["outputs"]["roi_features"]["shape"][-1] if "roi_features" in case["outputs"] else 7
     pool = PoolConfig(side, config["sampling_ratio"], official.POOLINGS[config["pooler"]])
     pooler = RoIPooler([2 ** (lowest + k) for k in range(len(maps))], pool, canonical)
@@ -139,22 +135,3 @@ def box_ops(case: Case) -> dict[str, Tensor]:
         "mask_targets": crop_masks(masks, everyone, truth * 0.9 + 2, config["mask_size"]),
         "polygon_targets": crop_polygons([[one] for one in config["polygons"]], polygon_boxes, config["mask_size"]),
     }
-
-
-def _lowest_level(case: Case, maps: list[Tensor]) -> int:
-    """The level (log2 of the stride) of the first map: the one by whose strides all maps cover the image; else that of
-    the first stride where every map has one; else as the case's notes call the levels (LOW..HIGH).
-
-    Raises:
-        ZooError: the case says nothing of it.
-    """
-    config, sides = case["config"], case["config"]["image_size"]
-    shapes = [tuple(x.shape[-2:]) for x in maps]
-    for lowest, whole in itertools.product(range(7), (math.floor, math.ceil)):
-        if shapes == [tuple(whole(side / 2 ** (lowest + k)) for side in sides) for k in range(len(maps))]:
-            return lowest
-    if len(config["strides"]) == len(maps):
-        return int(math.log2(config["strides"][0]))
-    if told := re.search(r"assign_boxes_to_levels\((\d+)\.\.\d+\)", case.get("notes", "")):
-        return int(told[1])
-    raise ZooError("neither the maps' sizes nor the strides nor the notes say which level the first map is")

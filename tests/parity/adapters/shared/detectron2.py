@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -299,3 +301,22 @@ def clipping(solver: Config) -> tuple[float | None, dict[str, Any]]:
             f"CLIP_TYPE {clip['CLIP_TYPE']!r} of norm {clip['NORM_TYPE']}: only value, and norm 2, are built"
         )
     return clip["CLIP_VALUE"], {}
+
+
+def lowest_level(case: Case, maps: list[Tensor]) -> int:
+    """The level (log2 of the stride) of the first map: the one by whose strides all maps cover the image; else that of
+    the first stride where every map has one; else as the case's notes call the levels (LOW..HIGH).
+
+    Raises:
+        ZooError: the case says nothing of it.
+    """
+    config, sides = case["config"], case["config"]["image_size"]
+    shapes = [tuple(x.shape[-2:]) for x in maps]
+    for lowest, whole in itertools.product(range(7), (math.floor, math.ceil)):
+        if shapes == [tuple(whole(side / 2 ** (lowest + k)) for side in sides) for k in range(len(maps))]:
+            return lowest
+    if len(config["strides"]) == len(maps):
+        return int(math.log2(config["strides"][0]))
+    if told := re.search(r"assign_boxes_to_levels\((\d+)\.\.\d+\)", case.get("notes", "")):
+        return int(told[1])
+    raise ZooError("neither the maps' sizes nor the strides nor the notes say which level the first map is")
