@@ -145,7 +145,10 @@ def images(setting: Setting) -> Tensor:
 def work(setting: Setting) -> Work:
     size = MODELS[setting.model]
     task = harness.recipe_task(RECIPE, _options(size), "meta")
-    x, t = torch.empty(setting.batch, 3, *[size["img_size"]] * 2, device="meta"), torch.empty(setting.batch, device="meta")
+    x, t = (
+        torch.empty(setting.batch, 3, *[size["img_size"]] * 2, device="meta"),
+        torch.empty(setting.batch, device="meta"),
+    )
     labels = torch.zeros(setting.batch, dtype=torch.long, device="meta")
     tokens = (size["img_size"] // size["patch_size"]) ** 2
     flops = harness.count_flops(lambda: task.network(x, t, labels).sum())
@@ -168,7 +171,9 @@ def samplers(setting: Setting) -> tuple[list[Loader], Work]:
                 yield pictures.cpu()
 
     draw = forever(lambda: task.sample(torch.randn(shape, device=setting.device), labels))
-    found = [Loader("zoo", zoo.__version__, draw, "Denoising.sample: both passes in one batch, one outside the interval")]
+    found = [
+        Loader("zoo", zoo.__version__, draw, "Denoising.sample: both passes in one batch, one outside the interval")
+    ]
     if setting.official is not None:
         model = _denoiser(size, setting).eval()
 

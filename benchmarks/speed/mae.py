@@ -7,12 +7,10 @@ is updated by AdamW as its own training script sets it up; nobody else's code is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
-import numpy as np
 import torch
 from timm.models import vision_transformer
 from timm.optim import param_groups_weight_decay
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.environment import package_version
 from benchmarks.speed import harness
 from benchmarks.speed.harness import Loader, Setting, Trainer, Work
+from benchmarks.speed.shared.old_libraries import as_in_2021
 
 RECIPE, MASK_RATIO, LR = "mae/pretrain_imagenet1k", 0.75, 1.5e-4
 PACKAGES, LOADING_BATCH = ("transformers", "lightly"), 64
@@ -49,22 +48,10 @@ def _adamw(network: nn.Module, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(param_groups_weight_decay(network, 0.05), lr=LR, betas=(0.9, 0.95), **options)
 
 
-@contextlib.contextmanager
-def _as_when_written() -> Iterator[None]:
-    """Give the official code what it expects of the libraries of 2021: `qk_scale` in timm's Block, `np.float`."""
-    block = vision_transformer.Block
-
-    def old(*sizes: Any, qk_scale: None = None, **options: Any) -> nn.Module:
-        return block(*sizes, **options)
-
-    with patch.object(vision_transformer, "Block", old), patch.object(np, "float", float, create=True):
-        yield
-
-
 def official(size: dict[str, int], setting: Setting, fused_attention: bool) -> Trainer:
     assert setting.official is not None
     options = {"mlp_ratio": 4, "norm_layer": partial(nn.LayerNorm, eps=1e-6), "norm_pix_loss": True}
-    with _as_when_written():
+    with as_in_2021():
         module = harness.import_from(setting.official, "models_mae")
         network = module.MaskedAutoencoderViT(**size, **options).to(setting.device)
     for module in network.modules():

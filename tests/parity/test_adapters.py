@@ -44,14 +44,14 @@ def test_mask_rcnn_knows_the_base_configs(name: str) -> None:
 def test_mask_rcnn_reads_the_lowest_level(
     sides: list[int], maps: list[tuple[int, int]], strides: list[int], notes: str, lowest: int | None
 ) -> None:
-    module: Any = parity.adapter("mask_rcnn").__globals__  # type: ignore[attr-defined]
+    read = parity.shared("detectron2").lowest_level
     case = {"config": Config.of({"image_size": sides, "strides": strides}), "notes": notes}
     features = [torch.zeros(1, 4, *shape) for shape in maps]
     if lowest is None:
         with pytest.raises(ZooError, match="which level"):
-            module["_lowest_level"](case, features)
+            read(case, features)
     else:
-        assert module["_lowest_level"](case, features) == lowest
+        assert read(case, features) == lowest
 
 
 class _Small(nn.Module):
