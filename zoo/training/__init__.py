@@ -10,12 +10,8 @@ from zoo.training.ema import EMA, choose_average, evaluation_weights, half_life_
 from zoo.training.lars import LARC, LARS
 from zoo.training.measures import FactorAccuracy, GivenBoxMasks, GradientSpread, UnitDeletion, ViewVariance
 from zoo.training.muon import Muon, NAdam
-<<<<<<< HEAD
-from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_optimizer, param_groups
-from zoo.training.plane import PlaneEvaluation
-=======
 from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_optimizer, param_groups, run_position
->>>>>>> a46876a
+from zoo.training.plane import PlaneEvaluation
 from zoo.training.probe import KNNProbe, LinearProbe, extract_features, fit_probe, gather_samples, probe_head
 from zoo.training.sampling import SampleGrid, SamplingEvaluation
 from zoo.training.video import ActionDetection, MultiLabelVideoClassification, VideoClassification
