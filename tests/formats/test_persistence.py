@@ -134,9 +134,14 @@ def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
         read_state_dict(path)
 
 
-def test_modules_that_hold_themselves_end(tmp_path: Path) -> None:
+def test_modules_within_modules_and_the_same_again_end(tmp_path: Path) -> None:
     deep: Any = _module()
     for _ in range(80):
         deep = _module(_modules={"m": deep})
     with pytest.raises(ZooError, match="64 deep"):
         read_state_dict(_write(tmp_path / "deep.pkl", {"ema": deep}))
+    many: Any = []
+    for _ in range(40):
+        many = [many, many]
+    with pytest.raises(ZooError, match="many of them the same"):
+        read_state_dict(_write(tmp_path / "many.pkl", {"ema": Loss(x=many)}))

@@ -21,7 +21,7 @@ from zoo.formats.pickles import KNOWN, Foreign, Inert, Refused, StandIn, is_arra
 
 _MARK = b"_reconstruct_persistent_obj"
 _HEAD = 1 << 16  # bytes; the first object of a file is a persistent one, or near it
-_DEPTH = 64
+_DEPTH, _MOST = 64, 1_000_000
 
 
 class _Object(StandIn):
@@ -114,7 +114,7 @@ def read(path: Path) -> Any:
         ZooError: not a whole pickle, or one that holds what no module does; nothing in it was run.
     """
     try:
-        return plain(_opened(_Reader(path.read_bytes()).load(), 0), (Tensor,))
+        return plain(_Opener().opened(_Reader(path.read_bytes()).load()), (Tensor,))
     except ZooError as error:
         raise ZooError(f"{path}: {error}") from error
     except Refused as error:
@@ -123,39 +123,49 @@ def read(path: Path) -> Any:
         raise ZooError(f"{path}: not a whole pickle ({short(str(error), 200) or type(error).__name__})") from error
 
 
-def _opened(value: Any, depth: int) -> Any:
-    if depth > _DEPTH:
-        raise Refused(f"objects within objects, {_DEPTH} deep")
-    if isinstance(value, _Object):
-        state = value.state
-        is_module = isinstance(state, Mapping) and {"_parameters", "_buffers", "_modules"} <= state.keys()
-        return _state_dict(state, "", depth) if is_module else _opened(state, depth + 1)
-    if isinstance(value, dict):
-        return {key: _opened(entry, depth + 1) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_opened(entry, depth + 1) for entry in value]
-    return value
+class _Opener:
+    """Objects as what they hold; counts what it visits, since a small file may hold the same thing many times."""
 
+    def __init__(self) -> None:
+        self.count = 0
 
-def _state_dict(state: Mapping[str, Any], prefix: str, depth: int) -> dict[str, Tensor]:
-    """As torch.nn.Module.state_dict gives it."""
-    if depth > _DEPTH:
-        raise Refused(f"modules within modules, {_DEPTH} deep")
-    hidden = state.get("_non_persistent_buffers_set", ())
-    found: dict[str, Tensor] = {}
-    for kind in ("_parameters", "_buffers"):
-        for name, value in _entries(state, kind):
-            if isinstance(value, Tensor) and not (kind == "_buffers" and name in hidden):
-                found[f"{prefix}{name}"] = value
-            elif value is not None and not isinstance(value, Tensor):
-                raise Refused(f"{short(prefix + str(name))}, which is no tensor")
-    for name, part in _entries(state, "_modules"):
-        if part is None:
-            continue
-        if not isinstance(part, _Object) or not isinstance(part.state, Mapping):
-            raise Refused(f"{short(prefix + str(name))}, which is no module")
-        found |= _state_dict(part.state, f"{prefix}{name}.", depth + 1)
-    return found
+    def _visit(self, depth: int) -> None:
+        self.count += 1
+        if depth > _DEPTH:
+            raise Refused(f"objects within objects, more than {_DEPTH} deep")
+        if self.count > _MOST:
+            raise Refused(f"more than {_MOST:,} values, many of them the same")
+
+    def opened(self, value: Any, depth: int = 0) -> Any:
+        self._visit(depth)
+        if isinstance(value, _Object):
+            state = value.state
+            is_module = isinstance(state, Mapping) and {"_parameters", "_buffers", "_modules"} <= state.keys()
+            return self.state_dict(state, "", depth) if is_module else self.opened(state, depth + 1)
+        if isinstance(value, dict):
+            return {key: self.opened(entry, depth + 1) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.opened(entry, depth + 1) for entry in value]
+        return value
+
+    def state_dict(self, state: Mapping[str, Any], prefix: str, depth: int) -> dict[str, Tensor]:
+        """As torch.nn.Module.state_dict gives it."""
+        self._visit(depth)
+        hidden = state.get("_non_persistent_buffers_set", ())
+        found: dict[str, Tensor] = {}
+        for kind in ("_parameters", "_buffers"):
+            for name, value in _entries(state, kind):
+                if isinstance(value, Tensor) and not (kind == "_buffers" and name in hidden):
+                    found[f"{prefix}{name}"] = value
+                elif value is not None and not isinstance(value, Tensor):
+                    raise Refused(f"{short(prefix + str(name))}, which is no tensor")
+        for name, part in _entries(state, "_modules"):
+            if part is None:
+                continue
+            if not isinstance(part, _Object) or not isinstance(part.state, Mapping):
+                raise Refused(f"{short(prefix + str(name))}, which is no module")
+            found |= self.state_dict(part.state, f"{prefix}{name}.", depth + 1)
+        return found
 
 
 def _entries(state: Mapping[str, Any], kind: str) -> Iterable[tuple[Any, Any]]:

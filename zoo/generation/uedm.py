@@ -162,14 +162,15 @@ class DiscreteDiffusion(Formulation):
         if betas not in BETAS:
             raise unknown("noise schedule", betas, BETAS)
         self.total = total
-        self.abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - BETAS[betas](total)).cumprod(0)])
+        abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - BETAS[betas](total)).cumprod(0)])
+        self.a, self.b = abar.sqrt(), (1 - abar).sqrt()
 
     def time(self, draw: Tensor) -> Tensor:
         return (draw * self.total).floor()
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        abar, one = self.abar.to(t.device)[t.long() + 1], torch.ones_like(t)
-        return Coefficients(abar.sqrt().to(t), (1 - abar).sqrt().to(t), 0 * one, one, one)
+        place, one = t.long() + 1, torch.ones_like(t)
+        return Coefficients(self.a.to(t)[place], self.b.to(t)[place], torch.zeros_like(t), one, one)
 
     def embedding(self, t: Tensor) -> Tensor:
         return t
@@ -255,7 +256,8 @@ def denoising_loss(
 ) -> Tensor:
     """w(t) |network(z) - r|^2 of each element (B, C, S, S), at z = a x + b noise (equation 2)."""
     a, b, c, d, w = (like(value, x) for value in formulation.coefficients(t))
-    return w * (network(a * x + b * noise, t, **condition) - (c * x + d * noise)).square()
+    z = (a * x + b * noise).to(x.dtype)
+    return w * (network(z, t, **condition) - (c * x + d * noise)).square()
 
 
 # ---------------------------------------------------------------------------------------------------------- 2. sampling
@@ -536,14 +538,14 @@ class Denoiser(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """r (B, C, S, S) of z (B, C, S, S) at times t (B,), which are not used where the network is not told them."""
-        times = (self.formulation.embedding(t).to(z.dtype),) if self.noise_conditional else None
+        times = (self.formulation.embedding(t),) if self.noise_conditional else None
         return self.model(z, times, augment, label)[:, : z.shape[1]]
 
     def denoise(self, x: Tensor, t: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """The data (B, C, S, S) expected in the sampler's state x at times t (B,)."""
         c, d = (like(value, x) for value in self.formulation.coefficients(t)[2:4])
         alpha, beta = (like(value, x) for value in self.formulation.state(t))
-        r = self(x * like(self.formulation.scale(t), x), t, label, augment)
+        r = self((x * like(self.formulation.scale(t), x)).to(x.dtype), t, label, augment)
         return (d * x - beta * r) / (alpha * d - beta * c)
 
     @torch.no_grad()
@@ -552,7 +554,7 @@ class Denoiser(nn.Module):
         wide = noise.float() if noise.device.type == "mps" else noise.double()
 
         def predict(z: Tensor, t: Tensor) -> Tensor:
-            return self(z.to(noise.dtype), t.to(noise.dtype), label).to(wide.dtype)
+            return self(z.to(noise.dtype), t, label).to(wide.dtype)
 
         states = sample_path(predict, self.formulation, wide, sampling, _noises(wide, sampling.noises))
         return list(states)[-1].to(noise.dtype)
@@ -665,7 +667,7 @@ class Denoising(BaseModule):
     def loss_map(self, batch: Mapping[str, Any]) -> Tensor:
         """The weighted error of each element (B, C, S, S)."""
         x, label = batch["image"], batch["label"] if self.num_classes else None
-        draw = self.draws(batch, "time", normal=self.formulation.normal).to(x.dtype)
+        draw = self.draws(batch, "time", normal=self.formulation.normal)  # times want more than half precision
         noise = self.draws(batch, "noise", *x.shape[1:], normal=True).to(x.dtype)
         if label is not None and self.label_dropout and self.training:
             label = torch.where(self.draws(batch, "drop") < self.label_dropout, self.num_classes, label)

@@ -359,9 +359,9 @@ class SongUNet(_UNet):
         if times is None:
             emb = layer.weight.new_zeros(1, layer.in_features)
         elif self.embedding_type == "fourier":
-            emb = torch.cat([self.map_noise(t) for t in times], dim=1)
+            emb = torch.cat([self.map_noise(t) for t in times], dim=1).to(layer.weight.dtype)
         else:
-            emb = torch.cat([sinusoid(t, self.noise_channels) for t in times], dim=1)
+            emb = torch.cat([sinusoid(t, self.noise_channels) for t in times], dim=1).to(layer.weight.dtype)
         if label is not None:
             emb = emb + self.map_label(self._one_hot(label, emb.dtype) * math.sqrt(self.num_classes))
         if augment is not None:
@@ -501,7 +501,8 @@ class DhariwalUNet(_UNet):
         if times is None:
             emb = layer.weight.new_zeros(1, layer.in_features)
         else:
-            emb = sinusoid(times[0], layer.in_features, endpoint=False).roll(layer.in_features // 2, 1)  # cosines first
+            emb = sinusoid(times[0], layer.in_features, endpoint=False).to(layer.weight.dtype)
+            emb = emb.roll(layer.in_features // 2, 1)  # cosines first
         if augment is not None:
             emb = emb + self.map_augment(augment)
         emb = self.map_layer1(silu(layer(emb)))

@@ -35,15 +35,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from zoo.errors import ZooError
 from zoo.metrics.spread import Spread
 from zoo.nn.batchnorm import SplitBatchNorm
 from zoo.nn.resnet import detectron2_trunk, resnet, torchvision_trunk
 from zoo.ops.collective import from_first, gather, world
-from zoo.training import BaseModule, LinearClassification, Optim
-from zoo.weights.pretrained import fill, read_source
+from zoo.ops.momentum import move_towards
+from zoo.training import BaseModule, Optim
+from zoo.training.trunks import ResNetLinearProbe
 
 __all__ = [
     "EXPORTS",
@@ -79,12 +79,6 @@ def info_nce_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: floa
 def info_nce(logits: Tensor) -> Tensor:
     """The (K + 1)-way softmax loss of logits (N, 1 + K) whose first column is the match (Eq. 1), mean over N."""
     return cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
-
-
-@torch.no_grad()
-def move_towards(target: nn.Module, source: nn.Module, momentum: float) -> None:
-    """theta_k <- m theta_k + (1 - m) theta_q for the parameters, not the buffers (Eq. 2), in place."""
-    get_ema_multi_avg_fn(momentum)(list(target.parameters()), list(source.parameters()), None)
 
 
 @torch.no_grad()
@@ -358,31 +352,20 @@ class MoCoV2Pretraining(MoCoPretraining):
         return MoCoV2(**network)
 
 
-class MoCoLinearProbe(LinearClassification):
+class MoCoLinearProbe(ResNetLinearProbe):
     """Linear classification of frozen features (section 4.1): SGD without decay, lr 30, the trunk in eval mode.
 
     Args:
-        num_classes: taken from the data module by a recipe.
-        init_from: a checkpoint of :class:`MoCoPretraining`, a published file, or the name of published weights.
         optim: optimiser and schedule.
-        trunk: of :func:`zoo.nn.resnet.resnet`.
+        options: of :class:`~zoo.training.trunks.ResNetLinearProbe`.
     """
 
-    network: ResNet
+    def __init__(self, optim: Optim = _PROBE, **options: Any) -> None:
+        super().__init__(optim=optim, **options)
 
-    def __init__(
-        self, num_classes: int = 1000, init_from: str | None = None, optim: Optim = _PROBE, **trunk: Any
-    ) -> None:
-        network = resnet(num_classes=0, bn_splits=1, **trunk)  # splits change nothing in eval mode
-        head = nn.Linear(network.num_features, num_classes)
-        nn.init.normal_(head.weight, std=0.01)
-        nn.init.zeros_(head.bias)
-        super().__init__(network, head, "fc", optim, num_classes, init_from)
-        self.save_hyperparameters()
-
-    def load_initial(self, source: str) -> None:
-        trunk = torchvision_trunk(convert_trunk(read_source(source)))
-        fill(self.network, trunk, source, lambda key: not key.startswith("fc."))
+    @staticmethod
+    def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return convert_trunk(state_dict)
 
 
 # ---------------------------------------------------------------------------------------------------------- 4. models
