@@ -53,7 +53,7 @@ from zoo.ops.patches import patchify, unpatchify
 from zoo.ops.pos_embed import rope_1d, sincos_2d
 from zoo.training import BaseModule, Optim
 from zoo.training.bank import Banks
-from zoo.training.sampling import draw_samples
+from zoo.training.sampling import noise_of
 
 __all__ = [
     "AlphaDistribution", "Banks", "Drift", "Drifting", "DriftingGenerator", "Field", "MAEResNetPretraining", "Sets",
@@ -216,7 +216,7 @@ class Sets:
 
     def __post_init__(self) -> None:
         if min(self.labels, self.positives) < 1 or self.generated < 2 or self.unconditional < 0:
-            raise ZooError("a step wants one label and one positive at least, and two generated samples of it")
+            raise ZooError("a step wants a label and a positive at least, and two generated samples of it")
 
 
 # --------------------------------------------------------------------------------------------------------- 2. network
@@ -389,8 +389,6 @@ class Drifting(BaseModule):
     ) -> None:
         super().__init__(optim)
         self.save_hyperparameters()
-        if eval_samples < 2:
-            raise ZooError("the energy score wants eval_samples of 2 or more")
         self.network = DriftingGenerator(**network)
         self.num_classes, self.noise_shape = self.network.num_classes, self.network.noise_shape
         # A checkpoint holds declarations as plain mappings.
@@ -474,9 +472,12 @@ class Drifting(BaseModule):
         return self.autoencoder.decode(self.network.sample(noise, label, alpha))
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """A generated picture (B, 3, H, W), uint8, of each sample's class, from noise that its index decides."""
-        pictures = draw_samples(self, batch["index"].tolist(), batch["image"].device, label=batch["label"])
-        return {"picture": to_uint8(pictures), "index": batch["index"]}
+        """A generated `picture` (B, 3, H, W), uint8, of each sample's class, from noise that its index decides; where
+        samples are no pictures, the `sample`."""
+        noise = noise_of(batch["index"].tolist(), self.noise_shape).to(batch["image"].device)
+        made = self.sample(noise, batch["label"])
+        found = {"picture": to_uint8(made)} if made.shape[1] == 3 else {"sample": made}
+        return {**found, "index": batch["index"]}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
