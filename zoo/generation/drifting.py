@@ -468,8 +468,7 @@ class Drifting(BaseModule):
     @torch.no_grad()
     def sample(self, noise: Tensor, label: Tensor, alpha: float | None = None) -> Tensor:
         """Pictures (B, 3, H, W), about in [-1, 1], of normal numbers (B, M) and labels (B,), in one evaluation."""
-        alpha = self.sampling_alpha if alpha is None else alpha
-        return self.autoencoder.decode(self.network.sample(noise, label, alpha))
+        return self.autoencoder.decode(self.network.sample(noise, label, alpha or self.sampling_alpha))
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """A generated `picture` (B, 3, H, W), uint8, of each sample's class, from noise that its index decides; where
