@@ -271,8 +271,9 @@ class DriftingGenerator(nn.Module):
         if style_tokens:
             self.style_embedder = nn.EmbeddingBag(style_tokens * num_styles, embed_dim, mode="sum")
         self.alpha_embedder, self.alpha_norm = TimestepEmbedder(embed_dim), RMSNorm(embed_dim)
-        self.context = nn.Linear(embed_dim, embed_dim)
-        self.cls_embed = nn.Parameter(torch.empty(1, context_tokens, embed_dim))
+        if context_tokens:
+            self.context = nn.Linear(embed_dim, embed_dim)
+            self.cls_embed = nn.Parameter(torch.empty(1, context_tokens, embed_dim))
         self.blocks = nn.ModuleList(DiTBlock(embed_dim, num_heads, mlp_ratio, BLOCKS) for _ in range(depth))
         self.final_layer = FinalLayer(embed_dim, patch_size, in_chans, BLOCKS)
         cos, sin = rope_1d(embed_dim // num_heads, context_tokens + grid[0] * grid[1])
@@ -299,21 +300,24 @@ class DriftingGenerator(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
-    def condition(self, styles: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
-        """(B, D) of styles (B, J) in 0 ... K-1, labels (B,) and alpha (B,)."""
+    def condition(self, styles: Tensor | None, labels: Tensor, alpha: Tensor) -> Tensor:
+        """(B, D) of styles (B, J) in 0 ... K-1 (None without style tokens), labels (B,) and alpha (B,)."""
         c = self.y_embedder(labels) + ALPHA_SCALE * self.alpha_norm(self.alpha_embedder(alpha))
         if not self.style_tokens:
             return c
+        if styles is None:
+            raise ZooError("a generator with style tokens wants styles")
         first = torch.arange(self.style_tokens, device=styles.device) * self.num_styles  # row of each table
         return c + self.style_embedder(styles + first)
 
-    def forward(self, noise: Tensor, styles: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
+    def forward(self, noise: Tensor, styles: Tensor | None, labels: Tensor, alpha: Tensor) -> Tensor:
         """Samples (B, C, S, S) of noise (B, C, S, S), styles (B, J), labels (B,) and alpha (B,)."""
         c = self.condition(styles, labels, alpha)
         if tuple(noise.shape[1:]) != self.sample_shape:
             raise ZooError(f"the generator takes noise of shape {self.sample_shape}, not {tuple(noise.shape[1:])}")
         x = self.x_embedder(patchify(noise, self.patch_size)) + self.pos_embed
-        x = torch.cat([(self.context(c)[:, None] + self.cls_embed).to(x.dtype), x], dim=1)
+        if self.context_tokens:
+            x = torch.cat([(self.context(c)[:, None] + self.cls_embed).to(x.dtype), x], dim=1)
         rope = (self.rope_cos, self.rope_sin)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
