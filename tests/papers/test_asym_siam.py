@@ -133,6 +133,8 @@ def test_split_batchnorm_of_features() -> None:
     torch.testing.assert_close(split.eval()(x), nn.functional.batch_norm(x, split.running_mean, split.running_var))
     with pytest.raises(ZooError, match="cannot be split"):
         split.train()(x[:5])
+    with pytest.raises(ZooError, match="one sample each"):
+        split.train()(x[:2])
 
 
 def _normalised(group: int) -> dict[str, Tensor]:

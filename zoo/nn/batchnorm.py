@@ -17,6 +17,10 @@ def _in_splits(norm: nn.BatchNorm1d | nn.BatchNorm2d, splits: int, x: Tensor) ->
     batch, channels, *places = x.shape
     if batch % splits:
         raise ZooError(f"a batch of {batch} cannot be split into {splits} parts: choose bn_splits that divides it")
+    if batch == splits and not places:
+        raise ZooError(
+            f"{splits} parts of a batch of {batch} hold one sample each, which has no variance: lower bn_splits"
+        )
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None

@@ -197,6 +197,8 @@ class AsymSiamPretraining(MoCoTask):
         self.views = sum(self.network.counts)
 
     def contrast(self, views: Sequence[Tensor], permutation: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+        if len(views[0]) < 2:
+            raise ZooError("Asym-Siam's BatchNorm wants two images or more in a batch of views, which holds one")
         large, minis, keys = self.network.contrast(views, permutation)
         return multi_crop_loss(large, minis), large[0], [keys]
 
