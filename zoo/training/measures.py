@@ -12,13 +12,17 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from zoo.errors import ZooError
+from zoo.metrics.spread import view_variance
 from zoo.ops.masks import paste_masks
 from zoo.training.ema import evaluation_weights
 from zoo.training.probe import _loader
+
+_UNSEEN = 1 << 20  # repetitions of a sample that no training draws
 
 
 def _chosen(module: nn.Module, pattern: str) -> dict[str, nn.Module]:
@@ -233,3 +237,57 @@ class GivenBoxMasks(L.Callback):
         found |= {"mask_iou_large": overlaps[large]} if large.any() else {}
         numbers = {f"val/{name}": value.mean().item() for name, value in found.items()}
         pl_module.log_dict(numbers, sync_dist=trainer.world_size > 1)
+
+
+class ViewVariance(L.Callback):
+    """Logs `variance/SIDE`: how far the embeddings of one image lie apart under its training views, for each side of a
+    siamese network (Asym-Siam, arXiv 2204.00613; :func:`zoo.metrics.spread.view_variance`).
+
+    For tasks with `sides(views)`, which gives {"source": (N, C), "target": (N, C)}, or other sides, of a batch of
+    `views`; and data modules with `samples("train")`. It is measured in eval mode at the end of a validation, on the
+    first images of the training split, under views that no epoch of the run draws. Every process measures the same.
+
+    Args:
+        images: of the training split.
+        repeats: how often their views are drawn, 2 or more.
+        every_n_epochs: epochs between two measurements.
+    """
+
+    def __init__(self, images: int = 256, repeats: int = 8, every_n_epochs: int = 1) -> None:
+        if images < 1 or repeats < 2 or every_n_epochs < 1:
+            raise ZooError(
+                "the variance of views wants 1 or more images and every_n_epochs, and 2 or more repeats; got"
+                f" {images}, {every_n_epochs} and {repeats}"
+            )
+        self.images, self.repeats, self.every_n_epochs = images, repeats, every_n_epochs
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or (
+            trainer.state.fn == TrainerFn.FITTING and (trainer.current_epoch + 1) % self.every_n_epochs
+        ):
+            return
+        self._measure(trainer, pl_module)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _measure(self, trainer: L.Trainer, pl_module: Any) -> None:
+        source: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not callable(getattr(source, "samples", None)):
+            raise ZooError("the variance of views wants a data module that has samples(split)")
+        if not callable(getattr(pl_module, "sides", None)):
+            raise ZooError(f"{type(pl_module).__name__} has no sides(views) whose variance could be measured")
+        samples = source.samples("train")
+        found: dict[str, list[Tensor]] = {}
+        with evaluation_weights(trainer, pl_module), torch.inference_mode():
+            for repeat in range(self.repeats):
+                # Repetitions of a sample are drawn apart; those of training are numbered from 0.
+                keys = [(index, 0, _UNSEEN + repeat) for index in range(min(self.images, len(samples)))]
+                batch = trainer.strategy.batch_to_device(
+                    trainer.precision_plugin.convert_input(samples.__getitems__(keys)), pl_module.device
+                )
+                if "views" not in batch:
+                    raise ZooError("the variance of views wants a train_transform that gives views")
+                with trainer.precision_plugin.forward_context():
+                    for side, embedding in pl_module.sides(batch["views"]).items():
+                        found.setdefault(side, []).append(embedding.float())
+        pl_module.log_dict({f"variance/{side}": view_variance(torch.stack(rows)) for side, rows in found.items()})

@@ -19,7 +19,16 @@ from zoo.weights.download import page, say
 
 # Where files keep weights: those that an optimiser moved, and their averages. Of each the first that is there counts.
 RAW = ("state_dict", "model", "model_state", "model_state_dict", "module", "params", "blobs")
-AVERAGED = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_params", "ema", "params_ema", "ema_model")
+AVERAGED = (
+    "ema_state_dict",
+    "state_dict_ema",
+    "model_ema",
+    "ema_params",
+    "ema",
+    "params_ema",
+    "ema_model",
+    "model_ema1",
+)
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.")  # of DataParallel, torch.compile, Lightning modules
 
 
@@ -180,7 +189,7 @@ def _unwrap(content: Any, path: Path, use_ema: bool | str | None) -> dict[str, T
     """Descends from the top of a file to the dict whose values are tensors; entries beside tensors are left."""
     is_run = isinstance(content, Mapping) and "pytorch-lightning_version" in content
     average: dict[str, Tensor] = {}
-    named = ""
+    named, top = "", list(content) if isinstance(content, Mapping) else []
     sets: dict[str, dict[str, Tensor]] = {}
     while isinstance(content, Mapping):
         if isinstance(use_ema, str):
@@ -204,6 +213,8 @@ def _unwrap(content: Any, path: Path, use_ema: bool | str | None) -> dict[str, T
         raise ZooError(f"{path}: use_ema: holds no averaged weights")
     if use_ema is False and not raw:
         raise ZooError(f"{path}: use_ema=False: holds averaged weights only ({named})")
+    if not average and use_ema is None and (odd := next((key for key in AVERAGED if key in top), None)):
+        say(f"{path.name}: the raw weights are taken, as {odd} holds no tensors by name")
     if not average or use_ema is False:
         return raw
     if raw:
@@ -262,6 +273,8 @@ def _network(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if "n_averaged" in state and all(key.startswith("module.") for key in state if key != "n_averaged"):
+        state = {key: value for key, value in state.items() if key != "n_averaged"}  # of torch's AveragedModel
     for prefix in PREFIXES:
         if state and all(key.startswith(prefix) for key in state):
             return _without_prefix({key.removeprefix(prefix): value for key, value in state.items()})
