@@ -19,6 +19,7 @@ learning rate, and under gradient accumulation the momentum encoder moves once a
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,6 @@ __all__ = [
     "moco_v3_vit_small",
     "moco_v3_vit_small_trunk",
     "symmetric_loss",
-    "vit",
 ]
 
 # ------------------------------------------------------------------------------------------------------- 1. equations
@@ -138,9 +138,10 @@ class MoCoV3ViT(VisionTransformer):
     """The ViT encoder: fixed position table, class token, and initial weights of its own (section 4, Appendix A.1).
 
     Args:
-        img_size, patch_size, in_chans, num_classes, embed_dim, depth, num_heads: as of
-            :class:`~zoo.nn.vit.VisionTransformer`.
-        stem: "patch", or "conv": :func:`conv_stem`, for patches of 16 pixels; usually with a block less.
+        arch: a name in VITS.
+        img_size, in_chans, num_classes: as of :class:`~zoo.nn.vit.VisionTransformer`.
+        patch_size, embed_dim, depth, num_heads: other sizes than those of `arch`.
+        stem: "patch", or "conv": :func:`conv_stem`, for patches of 16 pixels; null: that of `arch`.
         stop_grad_conv1: freeze the patch projection at its start (section 4.2); of no effect on a convolutional stem.
         positions: "sincos", of which the first half encodes the row; "learned", or "none" (section 6.2).
         pool: the class "token"; the mean of the patches, "avg" without the final LayerNorm, "norm_avg" after it
@@ -154,20 +155,27 @@ class MoCoV3ViT(VisionTransformer):
 
     def __init__(
         self,
+        arch: str = "vit_base",
         img_size: int = 224,
-        patch_size: int = 16,
+        patch_size: int | None = None,
         in_chans: int = 3,
         num_classes: int = 0,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        stem: Stem = "patch",
+        embed_dim: int | None = None,
+        depth: int | None = None,
+        num_heads: int | None = None,
+        stem: Stem | None = None,
         stop_grad_conv1: bool = True,
         positions: Positions = "sincos",
         pool: Pool = "token",
         mlp_norm: Literal["layer", "batch"] = "layer",
         **options: Any,
     ) -> None:
+        if arch not in VITS:
+            raise unknown("architecture", arch, VITS)
+        own: dict[str, Any] = {"patch_size": 16, "stem": "patch", **VITS[arch]}
+        asked = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+        sizes = {name: own[name] if value is None else value for name, value in asked.items()}
+        stem, dim = stem or own["stem"], sizes["embed_dim"]
         for kind, name, known in (
             ("stem", stem, ("patch", "conv")),
             ("kind of positions", positions, ("sincos", "learned", "none")),
@@ -176,18 +184,19 @@ class MoCoV3ViT(VisionTransformer):
         ):
             if name not in known:
                 raise unknown(kind, name, known)
-        if stem == "conv" and (patch_size != 16 or embed_dim % 8):
+        if stem == "conv" and (sizes["patch_size"] != 16 or dim % 8):
             raise ZooError(
-                f"a convolutional stem wants patch_size 16 and embed_dim divisible by 8, not {patch_size} and {embed_dim}"
+                f"a convolutional stem wants patch_size 16 and embed_dim divisible by 8, not {sizes['patch_size']} and {dim}"
             )
-        sizes = (img_size, patch_size, in_chans, num_classes, embed_dim, depth, num_heads)
-        super().__init__(*sizes, global_pool="token", **options)
+        super().__init__(
+            img_size=img_size, in_chans=in_chans, num_classes=num_classes, global_pool="token", **sizes, **options
+        )
         self.global_pool = "token" if pool == "token" else "avg"
         if pool == "avg":
             self.set_submodule("norm", nn.Identity())
         if mlp_norm == "batch":
             for block in self.blocks:
-                block.set_submodule("norm2", TokenBatchNorm(embed_dim))
+                block.set_submodule("norm2", TokenBatchNorm(dim))
         for name, module in self.blocks.named_modules():
             if isinstance(module, nn.Linear):
                 fan_out, fan_in = module.weight.shape
@@ -196,7 +205,7 @@ class MoCoV3ViT(VisionTransformer):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.cls_token, std=1e-6)
         if stem == "conv":
-            self.patch_embed.set_submodule("proj", conv_stem(in_chans, embed_dim))
+            self.patch_embed.set_submodule("proj", conv_stem(in_chans, dim))
         else:
             init_as_linear(self.patch_embed.proj)
             assert self.patch_embed.proj.bias is not None
@@ -205,19 +214,16 @@ class MoCoV3ViT(VisionTransformer):
         if positions != "learned":
             table = torch.zeros_like(self.pos_embed)
             if positions == "sincos":
-                table = sincos_2d(embed_dim, self.patch_embed.grid, num_prefix=1, rows_first=True)
+                table = sincos_2d(dim, self.patch_embed.grid, num_prefix=1, rows_first=True)
             self.pos_embed = nn.Parameter(table, requires_grad=False)
 
 
-def vit(arch: str = "vit_base", **overrides: Any) -> MoCoV3ViT:
-    """The encoder of a name in VITS; `overrides` are of :class:`MoCoV3ViT`.
-
-    Raises:
-        ZooError: an unknown name.
-    """
-    if arch not in VITS:
-        raise unknown("architecture", arch, VITS)
-    return MoCoV3ViT(**{**VITS[arch], **overrides})
+def _check_options(arch: str, options: Mapping[str, Any]) -> None:
+    """Refuses options that only encoders of the other kind have."""
+    kinds: tuple[Any, ...] = (MoCoV3ViT, VisionTransformer) if arch in VITS else (resnet,)
+    known = {name for kind in kinds for name in inspect.signature(kind).parameters}
+    if foreign := [name for name in options if name not in known]:
+        raise ZooError(f"the encoder {arch} has no option {foreign[0]!r}")
 
 
 class MoCoV3(nn.Module):
@@ -232,6 +238,7 @@ class MoCoV3(nn.Module):
         temperature: T.
         head_norm: BatchNorm in the heads (section 6.2).
         predictor: without it queries are projections, as in MoCo v1 and v2 (section 6.2).
+        img_size: side of a ViT's images, in pixels.
         encoder: of :class:`MoCoV3ViT`, or of :func:`zoo.nn.resnet.resnet`.
 
     Raises:
@@ -246,6 +253,7 @@ class MoCoV3(nn.Module):
         temperature: float = 0.2,
         head_norm: bool = True,
         predictor: bool = True,
+        img_size: int = 224,
         **encoder: Any,
     ) -> None:
         super().__init__()
@@ -258,16 +266,15 @@ class MoCoV3(nn.Module):
             raise unknown("architecture", arch, [*VITS, *RESNETS])
         self.dim, self.temperature = dim, temperature
         self.base_encoder: MoCoV3ViT | ResNet
+        _check_options(arch, encoder)
         if arch in VITS:
-            self.base_encoder, self.head_name, hidden = vit(arch, num_classes=0, **encoder), "head", 2
+            self.base_encoder = MoCoV3ViT(arch=arch, img_size=img_size, num_classes=0, **encoder)
         else:
-            zero_init = encoder.pop("zero_init_last", True)
-            self.base_encoder = resnet(arch, num_classes=0, zero_init_last=zero_init, **encoder)
-            self.head_name, hidden = "fc", 1
+            encoder = {"zero_init_last": True, **encoder}
+            self.base_encoder = resnet(arch=arch, num_classes=0, **encoder)
+        self.head_name, hidden = ("head", 2) if arch in VITS else ("fc", 1)
         width, last = int(self.base_encoder.num_features), head_norm and arch in VITS
-        projector = mlp_head(
-            [width, *[mlp_dim] * hidden, dim], head_norm, "plain" if head_norm else "none", bias=False
-        )
+        projector = mlp_head([width, *[mlp_dim] * hidden, dim], head_norm, "plain" if head_norm else "none", bias=False)
         self.base_encoder.set_submodule(self.head_name, projector)
         self.momentum_encoder = copy.deepcopy(self.base_encoder).requires_grad_(False)
         self.predictor: nn.Module = nn.Identity()
@@ -294,10 +301,6 @@ class MoCoV3(nn.Module):
         if momentum is not None:
             move_towards(self.momentum_encoder, self.base_encoder, momentum)
         return queries, [self.key(x1), self.key(x2)]
-
-    def loss(self, x1: Tensor, x2: Tensor, momentum: float | None) -> Tensor:
-        """The symmetric loss of :meth:`step`."""
-        return symmetric_loss(*self.step(x1, x2, momentum), self.temperature)
 
     def forward(self, images: Tensor) -> Tensor:
         """Projections (N, C) of images (N, 3, S, S) by the query encoder."""
@@ -441,7 +444,7 @@ class MoCoV3LinearProbe(LinearClassification):
         optim: Optim = _PROBE,
         **network: Any,
     ) -> None:
-        trunk = vit(arch, **network)
+        trunk = MoCoV3ViT(arch=arch, num_classes=num_classes, **network)
         head = nn.Linear(trunk.embed_dim, num_classes)
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
@@ -475,7 +478,8 @@ class MoCoV3FineTuning(Classification):
         optim: Optim = _FINETUNE,
         **network: Any,
     ) -> None:
-        whole = vit(arch, num_classes=num_classes, **network).requires_grad_(True)
+        whole = MoCoV3ViT(arch=arch, num_classes=num_classes, **network)
+        whole.requires_grad_(True)
         super().__init__(whole, optim, num_classes, mixup, cutmix, label_smoothing, init_from)
         self.save_hyperparameters()
 
@@ -555,12 +559,12 @@ def moco_v3_resnet50(**overrides: Any) -> MoCoV3:
 
 def moco_v3_vit_small_trunk(**overrides: Any) -> MoCoV3ViT:
     """The ViT-S/16 of 12 heads without its projector; `num_classes` for a classifier on it."""
-    return vit("vit_small", **overrides)
+    return MoCoV3ViT(**{"arch": "vit_small", **overrides})
 
 
 def moco_v3_vit_base_trunk(**overrides: Any) -> MoCoV3ViT:
     """The ViT-B/16 without its projector; `num_classes` for a classifier on it."""
-    return vit("vit_base", **overrides)
+    return MoCoV3ViT(**{"arch": "vit_base", **overrides})
 
 
 def moco_v3_resnet50_trunk(num_classes: int = 0, **overrides: Any) -> ResNet:
@@ -584,8 +588,8 @@ _OFFICIAL = re.compile(
 
 
 def convert_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published state dict in our names: `base_encoder.*`, `momentum_encoder.*` and `predictor.*`, with `module.` before
-    them or without, of ViTs and ResNets.
+    """A published state dict in our names: `base_encoder.*`, `momentum_encoder.*` and `predictor.*`, with `module.`
+    before them or without, of ViTs and ResNets.
 
     One network alone (`cls_token`, ..., `head.weight`, or `conv1.weight`, ..., `fc.weight`: the official linear
     classifiers) keeps its names.
