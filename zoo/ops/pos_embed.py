@@ -25,8 +25,8 @@ def sincos_1d(embed_dim: int, positions: Tensor) -> Tensor:
 def sincos_2d(embed_dim: int, grid: tuple[int, int], num_prefix: int = 0, rows_first: bool = False) -> Tensor:
     """A fixed table (1, num_prefix + rows*columns, embed_dim), float32; prefix rows are zero.
 
-    The first half of the channels encodes the column, the second the row (MAE's order); with `rows_first` the first half
-    the row (MoCo v3's).
+    The first half of the channels encodes the column, the second the row (MAE's order); with `rows_first` it is the
+    other way round (MoCo v3's).
 
     Raises:
         ZooError: `embed_dim` is no multiple of 4.

@@ -113,8 +113,8 @@ VITS: dict[str, dict[str, Any]] = {
 
 
 def conv_stem(in_chans: int, embed_dim: int) -> nn.Sequential:
-    """Images (B, C, S, S) to (B, D, S/16, S/16): four 3x3 convolutions of stride 2 with BatchNorm and ReLU, of D/8, D/4,
-    D/2 and D channels, and a 1x1 convolution (Xiao et al. 2021, arXiv 2106.14881)."""
+    """Images (B, C, S, S) to (B, D, S/16, S/16): four 3x3 convolutions of stride 2 with BatchNorm and ReLU, of D/8,
+    D/4, D/2 and D channels, and a 1x1 convolution (Xiao et al. 2021, arXiv 2106.14881)."""
     layers: list[nn.Module] = []
     width = in_chans
     for wider in (embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim):
@@ -186,7 +186,8 @@ class MoCoV3ViT(VisionTransformer):
                 raise unknown(kind, name, known)
         if stem == "conv" and (sizes["patch_size"] != 16 or dim % 8):
             raise ZooError(
-                f"a convolutional stem wants patch_size 16 and embed_dim divisible by 8, not {sizes['patch_size']} and {dim}"
+                "a convolutional stem wants patch_size 16 and embed_dim divisible by 8, not"
+                f" {sizes['patch_size']} and {dim}"
             )
         super().__init__(
             img_size=img_size, in_chans=in_chans, num_classes=num_classes, global_pool="token", **sizes, **options
@@ -325,9 +326,9 @@ _RESNET_FINETUNE = Optim(
 class MoCoV3Pretraining(BaseModule):
     """Pre-training (Algorithm 1).
 
-    Training batches hold `views`, two of (N, 3, S, S); evaluation batches hold `image`. Logged are `train/momentum`, and
-    `train/spread` of the queries' and `{val,test}/spread` of the projections' unit vectors: the mean deviation of their
-    channels in units of 1/sqrt(C), 1 where they fill the sphere, 0 where they collapse.
+    Training batches hold `views`, two of (N, 3, S, S); evaluation batches hold `image`. Logged are `train/momentum`,
+    and `train/spread` of the queries' and `{val,test}/spread` of the projections' unit vectors: the mean deviation of
+    their channels in units of 1/sqrt(C), 1 where they fill the sphere, 0 where they collapse.
 
     Args:
         momentum: m of the momentum encoder at the start.
@@ -372,8 +373,8 @@ class MoCoV3Pretraining(BaseModule):
         views = batch.get("views")
         if views is None or len(views) != 2:
             raise ZooError(
-                "MoCo v3 trains on 'views', two of each image, which the batch does not hold: set data.train_transform to"
-                " Views of two transforms, or TwoViews"
+                "MoCo v3 trains on 'views', two of each image, which the batch does not hold: set data.train_transform"
+                " to Views of two transforms, or to TwoViews"
             )
         window = 1 if self._trainer is None else self.trainer.accumulate_grad_batches
         momentum = self.momentum_now()
