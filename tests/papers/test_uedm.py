@@ -57,8 +57,7 @@ def test_data_and_noise_follow_from_input_and_target(name: str) -> None:
     torch.testing.assert_close((d * z - b * r) / (a * d - b * c), x)
     alpha, beta = (like(value, x) for value in formulation.state(t))
     torch.testing.assert_close(z, (alpha * x + beta * noise) * like(formulation.scale(t), x))
-    if name != "uedm":  # whose network gives the data in their own unit
-        torch.testing.assert_close(w, torch.ones_like(w))
+    torch.testing.assert_close(w, torch.ones_like(w))
 
 
 def test_edm_keeps_unit_variance_and_uedm_an_output_scaling_of_one() -> None:
@@ -72,7 +71,6 @@ def test_edm_keeps_unit_variance_and_uedm_an_output_scaling_of_one() -> None:
     ours, theirs = unconditional.coefficients(t), edm.scalings(t)
     torch.testing.assert_close(ours.c, 1 - theirs.skip)
     torch.testing.assert_close(ours.d, -t * theirs.skip)
-    torch.testing.assert_close(ours.w, edm.scheme.weight(t))
     assert unconditional.scalings(t).out.eq(1).all()
 
 
@@ -181,13 +179,15 @@ def test_the_bound_is_not_passed_by_two_samplers_that_differ_so_much() -> None:
 
 
 def test_ddim_is_bounded_far_worse_than_flow_matching() -> None:
-    points = 0.5 * torch.randn(16, 192, **F64, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    points = 0.5 * torch.randn(16, 192, **F64, generator=draw)
     callback, sampling = uedm.ErrorBound(samples=2, times=64), uedm.Sampling(method="euler", steps=10)
     found = {
-        name: callback.measure(uedm.make_formulation(name), sampling, points)
+        name: callback.measure(uedm.make_formulation(name), sampling, points, draw)
         for name in ("flow_matching", "edm", "ddpm")
     }
     assert found["flow_matching"]["error_bound"] < found["edm"]["error_bound"] < found["ddpm"]["error_bound"]
+    assert all(value.isfinite() for numbers in found.values() for value in numbers.values())
     with pytest.raises(ZooError, match="at least one"):
         uedm.ErrorBound(points=0)
 

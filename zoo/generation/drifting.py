@@ -53,7 +53,7 @@ from zoo.ops.patches import patchify, unpatchify
 from zoo.ops.pos_embed import rope_1d, sincos_2d
 from zoo.training import BaseModule, Optim
 from zoo.training.bank import Banks
-from zoo.training.sampling import draw_samples
+from zoo.training.sampling import noise_of
 
 __all__ = [
     "AlphaDistribution", "Banks", "Drift", "Drifting", "DriftingGenerator", "Field", "MAEResNetPretraining", "Sets",
@@ -216,7 +216,7 @@ class Sets:
 
     def __post_init__(self) -> None:
         if min(self.labels, self.positives) < 1 or self.generated < 2 or self.unconditional < 0:
-            raise ZooError("a step wants one label and one positive at least, and two generated samples of it")
+            raise ZooError("a step wants a label and a positive at least, and two generated samples of it")
 
 
 # --------------------------------------------------------------------------------------------------------- 2. network
@@ -271,8 +271,9 @@ class DriftingGenerator(nn.Module):
         if style_tokens:
             self.style_embedder = nn.EmbeddingBag(style_tokens * num_styles, embed_dim, mode="sum")
         self.alpha_embedder, self.alpha_norm = TimestepEmbedder(embed_dim), RMSNorm(embed_dim)
-        self.context = nn.Linear(embed_dim, embed_dim)
-        self.cls_embed = nn.Parameter(torch.empty(1, context_tokens, embed_dim))
+        if context_tokens:
+            self.context = nn.Linear(embed_dim, embed_dim)
+            self.cls_embed = nn.Parameter(torch.empty(1, context_tokens, embed_dim))
         self.blocks = nn.ModuleList(DiTBlock(embed_dim, num_heads, mlp_ratio, BLOCKS) for _ in range(depth))
         self.final_layer = FinalLayer(embed_dim, patch_size, in_chans, BLOCKS)
         cos, sin = rope_1d(embed_dim // num_heads, context_tokens + grid[0] * grid[1])
@@ -299,21 +300,24 @@ class DriftingGenerator(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
-    def condition(self, styles: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
-        """(B, D) of styles (B, J) in 0 ... K-1, labels (B,) and alpha (B,)."""
+    def condition(self, styles: Tensor | None, labels: Tensor, alpha: Tensor) -> Tensor:
+        """(B, D) of styles (B, J) in 0 ... K-1 (None without style tokens), labels (B,) and alpha (B,)."""
         c = self.y_embedder(labels) + ALPHA_SCALE * self.alpha_norm(self.alpha_embedder(alpha))
         if not self.style_tokens:
             return c
+        if styles is None:
+            raise ZooError("a generator with style tokens wants styles")
         first = torch.arange(self.style_tokens, device=styles.device) * self.num_styles  # row of each table
         return c + self.style_embedder(styles + first)
 
-    def forward(self, noise: Tensor, styles: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
+    def forward(self, noise: Tensor, styles: Tensor | None, labels: Tensor, alpha: Tensor) -> Tensor:
         """Samples (B, C, S, S) of noise (B, C, S, S), styles (B, J), labels (B,) and alpha (B,)."""
         c = self.condition(styles, labels, alpha)
         if tuple(noise.shape[1:]) != self.sample_shape:
             raise ZooError(f"the generator takes noise of shape {self.sample_shape}, not {tuple(noise.shape[1:])}")
         x = self.x_embedder(patchify(noise, self.patch_size)) + self.pos_embed
-        x = torch.cat([(self.context(c)[:, None] + self.cls_embed).to(x.dtype), x], dim=1)
+        if self.context_tokens:
+            x = torch.cat([(self.context(c)[:, None] + self.cls_embed).to(x.dtype), x], dim=1)
         rope = (self.rope_cos, self.rope_sin)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -389,8 +393,6 @@ class Drifting(BaseModule):
     ) -> None:
         super().__init__(optim)
         self.save_hyperparameters()
-        if eval_samples < 2:
-            raise ZooError("the energy score wants eval_samples of 2 or more")
         self.network = DriftingGenerator(**network)
         self.num_classes, self.noise_shape = self.network.num_classes, self.network.noise_shape
         # A checkpoint holds declarations as plain mappings.
@@ -470,13 +472,15 @@ class Drifting(BaseModule):
     @torch.no_grad()
     def sample(self, noise: Tensor, label: Tensor, alpha: float | None = None) -> Tensor:
         """Pictures (B, 3, H, W), about in [-1, 1], of normal numbers (B, M) and labels (B,), in one evaluation."""
-        alpha = self.sampling_alpha if alpha is None else alpha
-        return self.autoencoder.decode(self.network.sample(noise, label, alpha))
+        return self.autoencoder.decode(self.network.sample(noise, label, alpha or self.sampling_alpha))
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """A generated picture (B, 3, H, W), uint8, of each sample's class, from noise that its index decides."""
-        pictures = draw_samples(self, batch["index"].tolist(), batch["image"].device, label=batch["label"])
-        return {"picture": to_uint8(pictures), "index": batch["index"]}
+        """A generated `picture` (B, 3, H, W), uint8, of each sample's class, from noise that its index decides; where
+        samples are no pictures, the `sample`."""
+        noise = noise_of(batch["index"].tolist(), self.noise_shape).to(batch["image"].device)
+        made = self.sample(noise, batch["label"])
+        found = {"picture": to_uint8(made)} if made.shape[1] == 3 else {"sample": made}
+        return {**found, "index": batch["index"]}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

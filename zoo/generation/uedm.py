@@ -18,6 +18,7 @@ the paper's own experiments that public texts do not state are choices, and the 
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -187,7 +188,7 @@ class Preconditioned(Formulation):
 
     Args:
         scheme: its scalings, weight, and noise levels.
-        constant_output: the output scaling is 1 at all t: uEDM.
+        constant_output: the output scaling is 1 at all t: uEDM; |network - r|^2 keeps its weight.
     """
 
     def __init__(self, scheme: karras.Preconditioning, constant_output: bool = False) -> None:
@@ -204,7 +205,8 @@ class Preconditioned(Formulation):
 
     def coefficients(self, t: Tensor) -> Coefficients:
         skip, out, scale, _ = self.scalings(t)
-        return Coefficients(scale, scale * t, (1 - skip) / out, -t * skip / out, self.scheme.weight(t) * out.square())
+        weight = self.scheme.weight(t) * self.scheme.scalings(t).out.square()
+        return Coefficients(scale, scale * t, (1 - skip) / out, -t * skip / out, weight)
 
     def embedding(self, t: Tensor) -> Tensor:
         return self.scheme.scalings(t).noise
@@ -447,16 +449,21 @@ def accumulated_bound(kappa: Tensor, eta: Tensor, stretch: Tensor, delta: Tensor
 class ErrorBound(L.Callback):
     """The paper's prediction of what a sampler loses without t, which wants no training (section 4).
 
-    At the end of each validation, of pictures of the data's validation split: `val/error_bound` (statement 3, in units
-    of a picture's norm), `val/target_error`, E(z) / D (statement 2), and `val/noise_spread`, the median of sqrt(2 D
-    Var[b | z]) / b, which for a single picture is 1 (statement 1, whose t is flow matching's b). All at the sampler's
-    times; the data are taken to be these pictures alone.
+    At the end of each validation, of pictures of the data's validation split, which are taken to be all the data there
+    are, so that R(z | t) and R(z) are exact; in the task's formulation, at the times of its sampler:
+
+    - `val/error_bound`: of statement 3, in units of a picture's norm,
+    - `val/astray`: how far samples by R(z) end from the nearest picture, in this unit; those by R(z | t) end on one,
+    - `val/target_error`: E(z) / D (statement 2),
+    - `val/noise_spread`: the median of sqrt(2 D Var[b | z]) / b, which for a single picture is 1 (statement 1; its t is
+      b in flow matching).
 
     Args:
         points: pictures.
-        samples: noisy pictures at each time, over which is averaged (of Lipschitz constants the largest is taken).
+        samples: noisy pictures at each time, over which is averaged (of Lipschitz constants the largest is taken), and
+            samples that may stray.
         times: among which p(t | z) is taken; evenly spread over uniform draws, or normal ones up to 4.5.
-        seed: of the noises.
+        seed: of noises and of which pictures; added to that of the run.
     """
 
     def __init__(self, points: int = 256, samples: int = 2, times: int = 512, seed: int = 0) -> None:
@@ -470,13 +477,17 @@ class ErrorBound(L.Callback):
         if not isinstance(task, Denoising) or not hasattr(data, "samples"):
             raise ZooError("ErrorBound is of denoising tasks, on a data module of pictures")
         pictures = data.samples("val", train_transform=False)
-        batch = [pictures[index]["image"].flatten() for index in range(min(self.points, len(pictures)))]
-        found = self.measure(task.network.formulation, task.sampling, torch.stack(batch).double())
+        generator = torch.Generator().manual_seed(self.seed + int(os.environ.get("PL_GLOBAL_SEED", 0)))
+        chosen = torch.randperm(len(pictures), generator=generator)[: self.points].tolist()
+        points = torch.stack([pictures[index]["image"].flatten() for index in chosen]).double()
+        found = self.measure(task.network.formulation, task.sampling, points, generator)
         for name, value in found.items():
             pl_module.log(f"val/{name}", value.float(), rank_zero_only=False)
 
-    def measure(self, formulation: Formulation, sampling: Sampling, points: Tensor) -> dict[str, Tensor]:
-        """The three numbers () of data that are `points` (N, D), float64."""
+    def measure(
+        self, formulation: Formulation, sampling: Sampling, points: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The four numbers () of data that are `points` (N, D), float64."""
         draws = (torch.arange(self.times, dtype=torch.float64) + 0.5) / self.times
         prior = torch.ones_like(draws)
         if formulation.normal:
@@ -484,7 +495,6 @@ class ErrorBound(L.Callback):
             prior = (-draws.square() / 2).exp()
         times = formulation.time(draws)
         grid = formulation.coefficients(times)
-        generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(self.samples, points.shape[1], generator=generator, dtype=torch.float64)
         rows, errors, spreads = [], [], []
         for t, after in pairwise(formulation.steps(sampling)):
@@ -503,11 +513,29 @@ class ErrorBound(L.Callback):
                 spreads.append((2 * len(z) * variance).sqrt() / mean)
             rows.append(torch.stack([kappa, eta, torch.stack(stretches).max(), torch.stack(deltas).mean()]))
         bound = accumulated_bound(*torch.stack(rows, dim=1)) / points.norm(dim=1).mean()
+        samples = self._sampled(formulation, sampling, noise, points, grid, prior)
         return {
             "error_bound": bound,
+            "astray": (torch.cdist(samples, points).min(dim=1).values / points.norm(dim=1).mean()).mean(),
             "target_error": torch.stack(errors).mean(),
             "noise_spread": torch.stack(spreads).median(),
         }
+
+    @staticmethod
+    def _sampled(
+        formulation: Formulation,
+        sampling: Sampling,
+        noise: Tensor,
+        points: Tensor,
+        grid: Coefficients,
+        prior: Tensor,
+    ) -> Tensor:
+        """Samples (B, D) by R(z), over a grid of times with its prior."""
+
+        def predict(z: Tensor, t: Tensor) -> Tensor:
+            return torch.stack([effective_targets(row, points, grid, prior).unconditional for row in z])
+
+        return list(sample_path(predict, formulation, noise, replace(sampling, stochasticity=0.0, churn=0.0)))[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------- 4. networks

@@ -271,6 +271,8 @@ class SimSiamPretraining(BaseModule):
                 "SimSiam trains on 'views', an even number of each image, which the batch does not hold: wrap"
                 " data.train_transform in TwoViews"
             )
+        if len(views[0]) < 2:
+            raise ZooError("SimSiam's BatchNorm wants two images or more in a batch of views, which holds one")
         self._begin(batch_idx)
         losses, deviations = [], []
         for first, second in zip(views[::2], views[1::2], strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, unknown
 from zoo.generation import drifting as dr
 from zoo.generation.drifting_encoder import FrozenFeatures
 from zoo.nn.resnet_mae import FeatureSet, MAEResNet
@@ -56,13 +56,15 @@ def _network(net: Mapping[str, Any]) -> dict[str, Any]:
     fixed = {**FIXED, "cond_dim": net["hidden_size"], "out_channels": net["in_channels"]}
     if odd := [name for name, value in fixed.items() if net[name] != value]:
         raise ZooError(f"a generator that Drifting does not have: {odd}")
-    return _renamed(net, GENERATOR)
+    styles = {} if net["noise_classes"] else {"style_tokens": 0}  # none are drawn, whatever their number
+    return _renamed(net, GENERATOR) | styles
 
 
 def _feature_set(given: Mapping[str, Any]) -> FeatureSet:
-    every = given["every_k_block"]
-    sides = {f"patch_{kind}s": tuple(given[f"patch_{kind}_size"] or ()) for kind in ("mean", "std")}
-    whole = {"mean": given["use_mean"], "std": given["use_std"]}
+    """What is not said is a default of the official function, which are ours."""
+    every = given.get("every_k_block", 2)
+    sides = {f"patch_{kind}s": tuple(given.get(f"patch_{kind}_size", (2, 4)) or ()) for kind in ("mean", "std")}
+    whole = {kind: given.get(f"use_{kind}", True) for kind in ("mean", "std")}
     return FeatureSet(**whole, **sides, every_blocks=int(every) if every and 1 <= every < float("inf") else 0)
 
 
@@ -89,7 +91,9 @@ def bank_and_schedules(case: Case) -> dict[str, Tensor]:
     outputs["lr"] = torch.tensor(rates)
     uniform = inputs["cfg_uniform"]
     for power in config["neg_cfg_pw"]:
-        drawn = dr.AlphaDistribution(1.0, 4.0, power).draw(uniform, torch.ones_like(uniform))
+        drawn = dr.AlphaDistribution(config.get("cfg_min", 1.0), config.get("cfg_max", 4.0), power).draw(
+            uniform, torch.ones_like(uniform)
+        )
         outputs[f"alpha_pw{power}"] = drawn
     return outputs
 
@@ -114,7 +118,7 @@ def generator(case: Case) -> dict[str, Tensor]:
     load_filled(network, case, _convert)
     with torch.no_grad():
         noise = _first(inputs["noise"]) * config["temp"]
-        return {"samples": _last(network(noise, inputs["style"], inputs["c"], inputs["cfg_scale"]))}
+        return {"samples": _last(network(noise, inputs.get("style"), inputs["c"], inputs["cfg_scale"]))}
 
 
 def mae_features(case: Case) -> dict[str, Tensor]:
@@ -163,8 +167,8 @@ def _batch(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"image": real["positives"][:, 0], "label": inputs["labels"], **real, **drawn}
 
 
-def _optim(settings: Mapping[str, Any], **options: Any) -> Optim:
-    return Optim(weight_decay=settings["weight_decay"], no_decay="none", schedule="constant", **options)
+def _optim(settings: Mapping[str, Any], schedule: Any = "constant", **options: Any) -> Optim:
+    return Optim(weight_decay=settings["weight_decay"], no_decay="none", schedule=schedule, **options)
 
 
 def train_step(case: Case) -> dict[str, Tensor]:
@@ -189,11 +193,12 @@ def train_step(case: Case) -> dict[str, Tensor]:
 
 def train_run(case: Case) -> dict[str, Tensor]:
     settings, inputs = case["config"]["train"], filled_inputs(case)
-    schedule = settings["lr_schedule"]
-    if schedule["lr_schedule"] != "const":
-        raise ZooError(f"a schedule that no recipe has: {schedule['lr_schedule']}")
-    warm = {"lr": schedule["learning_rate"], "warmup_steps": schedule["warmup_steps"], "warmup_start_lr": 1e-6}
-    optim = _optim(settings, betas=(settings["adam_b1"], settings["adam_b2"]), **warm)
+    schedule, kinds = settings["lr_schedule"], {"const": "constant", "cosine": "cosine", "cos": "cosine"}
+    if (kind := schedule["lr_schedule"]) not in kinds:
+        raise unknown("schedule", kind, kinds)
+    lr = schedule["learning_rate"]
+    warm = {"lr": lr, "warmup_steps": schedule["warmup_steps"], "warmup_start_lr": 1e-6, "min_lr": 1e-6 * lr}
+    optim = _optim(settings, kinds[kind], betas=(settings["adam_b1"], settings["adam_b2"]), **warm)
     task, ema = _task(case, optim, settings["R_list"]), EMA(settings["ema_decay"])
 
     def after() -> dict[str, Tensor]:
@@ -204,9 +209,11 @@ def train_run(case: Case) -> dict[str, Tensor]:
                 "ema_samples": _last(task.network(_first(inputs["noise_eval"]), inputs["style_eval"], labels, alpha))
             }
 
-    options: dict[str, Any] = {"averages": {"ema": ema}, "after": after, "epochs": 1}
+    # The schedule's length is in steps: an epoch is one.
+    options: dict[str, Any] = {"averages": {"ema": ema}, "after": after, "epochs": schedule["total_steps"]}
     options["gradient_clip_val"] = settings["max_grad_norm"]
-    return train(_part(case, "gen"), task, _convert, lambda step, k: _batch(step), **options)
+    stepwise = {**case, "config": {**case["config"], "train": {**settings, "iters_per_epoch": 1}}}
+    return train(_part(stepwise, "gen"), task, _convert, lambda step, k: _batch(step), **options)
 
 
 run = by_entry(
