@@ -174,7 +174,7 @@ class MoCoV3ViT(VisionTransformer):
             raise unknown("architecture", arch, VITS)
         own: dict[str, Any] = {"patch_size": 16, "stem": "patch", **VITS[arch]}
         asked = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-        sizes = {name: own[name] if value is None else value for name, value in asked.items()}
+        sizes: dict[str, Any] = {name: own[name] if value is None else value for name, value in asked.items()}
         stem, dim = stem or own["stem"], sizes["embed_dim"]
         for kind, name, known in (
             ("stem", stem, ("patch", "conv")),
@@ -376,6 +376,8 @@ class MoCoV3Pretraining(BaseModule):
                 "MoCo v3 trains on 'views', two of each image, which the batch does not hold: set data.train_transform"
                 " to Views of two transforms, or to TwoViews"
             )
+        if len(views[0]) < 2 and any(isinstance(part, nn.BatchNorm1d) for part in self.network.modules()):
+            raise ZooError("BatchNorm wants two images or more a process in training: set data.batch_size to 2 or more")
         window = 1 if self._trainer is None else self.trainer.accumulate_grad_batches
         momentum = self.momentum_now()
         queries, keys = self.network.step(views[0], views[1], momentum if batch_idx % window == 0 else None)
