@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from tests.formats.test_flax import _msgpack, _tree
 from tests.training.training_task import trainer
+from zoo import create_model
 from zoo.errors import ZooError
 from zoo.generation import imf
 from zoo.nn.autoencoder import SD_SCALE
@@ -218,8 +221,9 @@ def test_a_checkpoint_samples_the_same_and_tells_its_errors(tmp_path: Path) -> N
     noise, label = torch.randn(2, *task.noise_shape), torch.tensor([0, 4])
     torch.testing.assert_close(reloaded.sample(noise, label), task.sample(noise, label))
     assert (reloaded.guidance, reloaded.pairs) == (task.guidance, task.pairs)
-    task.network.omega = 4.0
-    assert not torch.equal(task.sample(noise, label), reloaded.sample(noise, label))
+    for other in ({"omega": 4.0}, {"interval": (0.0, 0.5)}, {"steps": 2}):
+        assert not torch.equal(task.sample(noise, label, **other), task.sample(noise, label))
+    assert torch.equal(task.sample(noise, label, 2.0, (0.0, 1.0), 1), task.sample(noise, label))
     with pytest.raises(ZooError, match="tangent"):
         _task(tangent="wrong")
 
@@ -227,7 +231,7 @@ def test_a_checkpoint_samples_the_same_and_tells_its_errors(tmp_path: Path) -> N
 # --------------------------------------------------------------------------------------------------- published weights
 
 
-def test_flax_and_torch_files_are_the_same_network() -> None:
+def test_flax_and_torch_files_are_the_same_network(tmp_path: Path) -> None:
     network = _stirred(imf.ImprovedMeanFlowDiT(**SIZES)).float()
     flax, torch_file = {}, {}
     for key, value in network.state_dict().items():
@@ -252,5 +256,12 @@ def test_flax_and_torch_files_are_the_same_network() -> None:
         assert all(torch.equal(value, network.state_dict()[key]) for key, value in converted.items())
     inference = {key: value for key, value in torch_file.items() if "v_heads" not in key}
     imf.ImprovedMeanFlowDiT(**SIZES, velocity_head=False).load_state_dict(imf.convert_official(inference))
+    # By name, out of a zip of a flax training state as the file is described; raw weights are not in it.
+    arrays = {key: value.numpy() for key, value in flax.items() if "v_heads" not in key}
+    with zipfile.ZipFile(tmp_path / "iMF-B-2.zip", "w") as archive:
+        state = {"step": 1, "params": {}, "ema_params": _tree(arrays), "opt_state": {}}
+        archive.writestr("iMF-B-2/checkpoint_1", _msgpack(state))
+    loaded = create_model("imf_b2", weights=tmp_path / "iMF-B-2.zip", **SIZES)
+    assert torch.equal(loaded.get_parameter("u_heads.0.mlp.w2.weight"), network.u_heads[0].mlp.w2.weight)
     with pytest.raises(ZooError, match="unknown key"):
         imf.convert_official({**torch_file, "net.adaLN.weight": torch.zeros(1)})

@@ -82,7 +82,7 @@ LATENT_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 
 def velocity(network: TokenDiT, z: Tensor, t: Tensor, omega: Tensor, labels: Tensor) -> Tensor:
     """v(z, t) (B, ...), guided by omega (B,) at all times: of the v-head at h = 0, or of u where there is none
-    (section 4.1)."""
+    (the boundary variant, Table 1a)."""
     zero, one = torch.zeros_like(t), torch.ones_like(t)
     (v,) = network(z, t, zero, omega, zero, one, labels, heads="v" if network.velocity_head else "u")
     return v
@@ -135,7 +135,7 @@ def imf_errors(
     tangent: Tangent = "predicted",
     path: Path = PATH,
 ) -> Errors:
-    """What the loss of a batch is made of (section 4.1, Algorithm 1; with guidance, section 4.2 and the appendix).
+    """What the loss of a batch is made of (the loss on v, and guidance as a condition; Tables 1a and 1b).
 
     The guided velocity v_g = v + (1 - 1/omega) (v(z, t | label) - v(z, t | none)), omega being 1 outside of its
     interval, is what V and the v-head regress.
@@ -274,6 +274,8 @@ class ImprovedMeanFlowDiT(TokenDiT):
         """Samples like `noise` (B, C, S, S) of classes `label` (B,), latents times 0.18215 or pixels, in as many
         evaluations as `times` has steps; guided by `omega` within `interval`, by default those of the network."""
         omega, interval = self.omega if omega is None else omega, self.interval if interval is None else interval
+        if omega < 1:
+            raise ZooError(f"guidance wants an omega of 1 or more, not {omega}")
         z = list(steps(self, noise, label, times, omega, interval))[-1]
         return (z * self.latent_std + self.latent_mean) * SD_SCALE if self.scaled else z
 
@@ -296,13 +298,14 @@ class GuidedMeanFlow(MeanFlow):
         guidance: how scale and interval of a sample are drawn.
         label_dropout: share of samples that train without label; count(draws below it) of them, the first of the batch.
         tangent: of :func:`imf_errors`.
-        noise_scale: deviation of the noise.
+        noise_scale: deviation of the noise; the network's :meth:`sample` knows it.
         path: between data and noise.
         pairs, loss_power, loss_eps, sampling_times, autoencoder, optim: as in
             :class:`~zoo.generation.meanflow.MeanFlow`.
     """
 
     batch_keys = ("image", "label")
+    sampling_options = ("omega", "interval", "steps")
 
     def __init__(
         self,
@@ -319,8 +322,7 @@ class GuidedMeanFlow(MeanFlow):
         noise_scale: float = 1.0,
         path: Path = PATH,
     ) -> None:
-        network_: Any = network
-        super().__init__(network_, optim, pairs, loss_power, loss_eps, sampling_times, autoencoder)
+        super().__init__(network, optim, pairs, loss_power, loss_eps, sampling_times, autoencoder)
         if tangent not in ("predicted", "target"):
             raise unknown("tangent", tangent, ("predicted", "target"))
         self.guidance = GuidanceConditions(**guidance) if isinstance(guidance, Mapping) else guidance
@@ -363,9 +365,19 @@ class GuidedMeanFlow(MeanFlow):
         self.tally(f"{stage}/compound_square", apart.square())
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, label: Tensor | None = None) -> Tensor:
-        noise = self.noise_scale * noise.to(self.dtype)
-        return self.autoencoder.decode(self.network.sample(noise, label, self.sampling_times))
+    def sample(
+        self,
+        noise: Tensor,
+        label: Tensor | None = None,
+        omega: float | None = None,
+        interval: Sequence[float] | None = None,
+        steps: int | None = None,
+    ) -> Tensor:
+        """Pictures (B, 3, H, W), about in [-1, 1], of standard normal noise (B, C, S, S) and labels (B,); guided by
+        `omega` within `interval`, by default as the network is; in so many equal `steps`, or those of `sampling_times`.
+        """
+        times = self.sampling_times if steps is None else [1 - k / steps for k in range(steps + 1)]
+        return self.autoencoder.decode(self.network.sample(noise.to(self.dtype), label, times, omega, interval))
 
 
 class ImprovedMeanFlow(GuidedMeanFlow):

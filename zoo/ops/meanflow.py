@@ -120,7 +120,7 @@ class Conditions(NamedTuple):
 
 
 def power_law(uniform: Tensor, greatest: float, beta: float = 1.0) -> Tensor:
-    """Scales in [1, greatest] of density in proportion to omega^-beta, from `uniform` draws (iMF, appendix)."""
+    """Scales in [1, greatest] of density in proportion to omega^-beta, from `uniform` draws (iMF)."""
     if beta == 1:
         return greatest**uniform
     return (1 + uniform * (greatest ** (1 - beta) - 1)) ** (1 / (1 - beta))
@@ -128,7 +128,7 @@ def power_law(uniform: Tensor, greatest: float, beta: float = 1.0) -> Tensor:
 
 @dataclass(frozen=True)
 class GuidanceConditions:
-    """How the guidance scale and interval of a training sample are drawn (iMF, section 4.2; Table 1b).
+    """How the guidance scale and interval of a training sample are drawn (iMF, Table 1b).
 
     t_min is uniform in [0, 1/2], t_max in [1/2, 1]; samples with r = t have the whole of [0, 1].
 
