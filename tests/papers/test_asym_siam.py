@@ -137,11 +137,16 @@ def test_split_batchnorm_of_features() -> None:
         split.train()(x[:2])
 
 
-def _normalised(group: int) -> dict[str, Tensor]:
+def _joined() -> tuple[int, int]:
+    """(rank, number of processes), once they have found each other."""
     if "LOCAL_RANK" in os.environ:
         where = {"rank": int(os.environ["LOCAL_RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
         torch.distributed.init_process_group("gloo", **where)
-    rank, size = world()
+    return world()
+
+
+def _normalised(group: int) -> dict[str, Tensor]:
+    rank, size = _joined()
     torch.manual_seed(0)
     x = torch.randn(4 * 2, 3, dtype=torch.float64).chunk(size)[rank].requires_grad_()
     norm = GatheredBatchNorm1d(3, group).double()
@@ -159,6 +164,28 @@ def test_gathered_batchnorm_is_that_of_the_whole_batch() -> None:
     torch.testing.assert_close(second["mean"], whole["mean"])
     with pytest.raises(ZooError, match="group_size"):
         GatheredBatchNorm1d(3, 0)
+
+
+def _step_of_a_process() -> dict[str, Tensor]:
+    """Two views of four images of this process's share of eight, as source and target have them, in eval mode."""
+    rank, size = _joined()
+    network = _network(target_views=2).double().eval()
+    views = [view.double().chunk(size)[rank] for view in _views(3, 8)]
+    large, _, keys = network.contrast(views)
+    loss = info_nce(large[0])
+    loss.backward()
+    gradient = network.encoder_q.conv1.weight.grad
+    assert gradient is not None
+    return {"keys": keys, "gradient": gradient, "loss": loss.detach()}
+
+
+def test_two_processes_see_the_keys_of_one() -> None:
+    """Keys are shuffled among the processes and come back; the mean of losses and gradients is that of one process."""
+    whole, parts = _step_of_a_process(), in_processes(2, _step_of_a_process)
+    for part in parts:
+        torch.testing.assert_close(part["keys"], whole["keys"])
+    for key in ("gradient", "loss"):
+        torch.testing.assert_close((parts[0][key] + parts[1][key]) / 2, whole[key])
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks

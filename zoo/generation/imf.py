@@ -274,6 +274,8 @@ class ImprovedMeanFlowDiT(TokenDiT):
         """Samples like `noise` (B, C, S, S) of classes `label` (B,), latents times 0.18215 or pixels, in as many
         evaluations as `times` has steps; guided by `omega` within `interval`, by default those of the network."""
         omega, interval = self.omega if omega is None else omega, self.interval if interval is None else interval
+        if omega < 1:
+            raise ZooError(f"guidance wants an omega of 1 or more, not {omega}")
         z = list(steps(self, noise, label, times, omega, interval))[-1]
         return (z * self.latent_std + self.latent_mean) * SD_SCALE if self.scaled else z
 

@@ -8,7 +8,7 @@ from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from zoo.training.classification import Classification, LinearClassification
 from zoo.training.ema import EMA, choose_average, evaluation_weights, half_life_decay
 from zoo.training.lars import LARC, LARS
-from zoo.training.measures import FactorAccuracy, GivenBoxMasks, GradientSpread, UnitDeletion, ViewVariance
+from zoo.training.measures import FactorAccuracy, GivenBoxMasks, GradientSpread, Instability, UnitDeletion, ViewVariance
 from zoo.training.muon import Muon, NAdam
 from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_optimizer, param_groups, run_position
 from zoo.training.plane import PlaneEvaluation
@@ -27,6 +27,7 @@ __all__ = [
     "FactorAccuracy",
     "GivenBoxMasks",
     "GradientSpread",
+    "Instability",
     "KNNProbe",
     "LastCheckpoint",
     "LinearClassification",

@@ -20,7 +20,7 @@ from zoo.errors import ZooError
 from zoo.metrics.spread import view_variance
 from zoo.ops.masks import paste_masks
 from zoo.training.ema import evaluation_weights
-from zoo.training.probe import _loader
+from zoo.training.probe import KNNProbe, _loader
 
 _UNSEEN = 1 << 20  # repetitions of a sample that no training draws
 
@@ -291,3 +291,95 @@ class ViewVariance(L.Callback):
                     for side, embedding in pl_module.sides(batch["views"]).items():
                         found.setdefault(side, []).append(embedding.float())
         pl_module.log_dict({f"variance/{side}": view_variance(torch.stack(rows)) for side, rows in found.items()})
+
+
+def dips(curve: Sequence[float], drop: float = 0.02) -> int:
+    """How often a curve of accuracies falls more than `drop` below the highest value so far; it must come back to
+    within `drop` before it can fall again."""
+    count, best, below = 0, -float("inf"), False
+    for value in curve:
+        fallen = value < best - drop
+        count += fallen and not below
+        best, below = max(best, value), fallen
+    return count
+
+
+class Instability(L.Callback):
+    """Makes unstable training visible, as MoCo v3 (arXiv 2104.02057, section 4) looks at it: the gradient of the first
+    layer, and dips of the kNN accuracy within epochs.
+
+    Logs `gradient/first` and `gradient/last`, the L2 norms of the gradients of the first and the last weights of the
+    task's `trainable()` that train, before clipping, at every update, and their largest values so far,
+    `gradient/first_max` and `gradient/last_max`; at every `every_n_steps`-th update `knn_curve`, the top-1 of the
+    nearest neighbours of the task's features, `knn_dips` (:func:`dips`) and `knn_drop`, the deepest fall below the best
+    so far.
+
+    Args:
+        first, last: names of layers inside `trainable()` instead, such as "base_encoder.patch_embed.proj".
+        every_n_steps: updates between two measurements of the nearest neighbours; null for none.
+        drop: a fall of the accuracy that counts as a dip.
+        k, temperature, train_samples: as of :class:`~zoo.training.KNNProbe`.
+
+    Raises:
+        ZooError: a number out of range, or at the start of a run a layer that has no weights or does not train.
+    """
+
+    def __init__(
+        self,
+        first: str | None = None,
+        last: str | None = None,
+        every_n_steps: int | None = None,
+        drop: float = 0.02,
+        k: int = 20,
+        temperature: float = 0.07,
+        train_samples: int | None = None,
+    ) -> None:
+        if (every_n_steps is not None and every_n_steps < 1) or not 0 <= drop < 1:
+            raise ZooError(
+                f"every_n_steps must be 1 or more or null, and drop in [0, 1); got {every_n_steps} and {drop}"
+            )
+        self.layers, self.every_n_steps, self.drop = {"first": first, "last": last}, every_n_steps, drop
+        self._probe = KNNProbe(k, temperature, train_samples=train_samples)
+        self._weights: dict[str, nn.Parameter] = {}
+        self._norms: dict[str, Tensor] = {}
+        self._largest: dict[str, float] = {}
+        self.curve: list[float] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"curve": list(self.curve), "largest": {name: float(value) for name, value in self._largest.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.curve, self._largest = list(state_dict["curve"]), dict(state_dict["largest"])
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        part = pl_module.trainable()
+        train = {
+            name.rpartition(".")[0]: parameter
+            for name, parameter in part.named_parameters()
+            if parameter.requires_grad and parameter.ndim > 1 and name.endswith("weight")
+        }
+        ends = {"first": next(iter(train), None), "last": next(reversed(train), None)}
+        for end, asked in self.layers.items():
+            layer = asked or ends[end]
+            if layer not in train:
+                raise ZooError(f"{type(part).__name__} has no layer {layer!r} with weights that train")
+            self._weights[end] = train[layer]
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        gradients = {end: weight.grad for end, weight in self._weights.items() if weight.grad is not None}
+        self._norms = {end: gradient.detach().float().norm() for end, gradient in gradients.items()}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self._norms:  # no update yet
+            return
+        for end, norm in self._norms.items():
+            self._largest[end] = max(self._largest.get(end, 0.0), norm.item())
+        pl_module.log_dict({f"gradient/{end}": norm for end, norm in self._norms.items()})
+        pl_module.log_dict({f"gradient/{end}_max": value for end, value in self._largest.items()})
+        self._norms = {}
+        if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
+            self.curve.append(self._probe.accuracy(trainer, pl_module)["top1"])
+            best = itertools.accumulate(self.curve, max)
+            pl_module.log("knn_curve", self.curve[-1])
+            pl_module.log("knn_dips", float(dips(self.curve, self.drop)))
+            pl_module.log("knn_drop", max(top - now for top, now in zip(best, self.curve, strict=True)))
