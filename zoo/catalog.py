@@ -148,7 +148,8 @@ class Measured(Facts):
 class Row(Facts):
     """A line of a leaderboard: a published value and its protocol, what runs it, and our own value.
 
-    ``PAPER:ID`` is its address. It is its `recipe` with `options` (dotted keys as on the command line). `weights` names
+    ``PAPER:ID`` is its address. It is its `recipe` with `options` (dotted keys as on the command line). Where that is a
+    first stage, `then` names the recipe or row that starts from its checkpoint and gives the value. `weights` names
     published weights that give the number without training. `logged` is how the value follows from what a run logs,
     such as ``100 - 100 * test/top1``, and `tolerance` how far a measured value may lie from the published one, in the
     unit of the row; both have defaults by metric (:mod:`zoo.command.verdict`).
@@ -164,6 +165,7 @@ class Row(Facts):
     protocol: dict[str, Any] = {}
     recipe: str | None = None
     options: dict[Annotated[str, Field(pattern=r"^[a-z_]\w*(\.\w+)*$")], Any] = {}
+    then: str | None = None
     weights: str | None = None
     logged: Annotated[str, Field(pattern=LOGGED)] | None = None
     tolerance: Annotated[float, Field(gt=0)] | None = None
@@ -176,7 +178,7 @@ class Row(Facts):
     def _status_is_backed(self) -> Row:
         if (self.measured is None) != (self.status == "not run"):
             raise ValueError(f"row {self.id!r}: status {self.status!r} and `measured` do not agree")
-        if self.recipe is None and (self.options or self.weights):
+        if self.recipe is None and (self.options or self.weights or self.then):
             raise ValueError(f"row {self.id!r}: options and weights are of a recipe, and it names none")
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -24,6 +25,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         OSError: naming `path` and not the file beside it.
     """
     path = Path(path)
+    if path.name in ("", ".."):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     part = path.with_name(f".{path.name[:80]}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,13 @@ DEFAULT_MODEL = "b16"
 
 def _options(size: dict[str, int]) -> dict[str, Any]:
     own = {f"model.{name}": value for name, value in size.items() if name != "img_size"}
-    return {**own, "data.image_size": size["img_size"], "model.optim.lr": LR, "model.sampling.guidance": GUIDANCE}
+    return {
+        **own,
+        "data.image_size": size["img_size"],
+        "model.optim.lr": LR,
+        "model.sampling.guidance": GUIDANCE,
+        "model.sampling.steps": STEPS,
+    }
 
 
 def _labels(count: int, device: str) -> Tensor:

@@ -184,6 +184,7 @@ def test_a_recipe_takes_one_s_own_coco_folder(tmp_path: Path) -> None:
     module, data, _ = zoo.load_recipe("mask_rcnn/pocket", changes)
     assert isinstance(data, DetectionDataModule)
     assert (data.num_classes, data.options, data.train_samples) == (2, {}, None)
+    assert [one.sizes for one in (data.train_transforms[0], data.eval_transforms[0])] == [[96], [96]]
     assert module.network.num_classes == 2  # type: ignore[union-attr, operator]
     with pytest.raises(ZooError, match="has no json of annotations"):
         zoo.load_recipe("mask_rcnn/pocket", {"data.dataset": str(tmp_path / "images")})

@@ -32,7 +32,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_files_of_a_paper(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["new", "my_paper", "--field", "recognition", "--title", "My Paper"]) == 0
+    assert main(["new", "my_paper", "--field", "recognition", "--title", 'My "Paper": #1']) == 0
     written = [Path(line) for line in capsys.readouterr().out.splitlines() if line.endswith((".py", ".yaml"))]
     assert len(written) == 6
     assert all((checkout / path).is_file() for path in written)
@@ -61,6 +61,8 @@ def test_the_files_of_a_paper(
     [
         (["My-Paper", "--field", "video"], "a paper's name is small letters"),
         (["../x", "--field", "video"], "a paper's name is small letters"),
+        (["class", "--field", "video"], "a paper's name is small letters"),
+        (["my_paper", "--field", "video", "--title", 'a"""'], "a paper's title is one line"),
         (["my_paper", "--field", "vidoe"], "unknown field 'vidoe'; did you mean 'video'?"),
         (["mae", "--field", "selfsup"], "the paper 'mae' is here already"),
         (["my_paper"], "zoo new my_paper --field recognition"),

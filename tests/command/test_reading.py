@@ -119,6 +119,12 @@ def test_files_of_settings_are_bounded_and_of_this_machine(
     _line(capsys)
 
 
+@pytest.mark.parametrize("option", ["--data.num_workers=1000000", "--data.num_workers=-1", "--trainer.devices=100000"])
+def test_absurd_numbers_of_processes_are_refused(option: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "preact_resnet/pocket", "--trainer.accelerator", "cpu", option]) == 2
+    assert "processes" in _line(capsys)
+
+
 def test_a_recipe_with_a_byte_order_mark(here: Path) -> None:
     (here / "bom.yaml").write_bytes((here / "toy.yaml").read_text().encode("utf-8-sig"))
     assert isinstance(zoo.load_recipe("bom.yaml")[0], Task)
@@ -169,6 +175,8 @@ def test_print_config_and_help_of_the_recipes_own_classes(here: Path, capsys: py
     assert "--data.train_samples" in output("--data.help", "--trainer.max_epochs=1")
     assert "--model.drop_path_rate" in output("--model=MAEFineTuning", "--model.help")
     assert "last or best" in output("--help")
+    assert main(["fit", "mae/pocket", "--model.optim.help"]) == 2
+    assert "--model.optim.help: --model.help lists what it takes" in _line(capsys)
     assert not (here / "runs").exists()
 
 

@@ -68,6 +68,7 @@ def test_header_says_what_cost_and_command(name: str) -> None:
 def test_leaderboard_rows_and_recipes_know_each_other(name: str) -> None:
     rows = [row for slug in catalog.list_papers() for row in catalog.paper(slug).leaderboard if row.recipe]
     assert all(row.recipe in RECIPES for row in rows)
+    assert all(row.then in RECIPES or row.then in ROWS for row in rows if row.then)
     first = re.search(r"pretrain|offline", name)  # a stage before the one that is measured
     assert "/pocket" in name or first or any(row.recipe == name for row in rows)
 

@@ -42,6 +42,7 @@ CARD: dict[str, Any] = {
         {**ROW, "id": "three", "value": 4.0, "logged": "test/loss", "weights": "tiny.a"}
         | {"options": {"model.num_classes": 3, "data.length": 8}},
         {**ROW, "id": "bare", "value": None, "recipe": None},
+        {**ROW, "id": "first", "value": 5.0, "then": "toys:three", "options": {"trainer.max_epochs": 1}},
     ],
 }
 CODE = """
@@ -97,6 +98,9 @@ def test_fit_resume_and_test_a_row(here: Path, capsys: pytest.CaptureFixture[str
     for path in (here / "runs").rglob("result.json"):
         if "--data.length" in path.read_text() or "extra" in path.read_text():
             path.unlink()
+    for at, odd in enumerate(("{}", "7", '"toys:short"', '{"row": "toys:short"}', '{"row": 7, "verdict": 1}')):
+        (here / "runs" / str(at)).mkdir()
+        (here / "runs" / str(at) / "result.json").write_text('{"verdict": %s}' % odd)  # noqa: UP031
     # The user's own result stands beside the published one.
     assert main(["leaderboard", "toys", "--results", "runs", "--json"]) == 0
     rows = {row["id"]: row for row in json.loads(capsys.readouterr().out)}
@@ -106,6 +110,7 @@ def test_fit_resume_and_test_a_row(here: Path, capsys: pytest.CaptureFixture[str
     assert main(["leaderboard", "toys", "--results", "runs", "--markdown", "board.md"]) == 0
     assert "within tolerance" in (here / "board.md").read_text()
     assert main(["leaderboard", "--results", "nowhere"]) == 2
+    assert main(["leaderboard", "toys", "--html", "."]) == 2
 
 
 def test_a_row_is_tested_with_its_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,6 +154,13 @@ def test_weights_for_other_pictures_are_refused(here: Path, monkeypatch: pytest.
     monkeypatch.setattr("zoo.weights.pretrained.fetch_weights", {}.__getitem__)
     with pytest.raises(KeyError, match="tiny"):  # fetched
         load_published(torch.nn.Linear(1, 1), "tiny.a", catalog.paper("toys"), latents)
+
+
+def test_a_first_stage_says_what_comes_then(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "toys:first"]) == 0
+    assert "then zoo fit toys:three --model.init_from CHECKPOINT\n" in capsys.readouterr().out
+    assert main(["fit", "toys:first"]) == 0
+    assert "second stage: then zoo fit toys:three --model.init_from runs/toys/first/" in capsys.readouterr().out
 
 
 def test_show_a_row(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -418,7 +418,7 @@ def test_a_task_that_does_not_sample_is_told() -> None:
 class Shaded(Painter):
     """Paints darker by a setting."""
 
-    sampling_options = ("shade",)
+    sampling_options = ("shade", "interval", "steps")
 
     def sample(self, noise: Tensor, label: Tensor | None, shade: float = 0.0) -> Tensor:
         return (super().sample(noise, label) - shade).clamp(-1, 1)
@@ -455,6 +455,10 @@ def test_a_sweep_finds_the_setting_that_the_evaluation_takes(tmp_path: Path, cap
         ({"shade": 1.0}, "shade wants a list of values"),
         ({"shade": [1.0], "samples": 1}, "samples must be a number of 2 or more"),
         ({"shades": [1.0]}, "unknown sampling option of Shaded 'shades'.*shade"),
+        ({"shade": [1.0, "dark"]}, "a value of shade is a number, not 'dark'"),
+        ({"interval": [0.1, 1.0]}, "a value of interval is two times that rise"),
+        ({"steps": [0]}, "a value of steps is a whole number of 1 or more"),
+        ({"average": [1]}, "a value of average is a name"),
         ({"average": ["ema"]}, "unknown average 'ema'"),
     ],
 )

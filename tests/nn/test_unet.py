@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zoo import parity
 from zoo.errors import ZooError
-from zoo.nn.unet import ResampleConv2d, SongUNet, sinusoid
+from zoo.nn.unet import DhariwalUNet, ResampleConv2d, SongUNet, sinusoid
 
 CASES = Path(__file__).parents[1] / "parity" / "cases"
 TINY: dict[str, Any] = {"img_resolution": 8, "model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1}
@@ -58,6 +58,34 @@ def test_gradients_reach_every_parameter() -> None:
     x, times = _inputs()
     network(x, times, torch.randn(2, 6)).square().mean().backward()
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("encoder", ["standard", "skip", "residual"])
+@pytest.mark.parametrize("decoder", ["standard", "skip"])
+def test_the_other_ways_down_and_up(encoder: Any, decoder: Any) -> None:
+    options = {**TINY, "channel_mult": (1, 2, 2), "num_times": 1, "label_dim": 3, "resample_filter": (1, 3, 3, 1)}
+    network = _moved(SongUNet(**options, encoder_type=encoder, decoder_type=decoder, embedding_type="fourier"))
+    x, (t, _) = _inputs()
+    label, augment = torch.tensor([0, 2]), torch.randn(2, 6)
+    out = network(x, (t,), augment, label)
+    assert out.shape == x.shape
+    out.square().mean().backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
+    without = network(x, None, augment, label)
+    assert not torch.allclose(out, without)
+    none = network(x, None, label=torch.full((2,), 3))  # the label that is none: of nothing known but its bias
+    torch.testing.assert_close(none, network(x, None, torch.zeros(2, 6), torch.full((2,), 3)))
+
+
+def test_adm_starts_at_nothing_and_has_heads_of_64_channels() -> None:
+    network = DhariwalUNet(8, model_channels=64, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), label_dim=2)
+    x, (t, _) = _inputs()
+    assert not network(x, (t,), label=torch.tensor([0, 1])).any()
+    assert network.dec["4x4_in0"].num_heads == 2
+    assert network.enc["8x8_block0"].num_heads == 0
+    assert not any(key.endswith("skip.weight") for key in network.state_dict() if "_down" in key or "_up" in key)
+    with pytest.raises(ZooError, match="wants labels"):
+        network(x, (t,))
 
 
 def test_the_derivative_along_a_direction_is_the_difference_quotient() -> None:

@@ -194,6 +194,8 @@ def test_samples_follow_omega_and_interval_and_latents_come_back_scaled() -> Non
     for other in ({"omega": 4.0}, {"interval": (0.0, 1.0)}, {"times": (1.0, 0.5, 0.0)}):
         assert not torch.equal(network.sample(noise, label, **other), found)
     assert torch.equal(imf.ImprovedMeanFlowDiT(**SIZES).normalised(noise), noise)
+    with pytest.raises(ZooError, match="an omega of 1 or more"):
+        network.sample(noise, label, omega=0.5)
     for wrong, word in (
         ({"latent_mean": [0.0] * 4}, "go together"),
         ({"latent_mean": [0.0], "latent_std": [1.0]}, "4 channels"),

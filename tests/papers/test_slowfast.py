@@ -73,6 +73,9 @@ def test_gradients_reach_every_parameter_and_fast_reaches_slow(fusion: str) -> N
     before, after = (network.eval().forward_features([slow, x]) for x in (fast, other))
     assert torch.equal(before[0], after[0]) == (fusion == "none")
     before, after = (network.forward_features([x, fast]) for x in (slow, sf.pack_pathways(other, 4)[0]))
+    if fusion != "none":
+        with pytest.raises(ZooError, match="no multiple of alpha 4"):
+            network(_video()[:, :, :7])
     assert torch.equal(before[1], after[1]), "Fast never hears of Slow"
 
 

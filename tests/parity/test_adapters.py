@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,7 @@ def test_pyslowfast_groups(settings: dict[str, Any], groups: list[tuple[float, s
         ("flip", "forward_loss_mask50", ("model_img", "sincos"), False, "learnt positions"),
         ("meanflow", "train_loss_none", ("method", "warp"), 2.0, "warp"),
         ("mae", "train_run", ("train", "blr"), None, "does not say 'blr'"),
+        ("drifting", "train_run", ("train", "lr_schedule", "lr_schedule"), "step", "did you mean"),
     ],
 )
 def test_what_an_adapter_cannot_read_is_named(
@@ -136,3 +139,32 @@ def test_what_an_adapter_cannot_read_is_named(
     notes = {verdict.note for verdict in parity.run_case(case)}
     assert len(notes) == 1
     assert message in notes.pop()
+
+
+def test_drifting_reads_a_cosine() -> None:
+    case = _case("drifting", "train_run")
+    schedule = case["config"]["train"]["lr_schedule"]
+    schedule |= {"lr_schedule": "cosine", "total_steps": 7}
+    peak, warmup = schedule["learning_rate"], schedule["warmup_steps"]
+    assert warmup == 2
+    falls = [(1 - 1e-6) * (1 + math.cos(math.pi * k / 5)) / 2 + 1e-6 for k in range(2)]
+    expected = torch.tensor([1e-6, (1e-6 + peak) / 2, *(peak * share for share in falls)], dtype=torch.float64)
+    torch.testing.assert_close(parity.adapter("drifting")(case)["lr"], expected)
+
+
+def test_drifting_reads_a_generator_without_tokens() -> None:
+    case = _case("drifting", "generator")
+    case["config"]["net"] |= {"n_cls_tokens": 0, "noise_classes": 0}
+    absent = r"noise_embeds_|LightningDiT_0/(cls_embed|TorchLinear_1/)"
+    case["state"] = {key: entry for key, entry in case["state"].items() if not re.match(absent, key)}
+    del case["inputs"]["style"]
+    assert parity.adapter("drifting")(case)["samples"].isfinite().all()
+
+
+def test_pmf_logs_a_term_without_weight() -> None:
+    case = _case("pmf", "train_loss_perceptual")
+    both = parity.adapter("pmf")(case)
+    case["config"]["method"] |= {"convnext": False, "convnext_lambda": 0.0}
+    one = parity.adapter("pmf")(case)
+    assert one["loss"] < both["loss"]
+    assert one["aux_loss_convnext"] == both["aux_loss_convnext"]

@@ -59,3 +59,20 @@ def test_mixed_labels_are_trained_on() -> None:
     assert batch["label"].ndim == 1
     with pytest.raises(ZooError, match="even"):
         task.training_step({key: value[:3] for key, value in batch.items()}, 0)
+
+
+@pytest.mark.parametrize(("known", "line"), [(0, "toys: has no labels"), (4, "toys has 4 classes, the model 3")])
+def test_labels_that_the_classifier_has_not_are_one_line(tmp_path: Path, known: int, line: str) -> None:
+    data = L.LightningDataModule.from_datasets(_data().dataset, batch_size=4)
+    data.dataset, data.num_classes = "toys", known
+    task = Classification(PreActResNet([1, 1, 1], [4, 8, 16], num_classes=3), Optim(), 3)
+    for run in (_trainer(tmp_path).fit, _trainer(tmp_path).test):
+        with pytest.raises(ZooError, match=line):
+            run(task, datamodule=data)
+
+
+def test_logits_that_are_not_numbers_are_no_hit(tmp_path: Path) -> None:
+    task = Classification(PreActResNet([1, 1, 1], [4, 8, 16], num_classes=3), Optim(), 3)
+    torch.nn.init.constant_(task.network.fc.bias, torch.nan)
+    (scores,) = _trainer(tmp_path).test(task, _data(), verbose=False)
+    assert (scores["test/top1"], scores["test/top5"]) == (0, 0)

@@ -11,7 +11,16 @@ from torch import Tensor
 
 import zoo
 from zoo.errors import ZooError
-from zoo.training import FactorAccuracy, GivenBoxMasks, GradientSpread, KNNProbe, LinearProbe, UnitDeletion
+from zoo.training import (
+    FactorAccuracy,
+    GivenBoxMasks,
+    GradientSpread,
+    Instability,
+    KNNProbe,
+    LinearProbe,
+    UnitDeletion,
+)
+from zoo.training.measures import dips
 
 SMALL = {
     **{"trainer.logger": False, "trainer.enable_checkpointing": False, "trainer.enable_progress_bar": False},
@@ -125,3 +134,10 @@ def test_probes_learn_from_some_and_are_held_to_the_limit(tmp_path: Any, monkeyp
     assert hits == pytest.approx(round(hits))
     with pytest.raises(ZooError, match="train_samples"):
         KNNProbe(train_samples=1)
+
+
+def test_dips_count_each_fall_once() -> None:
+    assert dips([0.1, 0.3, 0.27, 0.29, 0.4, 0.2, 0.3, 0.41, 0.38]) == 3
+    assert dips([0.1, 0.3, 0.27, 0.25, 0.3], drop=0.1) == 0
+    with pytest.raises(ZooError, match="every_n_steps"):
+        Instability(every_n_steps=0)

@@ -241,10 +241,15 @@ def test_an_average_that_is_not_there_is_told(tmp_path: Path) -> None:
         EMA(name="raw")
     with pytest.raises(ZooError, match="wants it and its ramp positive"):
         EMA(half_life=0.0)
+    trainer(max_epochs=1, callbacks=[saver(tmp_path)], enable_checkpointing=True).fit(fresh(), Data())
     callbacks = [EMA(name="ema_9")]
     choose_average(callbacks, "ema_9")
-    with pytest.raises(ZooError, match="there is no average 'ema_9'"):
-        trainer(callbacks=callbacks).test(Classifier(), Data(), verbose=False)
+    trainer(callbacks=callbacks).test(Classifier(), Data(), verbose=False)  # it would begin so
+    with (
+        pytest.warns(UserWarning, match="ema_9_state_dict"),
+        pytest.raises(ZooError, match="there is no average 'ema_9'"),
+    ):
+        trainer(callbacks=callbacks).test(Classifier(), Data(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
 
 
 def test_a_checkpoint_without_average_is_used_raw_with_a_warning(tmp_path: Path) -> None:

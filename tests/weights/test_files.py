@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from zoo.errors import ZooError
-from zoo.weights.files import read_checkpoint
+from zoo.weights.files import read_checkpoint, read_state_dict
 
 RUN = {"pytorch-lightning_version": "2.6", "state_dict": {"w": torch.ones(3)}, "global_step": 3}
 FORMATS = pytest.mark.parametrize("old_format", [False, True])
@@ -162,3 +162,15 @@ def test_a_truncated_checkpoint_is_one_line(tmp_path: Path, old_format: bool) ->
         with pytest.raises(ZooError, match=r"last\.ckpt: ") as caught:
             read_checkpoint(path)
         assert "\n" not in str(caught.value)
+
+
+def test_an_averaged_model_of_torch_is_read_and_an_average_without_names_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = torch.nn.Linear(2, 3)
+    torch.save(torch.optim.swa_utils.AveragedModel(net).state_dict(), tmp_path / "swa.pth")
+    assert read_state_dict(tmp_path / "swa.pth").keys() == {"weight", "bias"}
+    ema = {"shadow_params": list(net.parameters())}
+    torch.save({"model": net.state_dict(), "ema": ema}, tmp_path / "shadow.pth")
+    assert read_state_dict(tmp_path / "shadow.pth").keys() == {"weight", "bias"}
+    assert "the raw weights are taken, as ema holds no tensors by name" in "".join(capsys.readouterr())

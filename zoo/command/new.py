@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import json
+import keyword
 import re
 from pathlib import Path
 from string import Template
 
 from pydantic import BaseModel
 
-from zoo import catalog
+from zoo import catalog, files
 from zoo.errors import ZooError, unknown
 from zoo.paths import share
 
@@ -31,10 +33,12 @@ def write_skeleton(paper: str, field: str, title: str | None = None) -> list[Pat
     Raises:
         ZooError: no such field, a name that is none or is taken, a file that stands already, no checkout.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", paper):
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", paper) or keyword.iskeyword(paper):
         raise ZooError(
             f"a paper's name is small letters, digits and single underscores, such as moco_v2; not {paper!r}"
         )
+    if title is not None and (not title.strip() or re.search(r'[\\\x00-\x1f]|"""', title)):
+        raise ZooError(f"a paper's title is one line without a backslash, not {title!r}")
     if field not in catalog.FIELDS:
         raise unknown("field", field, catalog.FIELDS)
     if paper in catalog.list_papers():
@@ -50,6 +54,7 @@ def write_skeleton(paper: str, field: str, title: str | None = None) -> list[Pat
         "field": field,
         "Class": "".join(part.capitalize() for part in paper.split("_")),
         "title": title or paper.replace("_", " "),
+        "quoted": json.dumps(title or paper.replace("_", " "), ensure_ascii=False),
         "year": str(datetime.date.today().year),
     }
     texts = {
@@ -61,8 +66,7 @@ def write_skeleton(paper: str, field: str, title: str | None = None) -> list[Pat
     if standing := [path for path in texts if path.exists()]:
         raise ZooError(f"{standing[0]} is here already; nothing was written")
     for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        files.write_text(path, text)
     refresh_readme(root / "README.md")
     return [path.relative_to(root) for path in texts]
 

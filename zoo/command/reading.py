@@ -192,6 +192,8 @@ def _with_help(found: CommandLine, argv: Sequence[str]) -> list[str]:
         part = word.removeprefix("--").removesuffix(".help")
         if word in ("--model.help", "--data.help") and follows.startswith("-") and (own := found.class_of(part)):
             last.append(f"{word}={own}")
+        elif (nested := re.fullmatch(r"--(model|data)\..+\.help", word)) and follows.startswith("-"):
+            raise ZooError(f"{word}: --{nested[1]}.help lists what it takes")
         else:
             words.append(word)
     return [*words, *last]

@@ -59,7 +59,7 @@ from zoo.command.runs import (
     run_of,
     short_path,
 )
-from zoo.command.verdict import verdict, verdict_line
+from zoo.command.verdict import second_stage, verdict, verdict_line
 from zoo.errors import ZooError
 from zoo.machine import cpu_has_bfloat16
 from zoo.training import choose_average
@@ -225,6 +225,9 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init["trainer"]
+        devices, cores = str(config["devices"]), os.cpu_count() or 1
+        if self._on_cpu(config) and devices.isdecimal() and int(devices) > max(64, 8 * cores):
+            raise ZooError(f"trainer.devices: {devices} processes on a machine of {cores} cores")
         self.folder = self._folder(Path(config["default_root_dir"] or "runs"))
         callbacks = config["callbacks"] or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
@@ -260,10 +263,13 @@ class RecipeCLI(LightningCLI):
             drop_empty(self.folder)
             raise
 
+    def _on_cpu(self, config: Mapping[str, Any]) -> bool:
+        return config["accelerator"] == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+
     def _precision(self, config: Mapping[str, Any]) -> Any:
         """A recipe's mixed precision is float32 on a CPU that would have to emulate it, unless the user asks for it."""
         asked = any(word.partition("=")[0] == "--trainer.precision" for word in self.line.asked)
-        on_cpu = config["accelerator"] == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        on_cpu = self._on_cpu(config)
         # Lightning takes bf16 for a 16-mixed on a CPU too.
         if config["precision"] in ("bf16-mixed", "16-mixed") and on_cpu and not asked and not cpu_has_bfloat16():
             return "32-true"
@@ -619,6 +625,9 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
     for path in dict.fromkeys(short_path(path) for path in paths if path):
         print(f"checkpoint: {path}")
     print(f"run: {short_path(cli.folder)} ({seconds:.0f} s)")
+    if cli.what == "fit" and catalog.is_row(cli.recipe) and (row := catalog.row(cli.recipe)[1]).then:
+        last = next(filter(None, paths), "CHECKPOINT")
+        print(f"the row's {row.metric} comes of a second stage: {second_stage(row, short_path(last))}")
 
 
 def _set_by_its_run(cli: RecipeCLI) -> list[str]:
@@ -646,6 +655,12 @@ def _quiet(debug: bool = False) -> Iterator[None]:
         return
     names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
     loggers = [logging.getLogger(name) for name in (*names, "lightning.fabric.utilities.seed")]
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, file, *where, **line: (
+        f"{message}\n"
+        if Path(file).is_relative_to(Path(zoo.__file__).parent)
+        else before(message, category, file, *where, **line)
+    )
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
@@ -671,5 +686,6 @@ def _quiet(debug: bool = False) -> Iterator[None]:
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
             yield
     finally:
+        warnings.formatwarning = before
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

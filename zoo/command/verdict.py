@@ -49,7 +49,13 @@ def row_commands(name: str) -> list[str]:
     head = re.search(r"^# Run: zoo (\w+)", catalog.recipe_path(row.recipe).read_text(encoding="utf-8"), re.MULTILINE)
     main = head[1] if head else "fit"  # test-time training is a test
     what = dict.fromkeys(["test", main] if row.weights else [main])
-    return [*(f"zoo {one} {name}" for one in what), f"zoo {main} {shlex.join([row.recipe, *row_words(row)])}"]
+    after = [second_stage(row)] if row.then else []
+    return [*(f"zoo {one} {name}" for one in what), f"zoo {main} {shlex.join([row.recipe, *row_words(row)])}", *after]
+
+
+def second_stage(row: Row, checkpoint: str = "CHECKPOINT") -> str:
+    """The command that gives the value of a row whose own run is a first stage, from the checkpoint of that."""
+    return f"then zoo fit {row.then} --model.init_from {shlex.quote(checkpoint)}"
 
 
 def tolerance_of(row: Row) -> float | None:
@@ -136,6 +142,8 @@ def results_of(folder: str | Path) -> dict[str, list[dict[str, Any]]]:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             judged = dict(record["verdict"])
+            if not isinstance(judged["verdict"], str) or not isinstance(judged["measured"], int | float | None):
+                continue
             entry = {**judged, "date": record.get("date"), "file": str(path)}
             found.setdefault(judged["row"], []).append(entry)
         except (OSError, ValueError, TypeError, LookupError):  # of another command, or broken

@@ -7,6 +7,7 @@ from zoo.data.datamodule import ImageDataModule
 from zoo.data.image_text import ImageTextDataModule
 from zoo.data.latents import LatentDataModule
 from zoo.data.loader import EpochSampler, ExactSampler, TrainLoader
+from zoo.data.plane import PlaneDataModule
 from zoo.data.shaken import ShakenImageDataModule
 from zoo.data.sources import open_source
 from zoo.data.video import VideoDataModule
@@ -19,6 +20,7 @@ __all__ = [
     "ImageDataModule",
     "ImageTextDataModule",
     "LatentDataModule",
+    "PlaneDataModule",
     "ShakenImageDataModule",
     "TrainLoader",
     "VideoDataModule",

@@ -115,7 +115,8 @@ class SeededDataModule(LightningDataModule):
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True
         at_least_one(batch_size=batch_size, eval_batch_size=eval_batch_size, repeats=repeats)
-        if num_workers is not None and not 0 <= num_workers <= (most := max(64, 8 * (os.cpu_count() or 1))):
+        most = max(64, 8 * (os.cpu_count() or 1))
+        if num_workers is not None and not 0 <= num_workers <= most:
             raise ZooError(f"num_workers: 0 to {most} loader processes on this machine, got {num_workers}")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.repeats, self._seed, self._num_workers, self._in_memory = repeats, seed, num_workers, in_memory

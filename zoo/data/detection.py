@@ -624,6 +624,8 @@ class DetectionDataModule(SeededDataModule):
         num_workers: loading processes; None: none for ``shapes``, else what the machine's cores allow.
         train_samples: train on this many pictures only, drawn once with the seed; for ``shapes`` the split's length.
         seed: of order and augmentation; None: the one of ``seed_everything``, else 0.
+        image_size: the shorter side where no transforms are given, the longer at most 5/3 of it; for ``shapes`` the
+            side.
         options: further keywords of the source: for ``shapes`` size (side in pixels), min_visible and
             :class:`~zoo.data.shapes.Knobs`; else annotations, images and outside of
             :func:`~zoo.data.coco.find_coco`.
@@ -656,15 +658,18 @@ class DetectionDataModule(SeededDataModule):
         train_samples: int | None = None,
         seed: int | None = None,
         options: dict[str, Any] | None = None,
+        image_size: int | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, 1, seed, in_memory=dataset == "shapes")
-        at_least_one(size_divisibility=size_divisibility, train_samples=train_samples)
+        at_least_one(size_divisibility=size_divisibility, train_samples=train_samples, image_size=image_size)
         if masks not in _MASKS:
             raise unknown("form of masks", masks, _MASKS)
         if repeat_threshold is not None and not 0 < repeat_threshold <= 1:
             raise ZooError(f"data.repeat_threshold must lie in 0..1, got {repeat_threshold}")
         self.dataset, self.data_dir, self.options = dataset, data_dir, dict(options or {})
         drawn = dataset == "shapes"
+        if drawn and image_size is not None:
+            self.options.setdefault("size", image_size)
         mean, std = pixel_mean or PIXEL_MEAN, pixel_std or PIXEL_STD
         if channels == "bgr":
             mean, std = pixel_mean or PIXEL_MEAN[::-1], pixel_std or PIXEL_STD[::-1]
@@ -675,12 +680,13 @@ class DetectionDataModule(SeededDataModule):
             aspect_grouping, repeat_threshold, train_samples
         )  # fmt: skip
         flip = RandomFlip()
+        sizes, longest = (_PHOTO_SIZES, 1333) if image_size is None else ([image_size], 5 * image_size // 3)
         self.train_transforms = train_transforms
         if train_transforms is None:
-            self.train_transforms = [flip] if drawn else [ResizeShortestEdge(_PHOTO_SIZES), flip]
+            self.train_transforms = [flip] if drawn else [ResizeShortestEdge(sizes, longest), flip]
         self.eval_transforms = eval_transforms
         if eval_transforms is None:
-            self.eval_transforms = [] if drawn else [ResizeShortestEdge([800])]
+            self.eval_transforms = [] if drawn else [ResizeShortestEdge(sizes[-1:], longest)]
         self._layout = None if drawn else self._find()
         self.class_names, self.keypoint_names = self._names()
         self.num_classes = len(self.class_names)

@@ -509,7 +509,7 @@ class ContrastiveAugment(ImageTransform):
         if blur < self.blur_prob:
             image = box_blur(image, self.blur_sigma[0] + radius * (self.blur_sigma[1] - self.blur_sigma[0]))
         if self.solarize_prob and torch.rand(()) < self.solarize_prob:
-            image = torch.where(image >= 128, 255 - image, image)
+            image = solarize(image)
         return image.flip(-1) if flip < 0.5 else image
 
     def batch(self, images: Tensor, draws: Tensor) -> Tensor:
@@ -583,6 +583,11 @@ def _grayscale(image: Tensor) -> Tensor:
     from torchvision.transforms.v2.functional import rgb_to_grayscale
 
     return rgb_to_grayscale(image, num_output_channels=3)
+
+
+def solarize(image: Tensor, threshold: int = 128) -> Tensor:
+    """Inverts what is as bright as `threshold` in a uint8 (3, H, W) picture, channel by channel."""
+    return torch.where(image >= threshold, 255 - image, image)
 
 
 def box_blur(image: Tensor, sigma: float) -> Tensor:

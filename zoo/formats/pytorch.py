@@ -7,6 +7,7 @@ type, and no file takes more memory than it is long. torch.load then reads it wi
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import pickletools
@@ -15,7 +16,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -181,6 +182,24 @@ def read(path: Path, mmap: bool = False, map_location: Any = "cpu") -> Any:
         raise ZooError(f"not a whole PyTorch checkpoint ({problem})") from error
 
 
+def read_storage(content: bytes) -> Tensor:
+    """The numbers (N,) of a storage that torch.save wrote into bytes, as pickles of tensors hold it.
+
+    Raises:
+        ZooError: something else.
+    """
+    try:
+        surveyed = _survey_records(io.BytesIO(content), len(content))
+        if not isinstance(surveyed, _Storage):
+            raise Refused("no storage")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*TypedStorage is deprecated.*")
+            storage = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return torch.empty(0, dtype=storage.dtype).set_(storage)
+    except Exception as error:  # torch and pickle raise whatever they meet
+        raise ZooError(f"not a whole storage ({pickles.short(str(error), 200) or type(error).__name__})") from error
+
+
 def _survey_zip(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -218,14 +237,18 @@ def _spoilt(archive: zipfile.ZipFile, root: str) -> str | None:
 
 
 def _survey_legacy(path: Path) -> Any:
-    """Four pickles in a row come before the numbers: a magic number, the version, the machine, and the content."""
-    size, content = path.stat().st_size, None
     with path.open("rb") as file:
-        for _ in range(4):
-            start = file.tell()
-            for _ in pickletools.genops(file):
-                pass
-            length = file.tell() - start
-            file.seek(start)
-            content = _Survey(file.read(length), size, None).load()
+        return _survey_records(file, path.stat().st_size)
+
+
+def _survey_records(file: IO[bytes], size: int) -> Any:
+    """Four pickles in a row come before the numbers: a magic number, the version, the machine, and the content."""
+    content = None
+    for _ in range(4):
+        start = file.tell()
+        for _ in pickletools.genops(file):
+            pass
+        length = file.tell() - start
+        file.seek(start)
+        content = _Survey(file.read(length), size, None).load()
     return content

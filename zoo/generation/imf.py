@@ -274,6 +274,8 @@ class ImprovedMeanFlowDiT(TokenDiT):
         """Samples like `noise` (B, C, S, S) of classes `label` (B,), latents times 0.18215 or pixels, in as many
         evaluations as `times` has steps; guided by `omega` within `interval`, by default those of the network."""
         omega, interval = self.omega if omega is None else omega, self.interval if interval is None else interval
+        if omega < 1:
+            raise ZooError(f"guidance wants an omega of 1 or more, not {omega}")
         z = list(steps(self, noise, label, times, omega, interval))[-1]
         return (z * self.latent_std + self.latent_mean) * SD_SCALE if self.scaled else z
 
@@ -296,7 +298,7 @@ class GuidedMeanFlow(MeanFlow):
         guidance: how scale and interval of a sample are drawn.
         label_dropout: share of samples that train without label; count(draws below it) of them, the first of the batch.
         tangent: of :func:`imf_errors`.
-        noise_scale: deviation of the noise.
+        noise_scale: deviation of the noise; the network's :meth:`sample` knows it.
         path: between data and noise.
         pairs, loss_power, loss_eps, sampling_times, autoencoder, optim: as in
             :class:`~zoo.generation.meanflow.MeanFlow`.
@@ -372,10 +374,10 @@ class GuidedMeanFlow(MeanFlow):
         steps: int | None = None,
     ) -> Tensor:
         """Pictures (B, 3, H, W), about in [-1, 1], of standard normal noise (B, C, S, S) and labels (B,); guided by
-        `omega` within `interval`, by default the network's own, in equal `steps`, by default by `sampling_times`."""
+        `omega` within `interval`, by default as the network is; in so many equal `steps`, or those of `sampling_times`.
+        """
         times = self.sampling_times if steps is None else [1 - k / steps for k in range(steps + 1)]
-        noise = self.noise_scale * noise.to(self.dtype)
-        return self.autoencoder.decode(self.network.sample(noise, label, times, omega, interval))
+        return self.autoencoder.decode(self.network.sample(noise.to(self.dtype), label, times, omega, interval))
 
 
 class ImprovedMeanFlow(GuidedMeanFlow):

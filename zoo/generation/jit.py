@@ -376,7 +376,7 @@ class Denoising(BaseModule):
         """
         if label is None:
             raise ZooError("samples of a class-conditional model want labels")
-        asked = {"guidance": guidance, "interval": interval, "steps": steps}
+        asked: dict[str, Any] = {"guidance": guidance, "interval": interval, "steps": steps}
         sampling = replace(self.sampling, **{name: value for name, value in asked.items() if value is not None})
         how = (sampling, self.noise_scale, self.prediction, self.t_eps)
         return self.network.sample(noise.to(self.dtype), label, *how)

@@ -319,7 +319,7 @@ class MeanFlow(BaseModule):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Any,
         optim: Optim,
         pairs: TimePairs,
         loss_power: float,
@@ -330,8 +330,8 @@ class MeanFlow(BaseModule):
         super().__init__(optim)
         if len(sampling_times) < 2 or any(t <= r for t, r in pairwise(sampling_times)):
             raise ZooError(f"sampling_times must fall from the noise at 1 to the data at 0, not {list(sampling_times)}")
-        self.network: Any = network
-        self.num_classes, self.noise_shape = self.network.num_classes, self.network.noise_shape
+        self.network = network
+        self.num_classes, self.noise_shape = network.num_classes, network.noise_shape
         # A checkpoint holds declarations as plain mappings.
         self.pairs = TimePairs(**pairs) if isinstance(pairs, Mapping) else pairs
         self.loss_power, self.loss_eps = loss_power, loss_eps

@@ -163,7 +163,10 @@ class Perceptual:
 
     def networks(self) -> dict[str, FrozenNetwork]:
         """Of the losses there are, by name; their weights are read at first use."""
-        loads = {"lpips": partial(load_lpips, self.vgg), "convnext": partial(load_convnextv2, self.convnextv2)}
+        loads: dict[str, Any] = {
+            "lpips": partial(load_lpips, self.vgg),
+            "convnext": partial(load_convnextv2, self.convnextv2),
+        }
         return {name: FrozenNetwork(loads[name]) for name in self.weights}
 
 
@@ -242,8 +245,6 @@ class PixelMeanFlow(GuidedMeanFlow):
         network: of :class:`PixelMeanFlowDiT`; a recipe takes `img_size` and `num_classes` from the data module.
     """
 
-    sampling_options = ("omega", "interval", "steps")
-
     def __init__(
         self,
         perceptual: Perceptual | None = None,
@@ -282,7 +283,8 @@ class PixelMeanFlow(GuidedMeanFlow):
         assert self.perceptual is not None
         facts = self.perceptual
         draws = self.draws(batch, "crop", 4)[rows]
-        boxes = random_boxes(draws, *truth.shape[2:], facts.scale, facts.ratio)
+        height, width = truth.shape[2:]
+        boxes = random_boxes(draws, height, width, facts.scale, facts.ratio)
         first, second = (crop_resize(x.float(), boxes, facts.size) for x in (pictures, truth))
         found = {}
         for name, held in self.perception.items():
@@ -312,32 +314,19 @@ class PixelMeanFlow(GuidedMeanFlow):
         loss = super().total(batch, errors)
         if self.perceptual is not None and self.training:
             for name, distance in self.seen(batch, errors).items():
-                mean = distance.detach().mean()
-                self.log(f"train/{name}", mean, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(distance))
+                if self._trainer is not None:
+                    facts: dict[str, Any] = {"on_step": True, "on_epoch": True, "batch_size": len(distance)}
+                    self.log(f"train/{name}", distance.detach().mean(), sync_dist=True, **facts)
                 loss = loss + self.perceptual.weights[name] * adaptive_loss(distance, self.loss_power, self.loss_eps)
         return loss
-
-    @torch.no_grad()
-    def sample(
-        self,
-        noise: Tensor,
-        label: Tensor | None = None,
-        omega: float | None = None,
-        interval: Sequence[float] | None = None,
-        steps: int | None = None,
-    ) -> Tensor:
-        """Pictures (B, 3, S, S) about in [-1, 1] from standard normal noise and labels (B,); guided by `omega` within
-        `interval`, by default the network's own, in equal `steps`, by default those of `sampling_times`."""
-        times = self.sampling_times if steps is None else [1 - k / steps for k in range(steps + 1)]
-        assert label is not None
-        return self.network.sample(noise.to(self.dtype), label, times, omega, interval)
 
 
 # ----------------------------------------------------------------------------------------------------------- 4. models
 
 
 def _model(depth: int, dim: int, heads: int, sizes: dict[str, Any], overrides: dict[str, Any]) -> PixelMeanFlowDiT:
-    return PixelMeanFlowDiT(**{"depth": depth, "embed_dim": dim, "num_heads": heads, **sizes, **overrides})
+    own = {"depth": depth, "embed_dim": dim, "num_heads": heads, "velocity_head": False}
+    return PixelMeanFlowDiT(**{**own, **sizes, **overrides})
 
 
 _512 = {"img_size": 512, "patch_size": 32}
@@ -345,33 +334,33 @@ _HUGE = {"bottleneck": 256, "mlp_multiple": 8}
 
 
 def pmf_b16(**overrides: Any) -> PixelMeanFlowDiT:
-    """pMF-B/16 on pictures of 256 pixels."""
+    """pMF-B/16 on 256 pixels, without v-head (``velocity_head=True`` has it), guided as its samples were."""
     return _model(16, 768, 12, {"omega": 8.5, "interval": (0.1, 0.7)}, overrides)
 
 
 def pmf_l16(**overrides: Any) -> PixelMeanFlowDiT:
-    """pMF-L/16 on pictures of 256 pixels."""
+    """pMF-L/16 on 256 pixels, likewise."""
     return _model(32, 1024, 16, {"omega": 7.0, "interval": (0.2, 0.7)}, overrides)
 
 
 def pmf_h16(**overrides: Any) -> PixelMeanFlowDiT:
-    """pMF-H/16 on pictures of 256 pixels."""
+    """pMF-H/16 on 256 pixels, likewise."""
     own = {"omega": 7.0, "interval": (0.2, 0.6), "noise_scale": 2.0}
     return _model(48, 1280, 16, {**_HUGE, **own}, overrides)
 
 
 def pmf_b32(**overrides: Any) -> PixelMeanFlowDiT:
-    """pMF-B/32 on pictures of 512 pixels."""
+    """pMF-B/32 on 512 pixels, likewise."""
     return _model(16, 768, 12, {**_512, "omega": 6.5, "interval": (0.1, 0.7), "noise_scale": 2.0}, overrides)
 
 
 def pmf_l32(**overrides: Any) -> PixelMeanFlowDiT:
-    """pMF-L/32 on pictures of 512 pixels."""
+    """pMF-L/32 on 512 pixels, likewise."""
     return _model(32, 1024, 16, {**_512, "omega": 7.5, "interval": (0.2, 0.6), "noise_scale": 4.0}, overrides)
 
 
 def pmf_h32(**overrides: Any) -> PixelMeanFlowDiT:
-    """pMF-H/32 on pictures of 512 pixels."""
+    """pMF-H/32 on 512 pixels, likewise."""
     own = {"omega": 5.5, "interval": (0.1, 0.6), "noise_scale": 4.0}
     return _model(48, 1280, 16, {**_512, **_HUGE, **own}, overrides)
 

@@ -6,7 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from torchmetrics import Metric
+
+
+def channel_deviation(embedding: Tensor) -> Tensor:
+    """The collapse monitor of SimSiam (arXiv 2011.10566, section 4.1): the mean over channels of the (unbiased)
+    deviation over samples of embeddings (N, C), each scaled to unit length. About 1/sqrt(C) where they fill the sphere,
+    0 where they collapse; :class:`Spread` is its ratio to 1/sqrt(C) over a whole split."""
+    return normalize(embedding, dim=1).std(dim=0).mean()
+
+
+def view_variance(embedding: Tensor) -> Tensor:
+    """The variance within images (Asym-Siam, arXiv 2204.00613) of embeddings (V, N, C) of V views of N images, each
+    scaled to unit length: the (unbiased) variance over the views, summed over channels, mean over images. 0 where all
+    views of an image are encoded alike."""
+    return normalize(embedding, dim=2).var(dim=0).sum(dim=1).mean()
 
 
 class Spread(Metric):

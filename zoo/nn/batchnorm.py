@@ -7,8 +7,32 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
 from zoo.errors import ZooError
+from zoo.ops.collective import gather_with_grad, world
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _in_splits(norm: nn.BatchNorm1d | nn.BatchNorm2d, splits: int, x: Tensor) -> Tensor:
+    """Training's BatchNorm of features (N, C, ...), sample n with those of its split n mod S."""
+    batch, channels, *places = x.shape
+    if batch % splits:
+        raise ZooError(f"a batch of {batch} cannot be split into {splits} parts: choose bn_splits that divides it")
+    if batch == splits and not places:
+        raise ZooError(
+            f"{splits} parts of a batch of {batch} hold one sample each, which has no variance: lower bn_splits"
+        )
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    mean, var = norm.running_mean.repeat(splits), norm.running_var.repeat(splits)
+    parts = x.reshape(batch // splits, splits * channels, *places)
+    weight, bias = norm.weight.repeat(splits), norm.bias.repeat(splits)
+    y = batch_norm(parts, mean, var, weight, bias, True, norm.momentum or 0.0, norm.eps)
+    with torch.no_grad():
+        norm.running_mean.copy_(mean.view(splits, channels).mean(dim=0))
+        norm.running_var.copy_(var.view(splits, channels).mean(dim=0))
+        norm.num_batches_tracked.add_(1)
+    return y.view(x.shape)
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
@@ -23,10 +47,6 @@ class SplitBatchNorm(nn.BatchNorm2d):
         eps, momentum: as of BatchNorm2d.
         device, dtype: of the parameters.
     """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
 
     def __init__(
         self,
@@ -48,20 +68,64 @@ class SplitBatchNorm(nn.BatchNorm2d):
         Raises:
             ZooError: in training, a batch that cannot be split evenly.
         """
-        if not self.training:
-            return super().forward(x)
-        splits, (batch, channels, height, width) = self.num_splits, x.shape
-        if batch % splits:
-            raise ZooError(f"a batch of {batch} cannot be split into {splits} parts: choose bn_splits that divides it")
-        mean, var = self.running_mean.repeat(splits), self.running_var.repeat(splits)
-        parts = x.reshape(batch // splits, splits * channels, height, width)
-        weight, bias = self.weight.repeat(splits), self.bias.repeat(splits)
-        y = batch_norm(parts, mean, var, weight, bias, True, self.momentum or 0.0, self.eps)
-        with torch.no_grad():
-            self.running_mean.copy_(mean.view(splits, channels).mean(dim=0))
-            self.running_var.copy_(var.view(splits, channels).mean(dim=0))
-            self.num_batches_tracked.add_(1)
-        return y.view(batch, channels, height, width)
+        return _in_splits(self, self.num_splits, x) if self.training else super().forward(x)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_splits={self.num_splits}"
+
+
+class SplitBatchNorm1d(nn.BatchNorm1d):
+    """As :class:`SplitBatchNorm`, of features (N, C).
+
+    Args:
+        num_features: channels C.
+        num_splits: S; the batch must be a multiple of it.
+    """
+
+    def __init__(self, num_features: int, num_splits: int = 8) -> None:
+        super().__init__(num_features)
+        if num_splits < 1:
+            raise ZooError(f"SplitBatchNorm1d wants num_splits of 1 or more, not {num_splits}")
+        self.num_splits = num_splits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, C), normalised; raises as :meth:`SplitBatchNorm.forward`."""
+        return _in_splits(self, self.num_splits, x) if self.training else super().forward(x)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_splits={self.num_splits}"
+
+
+class GatheredBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm1d of features (N, C) over the batches of several processes, on any device; one process alone has an
+    ordinary BatchNorm1d, whose parameter names it has. Features are gathered whole, so it is for heads, not for trunks
+    (torch's SyncBatchNorm).
+
+    Args:
+        num_features: channels C.
+        group_size: processes whose batches are one, ranks 0 to G - 1, G to 2 G - 1, ...; at most all of them.
+    """
+
+    def __init__(self, num_features: int, group_size: int = 8) -> None:
+        super().__init__(num_features)
+        if group_size < 1:
+            raise ZooError(f"GatheredBatchNorm1d wants group_size of 1 or more, not {group_size}")
+        self.group_size = group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, C), normalised.
+
+        Raises:
+            ZooError: in training, processes that do not make whole groups.
+        """
+        rank, size = world()
+        group = min(self.group_size, size)
+        if not self.training or size == 1:
+            return super().forward(x)
+        if size % group:
+            raise ZooError(f"{size} processes do not make groups of {group}: take a multiple")
+        rows = gather_with_grad(x).chunk(size // group)[rank // group]
+        return super().forward(rows).chunk(group)[rank % group]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, group_size={self.group_size}"

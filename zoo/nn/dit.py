@@ -46,6 +46,7 @@ class BlockStyle:
         rope: rotate queries and keys by their place in the grid.
         qk_norm: RMSNorm on the queries and keys of each head.
         shift: adaLN shifts as well as scales ("wo_shift" of LightningDiT leaves the shift out).
+        swiglu_multiple: the hidden width of a swiglu is rounded up to a multiple of this.
     """
 
     norm: Literal["layer", "rms"] = "layer"
@@ -53,6 +54,7 @@ class BlockStyle:
     rope: bool = False
     qk_norm: bool = False
     shift: bool = True
+    swiglu_multiple: int = 1
 
     def __post_init__(self) -> None:
         if self.norm not in ("layer", "rms") or self.mlp not in ("gelu_tanh", "gelu", "swiglu"):
@@ -141,11 +143,12 @@ class Attention(vit.Attention):
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(a) * b) with (a, b) = w12(x); hidden width int(2/3 * hidden), of which `drop` are dropped."""
+    """w3(silu(a) * b) with (a, b) = w12(x); hidden width int(2/3 * hidden), rounded up to a `multiple`; `drop` of the
+    hidden are dropped."""
 
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, multiple: int = 1) -> None:
         super().__init__()
-        hidden = int(hidden * 2 / 3)
+        hidden = math.ceil(int(hidden * 2 / 3) / multiple) * multiple
         self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
         self.drop = drop
 
@@ -154,11 +157,11 @@ class SwiGLU(nn.Module):
         return self.w3(dropout(silu(a) * b, self.drop, self.training))
 
 
-def _mlp(kind: str, dim: int, hidden: int, drop: float) -> nn.Module:
+def _mlp(kind: str, dim: int, hidden: int, drop: float, multiple: int) -> nn.Module:
     if kind == "swiglu":
-        return SwiGLU(dim, hidden, drop)
+        return SwiGLU(dim, hidden, drop, multiple)
     gelu: Any = partial(nn.GELU, approximate="tanh" if kind == "gelu_tanh" else "none")
-    return Mlp(dim, hidden, act_layer=gelu, drop=(drop, 0.0))  # type: ignore[arg-type]
+    return Mlp(dim, hidden, act_layer=gelu, drop=(drop, 0.0))
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
@@ -185,7 +188,7 @@ class DiTBlock(nn.Module):
         self.norm1 = _norm(style.norm, dim)
         self.attn = Attention(dim, num_heads, style.qk_norm, attn_drop, proj_drop)
         self.norm2 = _norm(style.norm, dim)
-        self.mlp = _mlp(style.mlp, dim, int(dim * mlp_ratio), proj_drop)
+        self.mlp = _mlp(style.mlp, dim, int(dim * mlp_ratio), proj_drop, style.swiglu_multiple)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, (6 if style.shift else 4) * dim))
 
     def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:

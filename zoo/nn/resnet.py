@@ -33,11 +33,11 @@ def resnet(
     small_images: bool = False,
     bn_splits: int = 1,
     in_chans: int = 3,
+    zero_init_last: bool = False,
 ) -> ResNet:
     """A ResNet with timm's protocol (forward_features, forward_head, reset_classifier).
 
-    Convolutions start from He-normal weights (fan out), and the last BatchNorm of a block from 1, not 0, as in
-    torchvision.
+    Convolutions start from He-normal weights (fan out), as in torchvision.
 
     Args:
         arch: a name in RESNETS: the kind of block, and how many of them in each stage.
@@ -47,6 +47,8 @@ def resnet(
         small_images: a 3x3 stem of stride 1 without max-pooling, for images of 32 pixels.
         bn_splits: more than 1 for :class:`SplitBatchNorm` throughout.
         in_chans: channels of the image.
+        zero_init_last: the scale of the last BatchNorm of a block starts from 0 and not from 1, so that blocks are the
+            identity (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
 
     Raises:
         ZooError: an unknown name, or a number that makes no network.
@@ -67,7 +69,7 @@ def resnet(
         in_chans=in_chans,
         channels=tuple(width * 2**stage for stage in range(4)),
         norm_layer=partial(SplitBatchNorm, num_splits=bn_splits) if bn_splits > 1 else nn.BatchNorm2d,
-        zero_init_last=False,
+        zero_init_last=zero_init_last,
     )
     if small_images:
         network.set_submodule("conv1", nn.Conv2d(in_chans, 64, kernel_size=3, padding=1, bias=False))

@@ -22,10 +22,11 @@ def sincos_1d(embed_dim: int, positions: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def sincos_2d(embed_dim: int, grid: tuple[int, int], num_prefix: int = 0) -> Tensor:
+def sincos_2d(embed_dim: int, grid: tuple[int, int], num_prefix: int = 0, rows_first: bool = False) -> Tensor:
     """A fixed table (1, num_prefix + rows*columns, embed_dim), float32; prefix rows are zero.
 
-    The first half of the channels encodes the column, the second the row (MAE's order; MoCo v3 has them swapped).
+    The first half of the channels encodes the column, the second the row (MAE's order); with `rows_first` it is the
+    other way round (MoCo v3's).
 
     Raises:
         ZooError: `embed_dim` is no multiple of 4.
@@ -35,7 +36,8 @@ def sincos_2d(embed_dim: int, grid: tuple[int, int], num_prefix: int = 0) -> Ten
     rows, columns = grid
     column = sincos_1d(embed_dim // 2, torch.arange(columns)).expand(rows, columns, -1)
     row = sincos_1d(embed_dim // 2, torch.arange(rows))[:, None].expand(rows, columns, -1)
-    table = torch.cat([column, row], dim=-1).reshape(1, rows * columns, embed_dim)
+    halves = [row, column] if rows_first else [column, row]
+    table = torch.cat(halves, dim=-1).reshape(1, rows * columns, embed_dim)
     return torch.cat([table.new_zeros(1, num_prefix, embed_dim), table], dim=1).float()
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -35,21 +35,22 @@ from lightning.pytorch.utilities import rank_zero_warn
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from zoo.errors import ZooError
 from zoo.metrics.spread import Spread
 from zoo.nn.batchnorm import SplitBatchNorm
 from zoo.nn.resnet import detectron2_trunk, resnet, torchvision_trunk
 from zoo.ops.collective import from_first, gather, world
-from zoo.training import BaseModule, LinearClassification, Optim
-from zoo.weights.pretrained import fill, read_source
+from zoo.ops.momentum import move_towards
+from zoo.training import BaseModule, Optim
+from zoo.training.trunks import ResNetLinearProbe
 
 __all__ = [
     "EXPORTS",
     "MoCo",
     "MoCoLinearProbe",
     "MoCoPretraining",
+    "MoCoTask",
     "MoCoV2",
     "MoCoV2Pretraining",
     "convert_official",
@@ -79,12 +80,6 @@ def info_nce_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: floa
 def info_nce(logits: Tensor) -> Tensor:
     """The (K + 1)-way softmax loss of logits (N, 1 + K) whose first column is the match (Eq. 1), mean over N."""
     return cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
-
-
-@torch.no_grad()
-def move_towards(target: nn.Module, source: nn.Module, momentum: float) -> None:
-    """theta_k <- m theta_k + (1 - m) theta_q for the parameters, not the buffers (Eq. 2), in place."""
-    get_ema_multi_avg_fn(momentum)(list(target.parameters()), list(source.parameters()), None)
 
 
 @torch.no_grad()
@@ -248,42 +243,29 @@ _V2 = replace(_V1, schedule="cosine", milestones=())
 _PROBE = replace(_V1, lr=30.0, weight_decay=0.0, milestones=(60, 80))
 
 
-class MoCoPretraining(BaseModule):
-    """Pre-training (section 3.3, Algorithm 1).
+class MoCoTask(BaseModule):
+    """What the tasks share that train a :class:`MoCo`: a step, its queue, evaluation and features.
 
-    Training batches hold `views`, two of (N, 3, S, S), and may pin the shuffling by `permutation` (R * N,), for the
-    symmetric loss (2, R * N). Logs `train/acc1`, the share of queries that find their key among K + 1. Evaluation
-    batches hold `image`; logged is `{val,test}/spread`, the mean deviation of the embeddings' channels in units of
-    1/sqrt(C): 1 where they fill the sphere, 0 where they collapse.
+    Evaluation batches hold `image`; logged is `{val,test}/spread`, the mean deviation of the embeddings' channels in
+    units of 1/sqrt(C): 1 where they fill the sphere, 0 where they collapse. Training logs `train/acc1`, the share of
+    queries that find their key among K + 1.
 
     Args:
-        symmetric: each view is query and key in turn, and the losses add up (the official CIFAR-10 demo).
+        network: to train.
         feature: what `features` gives to probes: the pooled features of the "trunk", or the "embedding" of the head.
         optim: optimiser and schedule.
-        network: of :class:`MoCo`.
     """
 
     batch_keys = ("views", "image")
     meets = True
+    views = 2  # of each image
 
-    def __init__(
-        self,
-        symmetric: bool = False,
-        feature: Literal["trunk", "embedding"] = "trunk",
-        optim: Optim = _V1,
-        **network: Any,
-    ) -> None:
+    def __init__(self, network: MoCo, feature: Literal["trunk", "embedding"], optim: Optim) -> None:
         super().__init__(optim)
-        self.save_hyperparameters()
-        self.network = self.build(**network)
-        self.symmetric, self.feature = symmetric, feature
+        self.network, self.feature = network, feature
         dim = self.network.queue.shape[0]
         self.val_spread, self.test_spread = Spread(dim), Spread(dim)
         self._waiting: list[Tensor] = []  # keys of an accumulation window that is still open
-
-    def build(self, **network: Any) -> MoCo:
-        """The network that this task trains."""
-        return MoCo(**network)
 
     def trainable(self) -> nn.Module:
         return self.network.encoder_q
@@ -297,30 +279,28 @@ class MoCoPretraining(BaseModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         views = batch.get("views")
-        if views is None or len(views) != 2:
+        if views is None or len(views) != self.views:
             raise ZooError(
-                "MoCo trains on 'views', two of each image, which the batch does not hold: wrap data.train_transform in"
-                " TwoViews"
+                f"MoCo trains on 'views', {self.views} of each image, which the batch does not hold: wrap"
+                f" data.train_transform in {'TwoViews' if self.views == 2 else 'zoo.data.views.Views'}"
             )
         window = 1 if self._trainer is None else self.trainer.accumulate_grad_batches
         if batch_idx % window == 0:
             self.network.update_key_encoder()
-        pairs = [(views[0], views[1]), (views[1], views[0])][: 2 if self.symmetric else 1]
-        pinned = batch.get("permutation")
-        permutations = [None] * len(pairs) if pinned is None else pinned.view(len(pairs), -1)
-        logits, keys = [], []
-        for (im_q, im_k), permutation in zip(pairs, permutations, strict=True):
-            query = self.network.query(im_q)
-            keys.append(self.network.keys(im_k, permutation))
-            logits.append(self.network.logits(query, keys[-1]))
-        self._waiting += reversed(keys)  # the keys of the first view come first
+        loss, logits, keys = self.contrast(views, batch.get("permutation"))
+        self._waiting += keys
         if (batch_idx + 1) % window == 0 or self.trainer.is_last_batch:
             self.network.enqueue(torch.cat(self._waiting))
             self._waiting = []
         if self._trainer is not None:
-            hits = torch.cat(logits).detach().argmax(dim=1) == 0
+            hits = logits.detach().argmax(dim=1) == 0
             self.log("train/acc1", hits.float().mean(), on_step=True, on_epoch=True, batch_size=len(views[0]))
-        return torch.stack([info_nce(part) for part in logits]).sum()
+        return loss
+
+    def contrast(self, views: Sequence[Tensor], permutation: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The loss of a batch of `views`, the logits (M, 1 + K) that `train/acc1` is of, and the keys (R * N, C) to
+        enter the queue, in order."""
+        raise NotImplementedError
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self.val_spread.update(self.network(batch["image"]))
@@ -348,6 +328,46 @@ class MoCoPretraining(BaseModule):
         return self.network.features(images) if self.feature == "trunk" else self.network(images)
 
 
+class MoCoPretraining(MoCoTask):
+    """Pre-training (section 3.3, Algorithm 1).
+
+    Training batches hold `views`, two of (N, 3, S, S), and may pin the shuffling by `permutation` (R * N,), for the
+    symmetric loss (2, R * N). Logs are :class:`MoCoTask`'s.
+
+    Args:
+        symmetric: each view is query and key in turn, and the losses add up (the official CIFAR-10 demo).
+        feature: what `features` gives to probes: the pooled features of the "trunk", or the "embedding" of the head.
+        optim: optimiser and schedule.
+        network: of :class:`MoCo`.
+    """
+
+    def __init__(
+        self,
+        symmetric: bool = False,
+        feature: Literal["trunk", "embedding"] = "trunk",
+        optim: Optim = _V1,
+        **network: Any,
+    ) -> None:
+        super().__init__(self.build(**network), feature, optim)
+        self.save_hyperparameters()
+        self.symmetric = symmetric
+
+    def build(self, **network: Any) -> MoCo:
+        """The network that this task trains."""
+        return MoCo(**network)
+
+    def contrast(self, views: Sequence[Tensor], permutation: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+        pairs = [(views[0], views[1]), (views[1], views[0])][: 2 if self.symmetric else 1]
+        permutations = [None] * len(pairs) if permutation is None else permutation.view(len(pairs), -1)
+        logits, keys = [], []
+        for (im_q, im_k), order in zip(pairs, permutations, strict=True):
+            query = self.network.query(im_q)
+            keys.append(self.network.keys(im_k, order))
+            logits.append(self.network.logits(query, keys[-1]))
+        loss = torch.stack([info_nce(part) for part in logits]).sum()
+        return loss, torch.cat(logits), keys[::-1]  # the keys of the first view come first
+
+
 class MoCoV2Pretraining(MoCoPretraining):
     """Pre-training of version 2: :class:`MoCoV2`, T 0.2, cosine schedule. Arguments as MoCoPretraining's."""
 
@@ -358,31 +378,20 @@ class MoCoV2Pretraining(MoCoPretraining):
         return MoCoV2(**network)
 
 
-class MoCoLinearProbe(LinearClassification):
+class MoCoLinearProbe(ResNetLinearProbe):
     """Linear classification of frozen features (section 4.1): SGD without decay, lr 30, the trunk in eval mode.
 
     Args:
-        num_classes: taken from the data module by a recipe.
-        init_from: a checkpoint of :class:`MoCoPretraining`, a published file, or the name of published weights.
         optim: optimiser and schedule.
-        trunk: of :func:`zoo.nn.resnet.resnet`.
+        options: of :class:`~zoo.training.trunks.ResNetLinearProbe`.
     """
 
-    network: ResNet
+    def __init__(self, optim: Optim = _PROBE, **options: Any) -> None:
+        super().__init__(optim=optim, **options)
 
-    def __init__(
-        self, num_classes: int = 1000, init_from: str | None = None, optim: Optim = _PROBE, **trunk: Any
-    ) -> None:
-        network = resnet(num_classes=0, bn_splits=1, **trunk)  # splits change nothing in eval mode
-        head = nn.Linear(network.num_features, num_classes)
-        nn.init.normal_(head.weight, std=0.01)
-        nn.init.zeros_(head.bias)
-        super().__init__(network, head, "fc", optim, num_classes, init_from)
-        self.save_hyperparameters()
-
-    def load_initial(self, source: str) -> None:
-        trunk = torchvision_trunk(convert_trunk(read_source(source)))
-        fill(self.network, trunk, source, lambda key: not key.startswith("fc."))
+    @staticmethod
+    def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return convert_trunk(state_dict)
 
 
 # ---------------------------------------------------------------------------------------------------------- 4. models

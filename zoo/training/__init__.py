@@ -7,16 +7,18 @@ from zoo.training.callbacks import NonFiniteGuard, Pictures, PreciseBN, Timing, 
 from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from zoo.training.classification import Classification, LinearClassification
 from zoo.training.ema import EMA, choose_average, evaluation_weights, half_life_decay
-from zoo.training.lars import LARS
-from zoo.training.measures import FactorAccuracy, GivenBoxMasks, GradientSpread, UnitDeletion
+from zoo.training.lars import LARC, LARS
+from zoo.training.measures import FactorAccuracy, GivenBoxMasks, GradientSpread, Instability, UnitDeletion, ViewVariance
 from zoo.training.muon import Muon, NAdam
-from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_optimizer, param_groups
+from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_optimizer, param_groups, run_position
+from zoo.training.plane import PlaneEvaluation
 from zoo.training.probe import KNNProbe, LinearProbe, extract_features, fit_probe, gather_samples, probe_head
 from zoo.training.sampling import SampleGrid, SamplingEvaluation
 from zoo.training.video import ActionDetection, MultiLabelVideoClassification, VideoClassification
 
 __all__ = [
     "EMA",
+    "LARC",
     "LARS",
     "ActionDetection",
     "BaseModule",
@@ -25,6 +27,7 @@ __all__ = [
     "FactorAccuracy",
     "GivenBoxMasks",
     "GradientSpread",
+    "Instability",
     "KNNProbe",
     "LastCheckpoint",
     "LinearClassification",
@@ -35,12 +38,14 @@ __all__ = [
     "NonFiniteGuard",
     "Optim",
     "Pictures",
+    "PlaneEvaluation",
     "PreciseBN",
     "SampleGrid",
     "SamplingEvaluation",
     "Timing",
     "UnitDeletion",
     "VideoClassification",
+    "ViewVariance",
     "build",
     "choose_average",
     "default_callbacks",
@@ -54,5 +59,6 @@ __all__ = [
     "make_optimizer",
     "param_groups",
     "probe_head",
+    "run_position",
     "seed_position",
 ]

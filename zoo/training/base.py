@@ -233,8 +233,9 @@ class BaseModule(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._in_batch = True
         self._seed_batch(0, self.current_epoch, batch_idx)
-        rates = [group["lr"] for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
-        self.log("train/lr", max(rates, default=0.0), on_step=True, on_epoch=False, batch_size=1)
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        moving = [group["lr"] for group in groups if not group.get("constant")]
+        self.log("train/lr", max(moving, default=0.0), on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._in_batch = False

@@ -336,10 +336,11 @@ def _refuse_other_optimizer(trainer: L.Trainer, optimizers: int, schedulers: int
         )
     for optimizer in trainer.optimizers:
         for parameter, state in optimizer.state.items():
-            for name in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+            for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "momentum", "square"):
                 if isinstance(value := state.get(name), torch.Tensor) and value.numel() != parameter.numel():
                     raise ZooError(f"the checkpoint's optimiser is of another model: {name} of {tuple(value.shape)}")
-        odd = [name for group in optimizer.param_groups for name in optimizer.defaults if name not in group]
+        own = optimizer.defaults.keys() - {"differentiable"}  # which PyTorch adds to every optimiser when it loads
+        odd = sorted(name for group in optimizer.param_groups for name in own if name not in group)
         if odd:
             kind = type(optimizer).__name__
             raise ZooError(f"the checkpoint's optimiser is no {kind}, it has no {odd[0]!r}: keep model.optim.name")

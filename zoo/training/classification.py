@@ -13,9 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from zoo.errors import ZooError
 from zoo.nn.memory_order import to_channels_last
 from zoo.training.base import BaseModule
 from zoo.training.optim import Optim
+
+
+def check_classes(data: Any, num_classes: int) -> None:
+    """Refuses a data module whose labels a classifier of so many classes cannot learn: on a GPU they would end the
+    process.
+
+    Raises:
+        ZooError: the set has no labels, or more classes.
+    """
+    known = getattr(data, "num_classes", None)
+    name = getattr(data, "dataset", type(data).__name__)
+    if known == 0:
+        raise ZooError(
+            f"{name}: has no labels to learn or to be judged by; a folder a class gives them, or another task"
+        )
+    if known is not None and known > num_classes:
+        raise ZooError(f"{name} has {known} classes, the model {num_classes}: leave out model.num_classes")
 
 
 class Classification(BaseModule):
@@ -51,7 +69,7 @@ class Classification(BaseModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__(optim)
-        self.network = network
+        self.network, self.num_classes = network, num_classes
         self.channels_last = channels_last
         if channels_last:
             to_channels_last(network)
@@ -61,6 +79,11 @@ class Classification(BaseModule):
             from zoo.data.transforms import Mixing
 
             self.mixing = Mixing(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+
+    def setup(self, stage: str) -> None:
+        if stage != "predict" and self._trainer is not None:
+            check_classes(getattr(self.trainer, "datamodule", None), self.num_classes)
+        super().setup(stage)
 
     def trainable(self) -> nn.Module:
         return self.network
@@ -86,6 +109,7 @@ class Classification(BaseModule):
     def _evaluate(self, batch: Mapping[str, Any], split: str) -> None:
         logits, label = self.predict_logits(batch), batch["label"]
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
+        hits &= ~logits.isnan().any(dim=1, keepdim=True)  # NaN would be the largest
         self.tally(f"{split}/top1", hits[:, 0])
         self.tally(f"{split}/top5", hits.any(dim=1))
         self.tally(f"{split}/loss", cross_entropy(logits, label, reduction="none"))

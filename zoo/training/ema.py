@@ -72,6 +72,7 @@ class EMA(L.Callback):
         self.steps = 0
         self._average = get_ema_multi_avg_fn(decay**every_n_steps if per_step else decay)
         self._seen = 0
+        self._absent = False  # from the checkpoint that was loaded
         self._raw: dict[str, Tensor] | None = None  # the module's own weights while it holds the averaged ones
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -171,8 +172,9 @@ class EMA(L.Callback):
     on_validation_end = on_test_end = on_predict_end = _end
 
     def require(self) -> None:
-        """Raises ZooError unless there are averaged weights."""
-        if not self.weights:
+        """Raises ZooError where a checkpoint was loaded that does not hold this average. Without a checkpoint it is yet
+        to begin, as the weights themselves."""
+        if self._absent:
             raise ZooError(f"there is no average {self.name!r}: the checkpoint holds none of this name")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -189,7 +191,8 @@ class EMA(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # Checkpoints without the count were written when it was the trainer's.
         self.steps = int(checkpoint.get(f"{self.name}_steps", checkpoint.get("global_step", 0)))
-        if self.key in checkpoint:
+        self._absent = self.key not in checkpoint
+        if not self._absent:
             self.weights = {name: value.clone() for name, value in checkpoint[self.key].items()}
         else:
             self.weights = {}

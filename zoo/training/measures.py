@@ -12,13 +12,17 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from zoo.errors import ZooError
+from zoo.metrics.spread import view_variance
 from zoo.ops.masks import paste_masks
 from zoo.training.ema import evaluation_weights
-from zoo.training.probe import _loader
+from zoo.training.probe import KNNProbe, _loader
+
+_UNSEEN = 1 << 20  # repetitions of a sample that no training draws
 
 
 def _chosen(module: nn.Module, pattern: str) -> dict[str, nn.Module]:
@@ -233,3 +237,149 @@ class GivenBoxMasks(L.Callback):
         found |= {"mask_iou_large": overlaps[large]} if large.any() else {}
         numbers = {f"val/{name}": value.mean().item() for name, value in found.items()}
         pl_module.log_dict(numbers, sync_dist=trainer.world_size > 1)
+
+
+class ViewVariance(L.Callback):
+    """Logs `variance/SIDE`: how far the embeddings of one image lie apart under its training views, for each side of a
+    siamese network (Asym-Siam, arXiv 2204.00613; :func:`zoo.metrics.spread.view_variance`).
+
+    For tasks with `sides(views)`, which gives {"source": (N, C), "target": (N, C)}, or other sides, of a batch of
+    `views`; and data modules with `samples("train")`. It is measured in eval mode at the end of a validation, on the
+    first images of the training split, under views that no epoch of the run draws. Every process measures the same.
+
+    Args:
+        images: of the training split.
+        repeats: how often their views are drawn, 2 or more.
+        every_n_epochs: epochs between two measurements.
+    """
+
+    def __init__(self, images: int = 256, repeats: int = 8, every_n_epochs: int = 1) -> None:
+        if images < 1 or repeats < 2 or every_n_epochs < 1:
+            raise ZooError(
+                "the variance of views wants 1 or more images and every_n_epochs, and 2 or more repeats; got"
+                f" {images}, {every_n_epochs} and {repeats}"
+            )
+        self.images, self.repeats, self.every_n_epochs = images, repeats, every_n_epochs
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or (
+            trainer.state.fn == TrainerFn.FITTING and (trainer.current_epoch + 1) % self.every_n_epochs
+        ):
+            return
+        self._measure(trainer, pl_module)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _measure(self, trainer: L.Trainer, pl_module: Any) -> None:
+        source: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not callable(getattr(source, "samples", None)):
+            raise ZooError("the variance of views wants a data module that has samples(split)")
+        if not callable(getattr(pl_module, "sides", None)):
+            raise ZooError(f"{type(pl_module).__name__} has no sides(views) whose variance could be measured")
+        samples = source.samples("train")
+        found: dict[str, list[Tensor]] = {}
+        with evaluation_weights(trainer, pl_module), torch.inference_mode():
+            for repeat in range(self.repeats):
+                # Repetitions of a sample are drawn apart; those of training are numbered from 0.
+                keys = [(index, 0, _UNSEEN + repeat) for index in range(min(self.images, len(samples)))]
+                batch = trainer.strategy.batch_to_device(
+                    trainer.precision_plugin.convert_input(samples.__getitems__(keys)), pl_module.device
+                )
+                if "views" not in batch:
+                    raise ZooError("the variance of views wants a train_transform that gives views")
+                with trainer.precision_plugin.forward_context():
+                    for side, embedding in pl_module.sides(batch["views"]).items():
+                        found.setdefault(side, []).append(embedding.float())
+        pl_module.log_dict({f"variance/{side}": view_variance(torch.stack(rows)) for side, rows in found.items()})
+
+
+def dips(curve: Sequence[float], drop: float = 0.02) -> int:
+    """How often a curve of accuracies falls more than `drop` below the highest value so far; it must come back to
+    within `drop` before it can fall again."""
+    count, best, below = 0, -float("inf"), False
+    for value in curve:
+        fallen = value < best - drop
+        count += fallen and not below
+        best, below = max(best, value), fallen
+    return count
+
+
+class Instability(L.Callback):
+    """Makes unstable training visible, as MoCo v3 (arXiv 2104.02057, section 4) looks at it: the gradient of the first
+    layer, and dips of the kNN accuracy within epochs.
+
+    Logs `gradient/first` and `gradient/last`, the L2 norms of the gradients of the first and the last weights of the
+    task's `trainable()` that train, before clipping, at every update, and their largest values so far,
+    `gradient/first_max` and `gradient/last_max`; at every `every_n_steps`-th update `knn_curve`, the top-1 of the
+    nearest neighbours of the task's features, `knn_dips` (:func:`dips`) and `knn_drop`, the deepest fall below the best
+    so far.
+
+    Args:
+        first, last: names of layers inside `trainable()` instead, such as "base_encoder.patch_embed.proj".
+        every_n_steps: updates between two measurements of the nearest neighbours; null for none.
+        drop: a fall of the accuracy that counts as a dip.
+        k, temperature, train_samples: as of :class:`~zoo.training.KNNProbe`.
+
+    Raises:
+        ZooError: a number out of range, or at the start of a run a layer that has no weights or does not train.
+    """
+
+    def __init__(
+        self,
+        first: str | None = None,
+        last: str | None = None,
+        every_n_steps: int | None = None,
+        drop: float = 0.02,
+        k: int = 20,
+        temperature: float = 0.07,
+        train_samples: int | None = None,
+    ) -> None:
+        if (every_n_steps is not None and every_n_steps < 1) or not 0 <= drop < 1:
+            raise ZooError(
+                f"every_n_steps must be 1 or more or null, and drop in [0, 1); got {every_n_steps} and {drop}"
+            )
+        self.layers, self.every_n_steps, self.drop = {"first": first, "last": last}, every_n_steps, drop
+        self._probe = KNNProbe(k, temperature, train_samples=train_samples)
+        self._weights: dict[str, nn.Parameter] = {}
+        self._norms: dict[str, Tensor] = {}
+        self._largest: dict[str, float] = {}
+        self.curve: list[float] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"curve": list(self.curve), "largest": {name: float(value) for name, value in self._largest.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.curve, self._largest = list(state_dict["curve"]), dict(state_dict["largest"])
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        part = pl_module.trainable()
+        train = {
+            name.rpartition(".")[0]: parameter
+            for name, parameter in part.named_parameters()
+            if parameter.requires_grad and parameter.ndim > 1 and name.endswith("weight")
+        }
+        ends = {"first": next(iter(train), None), "last": next(reversed(train), None)}
+        for end, asked in self.layers.items():
+            layer = asked or ends[end]
+            if layer not in train:
+                raise ZooError(f"{type(part).__name__} has no layer {layer!r} with weights that train")
+            self._weights[end] = train[layer]
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        gradients = {end: weight.grad for end, weight in self._weights.items() if weight.grad is not None}
+        self._norms = {end: gradient.detach().float().norm() for end, gradient in gradients.items()}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self._norms:  # no update yet
+            return
+        for end, norm in self._norms.items():
+            self._largest[end] = max(self._largest.get(end, 0.0), norm.item())
+        pl_module.log_dict({f"gradient/{end}": norm for end, norm in self._norms.items()})
+        pl_module.log_dict({f"gradient/{end}_max": value for end, value in self._largest.items()})
+        self._norms = {}
+        if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
+            self.curve.append(self._probe.accuracy(trainer, pl_module)["top1"])
+            best = itertools.accumulate(self.curve, max)
+            pl_module.log("knn_curve", self.curve[-1])
+            pl_module.log("knn_dips", float(dips(self.curve, self.drop)))
+            pl_module.log("knn_drop", max(top - now for top, now in zip(best, self.curve, strict=True)))

@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from zoo.errors import ZooError, unknown
-from zoo.training.lars import LARS
+from zoo.training.lars import LARC, LARS
 from zoo.training.muon import Muon, NAdam
 
-Name = Literal["adamw", "adam", "sgd", "lars", "muon", "nadam"]
+Name = Literal["adamw", "adam", "sgd", "lars", "larc", "muon", "nadam"]
 Schedule = Literal["cosine", "step", "constant"]
 Interval = Literal["step", "epoch"]
 NoDecay = Literal["1d", "norm", "none"]
@@ -50,11 +50,13 @@ class Optim:
         bias_weight_decay: decay of all biases, those of normalisation layers too; null: as the others'.
         bias_lr_scale: factor of the learning rate of all biases.
         betas, eps: of Adam, AdamW and NAdam.
-        momentum: of SGD and LARS.
+        momentum: of SGD, LARS and LARC.
         muon_momentum: of the matrices under Muon.
         nesterov, dampening: of SGD.
-        trust_coefficient: of LARS.
+        trust_coefficient: of LARS and LARC.
         layer_decay: factor per layer from the top down; wants a model with `layer_id(name)` and `num_layer_ids`.
+        constant_lr: beginnings of the names of parameters whose rate stays at the peak from the first step on, such as
+            SimSiam's `predictor`; they are groups of their own.
         no_decay: "1d" spares biases and parameters of one dimension, "norm" those of normalisation layers only, "none"
             decays everything.
         schedule: what follows the warm-up.
@@ -95,6 +97,7 @@ class Optim:
     dampening: float = 0.0
     trust_coefficient: float = 0.001
     layer_decay: float | None = None
+    constant_lr: tuple[str, ...] = ()
     no_decay: NoDecay = "1d"
     schedule: Schedule = "cosine"
     interval: Interval = "step"
@@ -200,13 +203,16 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     the names in its `weight_decay_too()`. Normalisation layers and biases with a decay of their own have that instead,
     a bias of a normalisation layer that of biases. Without layer decay these groups come first, then the undecayed one;
     with it, groups come in the order in which they first occur in `named_parameters`, and a layer's scale is
-    layer_decay ** (top - id), top being `model.num_layer_ids` - 1. Under Muon matrices are groups of their own.
+    layer_decay ** (top - id), top being `model.num_layer_ids` - 1. Under Muon matrices are groups of their own, and so
+    are parameters of a constant rate, behind the others.
 
     Returns:
-        Groups with keys `params`, `names`, `weight_decay`, `lr_scale`, and under Muon `orthogonal`.
+        Groups with keys `params`, `names`, `weight_decay`, `lr_scale`, `constant` where the rate is, and under Muon
+        `orthogonal`.
 
     Raises:
-        ZooError: nothing to train, or layer decay for a model that does not number its layers.
+        ZooError: nothing to train, layer decay for a model that does not number its layers, or a constant rate for
+            names that nothing trainable has.
     """
     spared = {
         f"{prefix}.{name}" if prefix else name
@@ -220,6 +226,7 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
 
     included: set[str] = getattr(model, "weight_decay_too", set)()
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    used: set[str | None] = set()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -241,12 +248,19 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
         if bias and optim.bias_weight_decay is not None:
             kind, decay = 0, optim.bias_weight_decay
         matrix = optim.name == "muon" and parameter.ndim == 2 and not isinstance(owner, nn.Embedding)
+        prefix = next((start for start in optim.constant_lr if f"{name}.".startswith(f"{start}.")), None)
+        used |= {prefix}
         facts = {"weight_decay": decay, "lr_scale": scale} | ({"orthogonal": matrix} if optim.name == "muon" else {})
-        group = groups.setdefault((layer, kind, scale, matrix), {"params": [], "names": [], **facts})
+        facts |= {"constant": True} if prefix is not None else {}
+        group = groups.setdefault(
+            (layer, kind, scale, matrix, prefix is not None), {"params": [], "names": [], **facts}
+        )
         group["params"].append(parameter)
         group["names"].append(name)
     if not groups:
         raise ZooError(f"{type(model).__name__} has no parameter that requires a gradient; nothing to train")
+    if unused := [prefix for prefix in optim.constant_lr if prefix not in used]:
+        raise ZooError(f"optim.constant_lr names {unused[0]!r}, which no trainable parameter of the model begins with")
     if optim.layer_decay is None:
         return [groups[key] for key in sorted(groups)]
     return list(groups.values())
@@ -266,7 +280,8 @@ def make_optimizer(groups: list[dict[str, Any]], optim: Optim, lr: float, fused:
         return Muon(groups, lr=lr, betas=optim.betas, eps=optim.eps, momentum=optim.muon_momentum)
     if optim.name == "nadam":
         return NAdam(groups, lr=lr, betas=optim.betas, eps=optim.eps)
-    return LARS(groups, lr=lr, momentum=optim.momentum, trust_coefficient=optim.trust_coefficient)
+    trusting = LARS if optim.name == "lars" else LARC
+    return trusting(groups, lr=lr, momentum=optim.momentum, trust_coefficient=optim.trust_coefficient)
 
 
 def build(model: nn.Module, optim: Optim, trainer: L.Trainer) -> Any:
@@ -305,7 +320,20 @@ def build(model: nn.Module, optim: Optim, trainer: L.Trainer) -> Any:
         milestones = [epoch_of(m) for m in optim.milestone_steps] or list(optim.milestones)
         return lr_at(optim, epoch_of(step), total, peak, warmup, milestones) / peak
 
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+    factors: list[Any] = [_always if group.get("constant") else factor for group in groups]
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}}
+
+
+def _always(step: int) -> float:
+    """The factor of a constant rate."""
+    return 1.0
+
+
+def run_position(optim: Optim, trainer: L.Trainer) -> tuple[float, float]:
+    """(the fractional epoch at which the current optimiser step begins, the epochs of the whole run): where a schedule
+    of a task's own, such as that of a momentum, is read. It is that of the learning rate."""
+    epoch_of, total = _clock(optim, trainer)
+    return epoch_of(trainer.global_step), total
 
 
 def _clock(optim: Optim, trainer: L.Trainer) -> tuple[Callable[[int], float], float]:

@@ -352,6 +352,11 @@ class KNNProbe(L.Callback):
         self._measure(trainer, pl_module, "test")
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, held: str) -> None:
+        found = self.accuracy(trainer, pl_module, held)
+        pl_module.log_dict({f"knn_{name}": value for name, value in found.items()})
+
+    def accuracy(self, trainer: L.Trainer, pl_module: L.LightningModule, held: str = "val") -> dict[str, float]:
+        """{"top1", "top5"} on the split `held`, now; call on every process."""
         with evaluation_weights(trainer, pl_module):
             bank, query = (
                 gather_samples(
@@ -368,4 +373,4 @@ class KNNProbe(L.Callback):
         ).to(pl_module.device)
         metric.update_bank(bank["features"], bank["label"])
         metric.update(query["features"], query["label"])
-        pl_module.log_dict({f"knn_{name}": value.item() for name, value in metric.compute().items()})
+        return {name: value.item() for name, value in metric.compute().items()}

@@ -16,7 +16,7 @@ same samples come from one device and from eight, and a number can be had again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -283,6 +283,23 @@ class SampleGrid(L.Callback):
         return grid(torch.cat(parts), self.columns)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value)) and value[0] <= value[1]
+
+
+# Settings of sampling by name whose values are no plain numbers: what they are, and the test of one.
+_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "average": ("a name", lambda value: isinstance(value, str)),
+    "interval": ("two times that rise, such as [0.1, 1.0]", _is_interval),
+    "method": ("a name", lambda value: isinstance(value, str)),
+    "steps": ("a whole number of 1 or more", lambda value: isinstance(value, int) and value is not True and value >= 1),
+}
+
+
 @dataclass(frozen=True)
 class Sweep:
     """Settings of sampling to be compared: every combination of `values`, on so many `samples` each."""
@@ -311,11 +328,16 @@ class Sweep:
         return Sweep(values, samples)
 
     def check(self, model: Any, callbacks: Sequence[Any]) -> None:
-        """Raises ZooError for a name that sampling does not know, or an average that is not there."""
+        """Raises ZooError for a name that sampling does not know, a value of another kind than the setting's, or an
+        average that is not there."""
         known = [*getattr(model, "sampling_options", ()), "average"]
         for name in self.values:
             if name not in known:
                 raise unknown(f"sampling option of {type(model).__name__}", str(name), known)
+        for name, values in self.values.items():
+            what, fits = _VALUES.get(name, ("a number", _is_number))
+            if odd := [value for value in values if not fits(value)]:
+                raise ZooError(f"sweep: a value of {name} is {what}, not {odd[0]!r}")
         for name in self.values.get("average", ()):
             check_average(callbacks, name)
 

@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric, Metric
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
 from zoo.nn.memory_order import to_channels_last
 from zoo.training.base import BaseModule
+from zoo.training.classification import check_classes
 from zoo.training.optim import Optim
 
 
@@ -59,6 +60,11 @@ class VideoClassification(BaseModule):
     def make_metric(self) -> Metric:
         """The metric that :meth:`update_metric` hands the views to; it computes numbers by name."""
         return MultiViewAccuracy(self.num_classes)
+
+    def setup(self, stage: str) -> None:
+        if stage != "predict" and self._trainer is not None:
+            check_classes(getattr(self.trainer, "datamodule", None), self.num_classes)
+        super().setup(stage)
 
     def trainable(self) -> nn.Module:
         return self.network

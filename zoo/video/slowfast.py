@@ -158,6 +158,8 @@ class Lateral(nn.Module):
 
     def forward(self, slow: Tensor, fast: Tensor) -> Tensor:
         """Slow's features (B, C, T, H, W) with those of Fast (B, C', alpha T, H, W) appended or added."""
+        if fast.shape[2] != self.alpha * slow.shape[2] and self.fusion != "none":
+            raise ZooError(f"clips whose frames are no multiple of alpha {self.alpha}: change data.num_frames")
         if self.conv is not None and self.bn is not None:
             return torch.cat([slow, relu(self.bn(self.conv(fast)), inplace=True)], dim=1)
         if self.fusion == "time_strided_sample":

@@ -14,12 +14,21 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
-from zoo.formats import flax, pickles, pytorch, t5x, torch7, zips
+from zoo.formats import flax, persistence, pickles, pytorch, t5x, torch7, zips
 from zoo.weights.download import page, say
 
 # Where files keep weights: those that an optimiser moved, and their averages. Of each the first that is there counts.
 RAW = ("state_dict", "model", "model_state", "model_state_dict", "module", "params", "blobs")
-AVERAGED = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_params", "ema", "params_ema", "ema_model")
+AVERAGED = (
+    "ema_state_dict",
+    "state_dict_ema",
+    "model_ema",
+    "ema_params",
+    "ema",
+    "params_ema",
+    "ema_model",
+    "model_ema1",
+)
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.")  # of DataParallel, torch.compile, Lightning modules
 
 
@@ -75,8 +84,9 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
 
 def read_state_dict(path: str | os.PathLike[str], use_ema: bool | str | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, by name: safetensors, PyTorch, out of wrappers such as ``{"model": ...}``,
-    pickled NumPy arrays of Caffe2, Detectron and detectron2 (``.pkl``), ``.npz``, Torch7 (``.t7``), by place, a folder
-    or zip of t5x, or flax (``.msgpack``, or a zip of ``checkpoint_<step>``), by path.
+    pickled NumPy arrays of Caffe2, Detectron and detectron2 (``.pkl``), pickled modules of EDM and StyleGAN, ``.npz``,
+    Torch7 (``.t7``), by place, a folder or zip of t5x, or flax (``.msgpack``, or a zip of ``checkpoint_<step>``), by
+    path.
 
     A prefix that every key carries (``module.``, ``model.``) is taken off; of a checkpoint of ours, the network is
     taken (``network.``), not the metrics beside it. Nothing in the file is executed.
@@ -146,6 +156,8 @@ def _read(path: Path, use_ema: bool | str | None) -> dict[str, Tensor]:
         return _only(torch7.read_state_dict(path), path, use_ema)
     if path.suffix == ".npz":
         return _only(_read_npz(path), path, use_ema)
+    if persistence.is_persistent(path):
+        return _unwrap(persistence.read(path), path, use_ema)
     if pickles.is_array_pickle(path):
         return _unwrap(pickles.read(path), path, use_ema)
     try:
@@ -177,7 +189,7 @@ def _unwrap(content: Any, path: Path, use_ema: bool | str | None) -> dict[str, T
     """Descends from the top of a file to the dict whose values are tensors; entries beside tensors are left."""
     is_run = isinstance(content, Mapping) and "pytorch-lightning_version" in content
     average: dict[str, Tensor] = {}
-    named = ""
+    named, top = "", list(content) if isinstance(content, Mapping) else []
     sets: dict[str, dict[str, Tensor]] = {}
     while isinstance(content, Mapping):
         if isinstance(use_ema, str):
@@ -201,6 +213,8 @@ def _unwrap(content: Any, path: Path, use_ema: bool | str | None) -> dict[str, T
         raise ZooError(f"{path}: use_ema: holds no averaged weights")
     if use_ema is False and not raw:
         raise ZooError(f"{path}: use_ema=False: holds averaged weights only ({named})")
+    if not average and use_ema is None and (odd := next((key for key in AVERAGED if key in top), None)):
+        say(f"{path.name}: the raw weights are taken, as {odd} holds no tensors by name")
     if not average or use_ema is False:
         return raw
     if raw:
@@ -259,6 +273,8 @@ def _network(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if "n_averaged" in state and all(key.startswith("module.") for key in state if key != "n_averaged"):
+        state = {key: value for key, value in state.items() if key != "n_averaged"}  # of torch's AveragedModel
     for prefix in PREFIXES:
         if state and all(key.startswith(prefix) for key in state):
             return _without_prefix({key.removeprefix(prefix): value for key, value in state.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,15 +39,21 @@ def build(
     **options: Any,
 ) -> pmf.PixelMeanFlow:
     """The task by the settings of the official constructor, whose defaults these are."""
-    weights = {"lpips": lpips_lambda * lpips, "convnext": convnext_lambda * convnext}
-    perceptual = pmf.Perceptual(**weights, max_t=perceptual_max_t) if any(weights.values()) else None
+    # Either flag turns both terms on: there the flags choose which networks the distances come from.
+    weights = {"lpips": lpips_lambda, "convnext": convnext_lambda}
+    perceptual = pmf.Perceptual(**weights, max_t=perceptual_max_t) if lpips or convnext else None
     if tr_uniform:
         pairs = TimePairs(**{**vars(pairs), "uniform": 0.1})
     return Stubbed(perceptual=perceptual, pairs=pairs, **options)
 
 
 def _task(case: Case) -> pmf.PixelMeanFlow:
-    return official.task(case, build, pmf.convert_official, PAIRS)
+    """Two widths follow from the size of the model or differ between branches; the state says them."""
+    shapes = {key.removeprefix("net."): entry["shape"] for key, entry in case["state"].items()}
+    hidden = next(shape[0] for key, shape in shapes.items() if key.endswith("mlp.w1._flax_linear.weight"))
+    multiple = 1 if hidden == case["config"]["net"]["hidden_size"] * 8 // 3 else 8
+    sized = partial(build, bottleneck=shapes["x_embedder.proj1.weight"][0], mlp_multiple=multiple)
+    return official.task(case, sized, pmf.convert_official, PAIRS)
 
 
 def forward(case: Case) -> dict[str, Tensor]:
@@ -61,8 +68,10 @@ def train_loss(case: Case) -> dict[str, Tensor]:
     inputs, task = filled_inputs(case), _task(case)
     batch = official.batch(inputs) | {ours: inputs[name].reshape(-1) for name, ours in CLIP.items() if name in inputs}
     errors = task.errors(batch)
-    seen = {f"aux_loss_{name}": value.mean() for name, value in task.seen(batch, errors).items()}
     found = official.differentiated(case, task, pmf.convert_official, task.total(batch, errors))
+    if task.perceptual is not None:  # a term without weight is logged too
+        task.perception = pmf.Perceptual().networks()
+    seen = {f"aux_loss_{name}": value.mean() for name, value in task.seen(batch, errors).items()}
     return found | official.plain_means(errors) | seen
 
 
