@@ -25,12 +25,8 @@ from zoo.training import LARS, Instability, KNNProbe, Optim, param_groups
 from zoo.training.optim import make_optimizer
 
 VIT: dict[str, Any] = {
-    "arch": "vit_small",
-    "img_size": 32,
-    "patch_size": 16,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 4,
+    **{"arch": "vit_small", "img_size": 32, "patch_size": 16},
+    **{"embed_dim": 32, "depth": 2, "num_heads": 4},
 }
 RESNET: dict[str, Any] = {"arch": "resnet18", "layers": [1, 1, 1, 1], "width": 8}
 HEADS: dict[str, Any] = {"dim": 16, "mlp_dim": 24}
