@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from zoo import files
+from zoo.command import leaderboard, preview, report
 from zoo.errors import ZooError, unknown
 
 RUN = ("fit", "validate", "test", "predict")
@@ -124,14 +124,12 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("--json", action="store_true")
     one.set_defaults(do=_show)
 
-    one = commands.add_parser("leaderboard", help="published and measured numbers side by side")
-    one.add_argument("paper", nargs="?")
-    one.add_argument("--results", metavar="FOLDER", help="show your own tests of rows that lie there too: runs")
-    form = one.add_mutually_exclusive_group()
-    form.add_argument("--markdown", metavar="FILE")
-    form.add_argument("--html", metavar="FILE")
-    form.add_argument("--json", action="store_true")
-    one.set_defaults(do=_leaderboard)
+    for name, module in (("leaderboard", leaderboard), ("report", report), ("preview", preview)):
+        form = argparse.RawDescriptionHelpFormatter
+        one = commands.add_parser(
+            name, help=module.HELP, description=module.HELP, epilog=module.EXAMPLE, formatter_class=form
+        )
+        module.add_options(one)
 
     one = commands.add_parser("claim", help="a paper's central claim in miniature: shown, or run in minutes on a CPU")
     _claim_options(one)
@@ -353,7 +351,7 @@ def _picture(words: list[str]) -> int:
             use_ema=arguments.use_ema,
         )
     if arguments.json:
-        return _print_json(results)
+        return print_json(results)
     for result in results:
         if "picture" in result:
             print(f"{result.get('image', arguments.model)}: {result['picture']}")
@@ -368,7 +366,7 @@ def _picture(words: list[str]) -> int:
 # ------------------------------------------------------------------------------------------------------------- cards
 
 
-def _print_json(value: Any) -> int:
+def print_json(value: Any) -> int:
     print(json.dumps(value, indent=1, ensure_ascii=not _is_unicode(sys.stdout), default=str))
     return 0
 
@@ -391,7 +389,7 @@ def _list(arguments: argparse.Namespace, extra: list[str]) -> int:
 
     rows = listing.rows_of(arguments.kind, arguments.pattern, arguments.licence)
     if arguments.json:
-        return _print_json(rows)
+        return print_json(rows)
     listing.print_listing(arguments.kind, rows, arguments.pattern)
     return 0
 
@@ -408,23 +406,8 @@ def _show(arguments: argparse.Namespace, extra: list[str]) -> int:
     from zoo.command import show
 
     if arguments.json:
-        return _print_json(show.describe(arguments.name))
+        return print_json(show.describe(arguments.name))
     show.print_description(arguments.name)
-    return 0
-
-
-def _leaderboard(arguments: argparse.Namespace, extra: list[str]) -> int:
-    from zoo.command import show
-
-    rows = show.leaderboard(arguments.paper, arguments.results)
-    if arguments.json:
-        return _print_json(rows)
-    for path, render in ((arguments.markdown, show.markdown), (arguments.html, show.html)):
-        if path:
-            files.write_text(path, render(rows))
-            print(f"{path}: {len(rows)} rows")
-            return 0
-    show.print_leaderboard(rows)
     return 0
 
 
@@ -433,7 +416,7 @@ def _explain(arguments: argparse.Namespace, extra: list[str]) -> int:
 
     found = show.explain(arguments.a, arguments.b)
     if arguments.json:
-        return _print_json(found)
+        return print_json(found)
     show.print_explanation(found)
     return 0
 
@@ -472,7 +455,7 @@ def _claim(arguments: argparse.Namespace, extra: list[str]) -> int:
         if arguments.out and result is None:
             raise ZooError(f"the claim of {arguments.paper} has no result to draw; zoo claim {arguments.paper} --run")
         if arguments.json:
-            return _print_json({"declaration": claim.model_dump(mode="json", exclude_defaults=True), "result": result})
+            return print_json({"declaration": claim.model_dump(mode="json", exclude_defaults=True), "result": result})
         if not arguments.out:
             show.print_claim(arguments.paper, claim, result)
     else:
@@ -490,7 +473,7 @@ def _claim(arguments: argparse.Namespace, extra: list[str]) -> int:
         say = (lambda line: print(line, file=sys.stderr)) if arguments.json else print
         result, path = run(arguments.paper, seeds, arguments.data, out=written, say=say, **options)
         if arguments.json:
-            return _print_json(result)
+            return print_json(result)
         print("\n".join([f"{result['claim']}: {result['statement']}", *show.claim_lines(result)]))
         for name in ("quick", "pilot"):
             if given[name]:
@@ -515,7 +498,7 @@ def _parity(arguments: argparse.Namespace, extra: list[str]) -> int:
     verdicts = parity.run_cases(arguments.paper, dtype=arguments.dtype, device=arguments.device)
     rows = show.verdicts(verdicts)
     if arguments.json:
-        _print_json(rows)
+        print_json(rows)
     else:
         show.print_verdicts(rows)
     return int(not rows or any(row["ok"] is False for row in rows))
@@ -561,7 +544,7 @@ def _data_check(arguments: argparse.Namespace, extra: list[str]) -> int:
 
     report = check.check(arguments.dataset, arguments.data_dir, read=not arguments.quick)
     if arguments.json:
-        _print_json(report)
+        print_json(report)
     else:
         check.print_report(report)
     return int(bool(report["problems"]))

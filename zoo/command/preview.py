@@ -1,0 +1,6 @@
+HELP = "what the model will see"
+EXAMPLE = ""
+
+
+def add_options(one):
+    pass
