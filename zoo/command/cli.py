@@ -80,7 +80,7 @@ def _dispatch(words: list[str], debug: bool) -> int:
     if command is None:
         parser.print_help()
         return 0
-    if extra:
+    if extra and arguments.do is not preview.run:  # which hands them to the recipe
         raise ZooError(f"zoo {command} has no option {extra[0]!r} (see zoo {command} --help)")
     return arguments.do(arguments, extra) or 0
 
@@ -125,10 +125,7 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.set_defaults(do=_show)
 
     for name, module in (("leaderboard", leaderboard), ("report", report), ("preview", preview)):
-        form = argparse.RawDescriptionHelpFormatter
-        one = commands.add_parser(
-            name, help=module.HELP, description=module.HELP, epilog=module.EXAMPLE, formatter_class=form
-        )
+        one = commands.add_parser(name, help=module.HELP, description=module.HELP, epilog=module.EXAMPLE)
         module.add_options(one)
 
     one = commands.add_parser("claim", help="a paper's central claim in miniature: shown, or run in minutes on a CPU")

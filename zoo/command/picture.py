@@ -253,7 +253,7 @@ def find_objects(net: nn.Module, picture: Tensor, prepare: Any, threshold: float
 
 
 def draw_objects(picture: Tensor, found: Mapping[str, Tensor], names: Sequence[str] | None = None) -> Tensor:
-    """The picture (3, H, W) uint8 with boxes, masks, keypoints, and labels with scores; as large."""
+    """The picture (3, H, W) uint8 with boxes, masks, keypoints, and labels with scores, if any; as large."""
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     drawn = picture.contiguous()
@@ -270,7 +270,9 @@ def draw_objects(picture: Tensor, found: Mapping[str, Tensor], names: Sequence[s
     drawn = draw_bounding_boxes(drawn, found["boxes"][order], colors=[colors[n] for n in order], width=line)
     if "keypoints" in found:
         drawn = _draw_keypoints(drawn, found["keypoints"], colors, line)
-    labels = [f"{_name(names, int(k))} {score:.0%}" for k, score in zip(found["labels"], found["scores"], strict=True)]
+    labels = [_name(names, int(k)) for k in found["labels"]]
+    if "scores" in found:
+        labels = [f"{label} {score:.0%}" for label, score in zip(labels, found["scores"], strict=True)]
     return _draw_labels(drawn, found["boxes"], labels, colors, order)
 
 

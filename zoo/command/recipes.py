@@ -411,7 +411,7 @@ def load_recipe(
     argv = []
     for key, value in (overrides or {}).items():
         argv.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
-    with _quiet():
+    with quiet():
         cli = _build("fit", name, argv, rich=sys.stdout.isatty())
     return cli.model, cli.datamodule, cli.trainer
 
@@ -421,7 +421,7 @@ def run(subcommand: str, recipe: str, argv: Sequence[str], debug: bool = False) 
     if subcommand not in SUBCOMMANDS:
         raise ValueError(subcommand)
     begin = time.monotonic()
-    with _quiet(debug):
+    with quiet(debug):
         source, words = _published_weights(subcommand, recipe, argv)
         try:
             given = source is not None
@@ -668,7 +668,7 @@ def _set_by_its_run(cli: RecipeCLI) -> list[str]:
 
 
 @contextlib.contextmanager
-def _quiet(debug: bool = False) -> Iterator[None]:
+def quiet(debug: bool = False) -> Iterator[None]:
     """Without Lightning's announcements and the warnings that call for nothing; all of them under `debug`."""
     if debug:
         yield

@@ -33,9 +33,12 @@ def pixels(data: Any, x: Tensor) -> Tensor | None:
 
 
 def strip(clip: Tensor, count: int = 3) -> Tensor:
-    """Some frames of a clip (3, T, H, W) beside each other, (3, H, count * W): the first, the last, those between."""
+    """Some frames of a clip (3, T, H, W) uint8 beside each other, one white pixel or more between: the first, the last,
+    those between. (3, H, about count * W)."""
     frames = clip[:, torch.linspace(0, clip.shape[1] - 1, count).round().long()]
-    return frames.permute(0, 2, 1, 3).reshape(clip.shape[0], clip.shape[2], -1)
+    gap = max(1, clip.shape[-1] // 64)
+    frames = torch.nn.functional.pad(frames, (0, gap), value=255)
+    return frames.permute(0, 2, 1, 3).reshape(clip.shape[0], clip.shape[2], -1)[..., :-gap]
 
 
 def name_of(names: Sequence[str] | None, k: int) -> str:

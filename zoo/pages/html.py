@@ -144,6 +144,11 @@ def link(address: str, text: str | None = None) -> Markup:
     return el("a", text or address.removeprefix("https://"), href=address, rel="noopener")
 
 
+def breakable(text: str) -> Markup:
+    """A name that may go on in another line behind its slashes, underscores and the like."""
+    return markup(*(part for piece in re.split(r"(?<=[/_:.])", text) for part in (piece, Markup("<wbr>"))))
+
+
 def number(value: Any) -> str:
     """A value as a page shows it; nothing for None."""
     if value is None:

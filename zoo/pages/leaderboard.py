@@ -4,14 +4,12 @@ so that the same input gives the same bytes."""
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from zoo import catalog, files
 from zoo.claims import declaration, picture
-from zoo.command.verdict import row_words
 from zoo.errors import ZooError
 from zoo.pages.html import Markup, bars, command, el, folded, link, markup, number, page, prose, section, table, tiles
 from zoo.paths import FIELDS, share
@@ -90,7 +88,11 @@ def _index(slugs: Sequence[str], rows: Sequence[Mapping[str, Any]], judged: Mapp
     return page(
         "zoo leaderboard",
         el("h1", "zoo leaderboard"),
-        el("p", "What the papers published, and what this zoo measured. A row is a command: zoo test PAPER:ROW."),
+        el(
+            "p",
+            "What the papers published, and what this zoo measured. A row is a command: zoo fit or test PAPER:ROW.",
+            " Parity counts cases replayed from the official code, claims the sub-claims that held in miniature.",
+        ),
         tiles(facts),
         el("div", search, buttons, class_="filters", role="search"),
         _heading("Papers", "papers-shown"),
@@ -189,25 +191,36 @@ def _paper(slug: str, rows: Sequence[Mapping[str, Any]], judged: Mapping[str, An
     card = catalog.paper(slug)
     arxiv = link(f"https://arxiv.org/abs/{card.arxiv}", f"arXiv {card.arxiv}") if card.arxiv else None
     where = [card.venue or str(card.year), arxiv, link(card.code, "official code") if card.code else None]
-    parts = [part for part in where if part]
-    between = [markup(" · " if n else "", part) for n, part in enumerate(parts)]
+    sections = [
+        section("Leaderboard", _rows(rows), id_="leaderboard"),
+        section("Models", _models(card), id_="models"),
+        section("Weights", _weights(card), id_="weights"),
+        section("Recipes", _recipes(slug), id_="recipes"),
+        section("Claim in miniature", _claim(card), id_="claim"),
+        section(
+            "Parity with the official code", _parity(slug, None if judged is None else judged.get(slug)), id_="parity"
+        ),
+        section("Speed", _speed(slug), id_="speed"),
+        section("Where paper, official code and zoo differ", _ledger(card), id_="ledger"),
+    ]
+    names = ("leaderboard", "models", "weights", "recipes", "claim", "parity", "speed", "ledger")
+    there = [link(f"#{name}", name) for name, part in zip(names, sections, strict=True) if part]
     return page(
         f"{card.title} · zoo",
         el("nav", link("index.html", "← all papers")),
         el("h1", card.title),
         el("p", ", ".join(card.authors), class_="faint"),
-        el("p", between),
+        el("p", _dotted(where)),
         el("p", prose(card.summary.strip())),
-        section("Leaderboard", _rows(rows), id_="leaderboard"),
-        section("Models", _models(card)),
-        section("Weights", _weights(card)),
-        section("Recipes", _recipes(slug)),
-        section("Claim in miniature", _claim(card)),
-        section("Parity with the official code", _parity(slug, None if judged is None else judged.get(slug))),
-        section("Speed", _speed(slug)),
-        section("Where paper, official code and zoo differ", _ledger(card)),
+        el("nav", _dotted(there)),
+        *sections,
         scripts=["table.js", "copy.js"],
     )
+
+
+def _dotted(parts: Sequence[Any]) -> Markup:
+    """What there is of `parts`, with points between."""
+    return markup([[" · " if n else "", part] for n, part in enumerate(filter(None, parts))])
 
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> Markup:
@@ -218,10 +231,16 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> Markup:
     for row in rows:
         groups.setdefault((row["dataset"], row["metric"]), []).append(row)
     own = any("results" in row for row in rows)
-    columns = ["row", "model", "published", "measured", *(["yours"] if own else []), "status", "protocol", "command"]
+    columns = ["row", "published", "measured", *(["yours"] if own else []), "status", "protocol"]
     found = []
-    for (dataset, metric), mine in groups.items():
+    # First what a command runs here.
+    for (dataset, metric), mine in sorted(groups.items(), key=lambda item: not any(row["command"] for row in item[1])):
+        shared = {
+            key: value for key, value in mine[0]["protocol"].items() if all(_shares(row, key, value) for row in mine)
+        }
+        shared = shared if len(mine) > 1 else {}
         found.append(el("h3", f"{metric} on {dataset}"))
+        found += [el("p", f"All: {_protocol(shared)}", class_="faint")] if shared else []
         body = []
         for row in mine:
             measured = row["measured"] or {}
@@ -230,17 +249,25 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> Markup:
                 f"{_value(row, entry['measured'])} ({entry['verdict']}, {entry['date']})"
                 for entry in row.get("results") or []
             )
-            cost = f"cost: {row['cost']}" if row["cost"] else None
-            protocol = ", ".join(f"{key} {_plain(value)}" for key, value in row["protocol"].items())
-            more = el("p", row["where"], el("br"), protocol, *([el("br"), cost] if cost else []), class_="faint")
-            status = el("span", row["status"], class_=_STATUS.get(row["status"], "faint"))
+            own_protocol = _protocol({key: value for key, value in row["protocol"].items() if key not in shared})
+            cost = f"cost: {row['cost']}" if row["cost"] else ""
+            more = el("p", " · ".join(filter(None, [row["where"], own_protocol, cost])), class_="faint wide")
+            status = el("span", row["status"], class_=_STATUS.get(row["status"], "faint nowrap"))
             value = markup(_value(row, measured.get("value")), el("br") if on else None, el("span", on, class_="faint"))
-            runs = el("code", row["command"]) if row["command"] else ""
-            cells = [row["id"], row["model"], _value(row, row["value"]), value]
-            body.append([*cells, *([yours] if own else []), status, more, runs])
+            runs = [el("br"), el("code", row["command"])] if row["command"] else []
+            name = el("div", el("b", row["id"]), el("br"), row["model"], runs, class_="row")
+            body.append([name, _value(row, row["value"]), value, *([yours] if own else []), status, more])
         attributes = [{"id": row["id"]} for row in mine]
         found.append(table(columns, body, ["published"], attributes, sortable=True))
     return markup(found)
+
+
+def _shares(row: Mapping[str, Any], key: str, value: Any) -> bool:
+    return key in row["protocol"] and row["protocol"][key] == value
+
+
+def _protocol(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_plain(value)}" for key, value in facts.items())
 
 
 def _plain(value: Any) -> str:
@@ -282,12 +309,6 @@ def _recipes(slug: str) -> Markup:
         if rest.strip():
             parts.append(folded("expected, hardware, cost", el("p", prose(rest.strip()), class_="note")))
     return markup(parts)
-
-
-def row_command(name: str) -> str:
-    """A row's command spelled out: its recipe and the options by which it differs."""
-    _, row = catalog.row(name)
-    return f"zoo fit {shlex.join([row.recipe or '', *row_words(row)])}"
 
 
 def _claim(card: catalog.PaperCard) -> Markup:

@@ -14,7 +14,7 @@ import yaml
 
 from zoo import files
 from zoo.pages import run as runs
-from zoo.pages.html import Markup, bars, command, el, folded, markup, number, page, section, table, tiles
+from zoo.pages.html import Markup, bars, breakable, command, el, folded, markup, number, page, section, table, tiles
 from zoo.pages.run import Run
 from zoo.pages.svg import figure
 
@@ -47,9 +47,9 @@ def render(run: Run) -> str:
     said = [kind, "" if result else "stopped before its end", result.get("date"), result.get("hardware")]
     return page(
         f"{run.name} · zoo",
-        el("h1", run.recipe or run.folder.name),
+        el("h1", breakable(run.recipe or run.folder.name)),
         el("p", " · ".join(str(part) for part in said if part), class_="faint"),
-        el("p", el("code", result["command"])) if isinstance(result.get("command"), str) else None,
+        command(result["command"]) if isinstance(result.get("command"), str) else None,
         _verdict(result.get("verdict")),
         tiles(_facts(run)),
         section("Curves", _curves({"": run})),
@@ -163,11 +163,17 @@ def _curves(named: Mapping[str, Run]) -> Markup:
                 if points := run.series.get(metric):
                     split = metric.partition("/")[0] if "/" in metric else metric
                     lines[" ".join(filter(None, [label, split if len(metrics) > 1 or not label else ""]))] = points
-        if drawn := figure(title, lines, zero=title == "learning rate"):
+        if drawn := figure(title, lines, zero=title == "learning rate", reach=_reach(named)):
             figures.append(drawn)
     main, more = figures[:_MAIN], figures[_MAIN:]
     rest = folded(f"{len(more)} more curves", el("div", more, class_="charts")) if more else None
     return markup(el("div", main, class_="charts"), rest) if main else Markup()
+
+
+def _reach(named: Mapping[str, Run]) -> tuple[float, float]:
+    """The first and the last step of all curves, so that they lie below each other."""
+    steps = [x for run in named.values() for points in run.series.values() for x, _ in points]
+    return min(steps, default=0.0), max(steps, default=0.0)
 
 
 def _order(title: str) -> tuple[int, str]:
@@ -190,7 +196,7 @@ def _costs(named: Mapping[str, Run]) -> Markup:
                 split = metric.partition("/")[2] if len(metrics) > 1 else ""
                 points = [(x, y * scale) for x, y in run.series.get(metric, [])]
                 lines[" ".join(filter(None, [label, split])) or title] = points
-        figures.append(figure(title, lines, zero=True))
+        figures.append(figure(title, lines, zero=True, reach=_reach(named)))
     return el("div", figures, class_="charts") if any(figures) else Markup()
 
 
@@ -222,7 +228,7 @@ def _triples(found: Any) -> list[tuple[int, int, int]]:
     return [
         (one[0], one[1], one[2])
         for one in found
-        if isinstance(one, list) and len(one) == 3 and all(isinstance(n, int) for n in one)
+        if isinstance(one, list) and len(one) == 3 and all(isinstance(n, int) and n >= 0 for n in one) and one[2]
     ]
 
 
@@ -243,8 +249,8 @@ def _confusion(found: Any, names: Sequence[str]) -> Markup:
         parts.append(_matrix(triples, classes, totals, names))
     mixed = sorted((t for t in triples if t[0] != t[1]), key=lambda t: (-t[2], t[:2]))[:10]
     if mixed:
-        rows = [(_name(names, a), _name(names, b), n, f"{n / totals[a]:.0%}") for a, b, n in mixed]
-        listed = table(["truth", "guess", "times", "of the class"], rows, ["times", "of the class"])
+        pairs = [(_name(names, a), _name(names, b), n, f"{n / totals[a]:.0%}") for a, b, n in mixed]
+        listed = table(["truth", "guess", "times", "of the class"], pairs, ["times", "of the class"])
         parts += [el("h3", "Most often confused"), listed]
     worst = sorted(totals, key=lambda k: (right[k] / totals[k], k))[:10]
     if len(classes) > _MATRIX:
@@ -305,7 +311,7 @@ def _worst(found: Any) -> Markup:
         image = None
         if isinstance(address, str) and _IMAGE.fullmatch(address):
             alt = f"truth {one.get('truth')}, guess {one.get('guess')}"
-            image = el("img", src=address, alt=alt, loading="lazy", class_="smooth" if one.get("large") else None)
+            image = el("img", src=address, alt=alt, class_="smooth" if one.get("large") else None)
         lines = []
         for key in ("truth", "guess"):
             if one.get(key) is not None:
@@ -324,8 +330,7 @@ def _worst(found: Any) -> Markup:
 
 def _pictures(run: Run) -> Markup:
     cells = [
-        el("figure", el("img", src=address, alt=name, loading="lazy"), el("figcaption", name))
-        for name, address in runs.pictures(run)
+        el("figure", el("img", src=address, alt=name), el("figcaption", name)) for name, address in runs.pictures(run)
     ]
     return el("div", cells, class_="pictures") if cells else Markup()
 

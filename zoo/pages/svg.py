@@ -43,12 +43,13 @@ def thinned(points: Points, most: int = _POINTS) -> list[tuple[float, float]]:
     return kept
 
 
-def curves(series: Mapping[str, Points], zero: bool = False) -> Markup:
+def curves(series: Mapping[str, Points], zero: bool = False, reach: tuple[float, float] | None = None) -> Markup:
     """Lines by name over steps, with axes and a legend where there are several; nothing where no line has a point.
 
     Args:
         series: (step, value) of each line; what is not finite is left out.
         zero: the scale begins at 0.
+        reach: the first and the last step of the axis; None: those of the points.
     """
     finite = {
         name: sorted((x, y) for x, y in points if math.isfinite(x) and math.isfinite(y))
@@ -62,7 +63,7 @@ def curves(series: Mapping[str, Points], zero: bool = False) -> Markup:
     low, high = (min(values), max(values)) if not zero else (min(0.0, *values), max(values))
     rim = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     low, high = (low if zero and low == 0 else low - rim), high + rim
-    first, last = min(steps), max(steps)
+    first, last = reach or (min(steps), max(steps))
     if first == last:
         first, last = first - 1, last + 1
 
@@ -74,9 +75,9 @@ def curves(series: Mapping[str, Points], zero: bool = False) -> Markup:
 
     marks = []
     for value in ticks(low, high):
-        y = y_of(value)
-        marks.append(el("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}"))
-        marks.append(el("text", _label(value), x=_LEFT - 6, y=f"{y + 4:.1f}", text_anchor="end"))
+        height = y_of(value)
+        marks.append(el("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=f"{height:.1f}", y2=f"{height:.1f}"))
+        marks.append(el("text", _label(value), x=_LEFT - 6, y=f"{height + 4:.1f}", text_anchor="end"))
     for step in ticks(first, last, 5):
         if step == round(step):
             marks.append(el("text", _label(step), x=f"{x_of(step):.1f}", y=_HEIGHT - 6, text_anchor="middle"))
@@ -98,7 +99,9 @@ def curves(series: Mapping[str, Points], zero: bool = False) -> Markup:
     return markup(drawn, legend)
 
 
-def figure(title: str, series: Mapping[str, Points], zero: bool = False) -> Markup:
+def figure(
+    title: str, series: Mapping[str, Points], zero: bool = False, reach: tuple[float, float] | None = None
+) -> Markup:
     """:func:`curves` under a title; nothing where there is nothing to draw."""
-    drawn = curves(series, zero)
+    drawn = curves(series, zero, reach)
     return el("figure", el("h3", title), drawn) if drawn else Markup()

@@ -92,14 +92,24 @@ class ErrorAnalysis(L.Callback):
         self._pairs.update(zip(labels.tolist(), guess.tolist(), strict=True))
         self._count += len(labels)
         loss = loss.detach().float().nan_to_num(nan=math.inf)
-        for place in self._candidates(loss):
+        samples: Any = getattr(trainer.val_dataloaders if split == "val" else trainer.test_dataloaders, "dataset", None)
+        named = callable(getattr(samples, "name", None)) and "index" in batch
+        numbers = (
+            batch["video_id"]
+            if "video_id" in batch
+            else batch["index"]
+            if "index" in batch
+            else torch.arange(len(loss))
+        )
+        for place, number in self._candidates(loss, numbers):
             self._keep(
                 {
                     "loss": float(loss[place]),
                     "truth": int(labels[place]),
                     "guess": int(guess[place]),
                     "probability": float(sure[place]),
-                    **self._which(trainer, batch, place, split),
+                    "index": number,
+                    "file": _file(samples.name(int(batch["index"][place]))) if named else None,
                     "pixels": self._picture(trainer, batch, place),
                 }
             )
@@ -107,7 +117,8 @@ class ErrorAnalysis(L.Callback):
     def _see_objects(self, trainer: L.Trainer, found: Any, batch: Mapping[str, Any]) -> None:
         mistakes = torch.tensor([_mistakes(one, true) for one, true in zip(found, batch["target"], strict=True)])
         self._count += len(mistakes)
-        for place in self._candidates(mistakes.float()):
+        numbers = torch.tensor([int(true["image_id"]) for true in batch["target"]])
+        for place, number in self._candidates(mistakes.float(), numbers):
             one, true = found[place], batch["target"][place]
             sure = one["scores"] >= 0.5
             self._keep(
@@ -116,34 +127,26 @@ class ErrorAnalysis(L.Callback):
                     "measure": "mistakes",
                     "truth": _named(trainer, true["labels"]),
                     "guess": _named(trainer, one["labels"][sure]),
-                    "index": int(true["image_id"]),
+                    "index": number,
                     "file": _file(batch["path"][place]) if "path" in batch else None,
                     "large": True,
                     "pixels": self._scene(trainer, batch, place, true["boxes"], one["boxes"][sure]),
                 }
             )
 
-    def _candidates(self, loss: Tensor) -> list[int]:
-        """Places in a batch of what may be among the worst of all."""
-        if not self.worst or not len(loss):
-            return []
-        best = loss.topk(min(self.worst, len(loss)))
-        bar = self._kept[-1]["loss"] if len(self._kept) == self.worst else -math.inf
-        return [k for value, k in zip(best.values.tolist(), best.indices.tolist(), strict=True) if value > bar]
+    def _candidates(self, loss: Tensor, numbers: Tensor) -> list[tuple[int, int]]:
+        """Place in the batch and number of the samples that may be among the worst of all, the worst first; of equal
+        ones those of lower numbers, whatever the batches and processes."""
+        bar = _badness(self._kept[-1]) if self._kept and len(self._kept) == self.worst else (math.inf, 0)
+        order = sorted(
+            (-value, number, place)
+            for place, (value, number) in enumerate(zip(loss.tolist(), numbers.tolist(), strict=True))
+        )
+        return [(place, number) for bad, number, place in order[: self.worst] if (bad, number) < bar]
 
     def _keep(self, entry: dict[str, Any]) -> None:
-        self._kept.append(entry)
-        self._kept.sort(key=_badness)
-        del self._kept[self.worst :]
-
-    def _which(self, trainer: L.Trainer, batch: Mapping[str, Any], place: int, split: str) -> dict[str, Any]:
-        key = "video_id" if "video_id" in batch else "index"
-        if key not in batch:
-            return {}
-        index = int(batch[key][place])
-        samples = getattr(trainer.val_dataloaders if split == "val" else trainer.test_dataloaders, "dataset", None)
-        name = samples.name(index) if callable(getattr(samples, "name", None)) else None
-        return {"index": index, "file": _file(name)}
+        """Takes a sample among the worst; of several views of one, the worst view."""
+        self._kept = _worst([*self._kept, entry], self.worst)
 
     def _picture(self, trainer: L.Trainer, batch: Mapping[str, Any], place: int) -> Tensor | None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -218,7 +221,7 @@ class ErrorAnalysis(L.Callback):
             for kind, scores in told.get("ap", {}).items()
             if scores
         }
-        worst = sorted((one for part in parts for one in part["worst"]), key=_badness)[: self.worst]
+        worst = _worst([one for part in parts for one in part["worst"]], self.worst)
         if not (pairs or ap or worst):
             return {}
         samples = sum(part["count"] for part in parts) or sum(pairs.values())
@@ -232,7 +235,15 @@ class ErrorAnalysis(L.Callback):
 
 
 def _badness(entry: Mapping[str, Any]) -> tuple[float, int]:
-    return (-entry["loss"], entry.get("index") or 0)
+    return (-entry["loss"], entry["index"])
+
+
+def _worst(entries: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The `count` worst, each sample once."""
+    found: dict[int, dict[str, Any]] = {}
+    for entry in sorted(entries, key=_badness):
+        found.setdefault(entry["index"], entry)
+    return list(found.values())[:count]
 
 
 def _told(entry: dict[str, Any], names: Any) -> dict[str, Any]:
