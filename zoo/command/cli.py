@@ -258,10 +258,8 @@ def _run(command: str, words: list[str], debug: bool) -> int:
 
 def _run_again(command: str, name: str, words: list[str], debug: bool) -> int:
     """A command on a run: its recipe with its options and that checkpoint; or what its model makes of files."""
-    settings = [
-        word for word in words if re.match(r"--(data|model|trainer|config|print_config|ckpt_path|average)\b", word)
-    ]
-    if command == "predict" and not settings:
+    of_recipe = re.compile(r"--(data|model|trainer|config|print_config|ckpt_path)\b")
+    if command == "predict" and not any(map(of_recipe.match, words)):
         from zoo.command import predict
         from zoo.weights.runs import open_run
 
