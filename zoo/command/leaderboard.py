@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from zoo import files
+from zoo.command.common import print_json
 from zoo.errors import ZooError
 
 HELP = "published and measured numbers side by side, also as pages"
@@ -29,8 +30,6 @@ def run(arguments: argparse.Namespace, extra: list[str]) -> int:
 
     rows = show.leaderboard(arguments.paper, arguments.results)
     if arguments.json:
-        from zoo.command.cli import print_json
-
         return print_json(rows)
     if arguments.markdown:
         files.write_text(arguments.markdown, show.markdown(rows))

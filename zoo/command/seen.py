@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from zoo.command.drawing import draw_objects
 from zoo.command.parse_errors import innermost
-from zoo.command.picture import draw_objects
 from zoo.command.reading import command_line, installed_only
 from zoo.command.recipes import RecipeCLI, quiet
 from zoo.data.arc_predictions import PALETTE

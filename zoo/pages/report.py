@@ -364,15 +364,17 @@ def _what(run: Run) -> Markup:
 
 
 def _commands(run: Run) -> Markup:
-    """How to go on, test and predict; of a test, how to see it against others."""
-    parts = [command(f"zoo report {shlex.quote(short(run.folder))}", "make this page anew:")]
-    last, best = run.checkpoint("last"), run.checkpoint("best")
-    if last is not None and run.recipe:
-        name, kept = shlex.quote(run.recipe), shlex.quote(short(best or last))
+    """How to go on, test and predict; of a test, how to make its page."""
+    folder = shlex.quote(short(run.folder))
+    parts = [command(f"zoo report {folder}", "make this page anew:")]
+    if (last := run.checkpoint()) is not None and run.recipe:
+        name = shlex.quote(run.recipe)
+        best = f"{folder}:best" if run.checkpoint("best") else folder
         parts = [
             command(f"zoo fit {name} --ckpt_path {shlex.quote(short(last))}", "resume:"),
-            command(f"zoo test {name} --ckpt_path {kept}", "test:"),
-            command(f"zoo predict {name} --ckpt_path {kept}", "predict:"),
+            command(f"zoo test {best}", "test:"),
+            command(f"zoo predict {best} FILE... -o OUT", "predict on files of your own:"),
+            command(f"zoo predict {name} --ckpt_path {shlex.quote(short(last))}", "predict on the data's own split:"),
             *parts,
         ]
     return markup(parts)

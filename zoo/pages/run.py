@@ -64,29 +64,26 @@ class Run:
         return next(iter(sorted((self.folder / "checkpoints").glob(pattern), reverse=True)), None)
 
 
-def find(name: str, root: Path = Path("runs")) -> Path:
-    """The run folder that `name` means: itself, the one a checkpoint lies in, or ``runs:last``, the newest here.
+def find(name: str) -> Path:
+    """The run folder that `name` means: itself, the one a checkpoint lies in, or that of ``runs:last`` and its like
+    (:mod:`zoo.weights.runs`).
 
     Raises:
         ZooError: there is none.
     """
-    if name == "runs:last":
-        found = [path.parent for known in _FILES for path in root.rglob(known)]
-        if not found:
-            raise ZooError(f"runs:last: no run under {root}; zoo fit RECIPE makes one")
-        return max(found, key=lambda folder: (_changed(folder), folder.name))
+    from zoo.weights.runs import find_checkpoint, is_run
+
     path = Path(name)
-    for folder in (path, path.parent.parent):
-        meant = folder == path or path.parent.name == "checkpoints"
-        if meant and any((folder / known).is_file() for known in _FILES):
-            return folder
-    if not path.exists():
+    if any((path / known).is_file() for known in _FILES):  # of a test there is no checkpoint
+        return path
+    if not is_run(name):
+        if path.exists():
+            raise ZooError(f"{name}: not a run's folder; it has none of {', '.join(_FILES)}")
         raise ZooError(f"no run {name!r}: a run's folder, a checkpoint in one, or runs:last")
-    raise ZooError(f"{name}: not a run's folder; it has none of {', '.join(_FILES)}")
-
-
-def _changed(folder: Path) -> float:
-    return max((folder / known).stat().st_mtime for known in _FILES if (folder / known).is_file())
+    folder = find_checkpoint(name).parent.parent
+    if not any((folder / known).is_file() for known in _FILES):
+        raise ZooError(f"{name}: lies in no run's folder; {folder} has none of {', '.join(_FILES)}")
+    return folder
 
 
 def read(folder: Path) -> Run:
