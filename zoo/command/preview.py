@@ -8,7 +8,7 @@ from pathlib import Path
 
 from zoo.errors import ZooError
 
-HELP = "what a recipe's model will see: samples before and after augmentation"
+HELP = "draw what a model will see: samples before and after augmentation"
 EXAMPLE = "example: zoo preview mae/pocket --data.dataset ./my_folder -o seen.png"
 
 

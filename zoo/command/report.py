@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "the page of a run made anew, or several runs compared on one page"
+HELP = "a run's page made anew, or several runs compared on a page"
 EXAMPLE = "example: zoo report runs:last; zoo report runs/mae/pocket/A runs/mae/pocket/B -o compared.html"
 
 

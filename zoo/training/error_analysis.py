@@ -90,17 +90,12 @@ class ErrorAnalysis(L.Callback):
         likely = logits.detach().float().softmax(dim=1)
         sure, guess = likely.max(dim=1)
         self._pairs.update(zip(labels.tolist(), guess.tolist(), strict=True))
-        self._count += len(labels)
         loss = loss.detach().float().nan_to_num(nan=math.inf)
         samples: Any = getattr(trainer.val_dataloaders if split == "val" else trainer.test_dataloaders, "dataset", None)
         named = callable(getattr(samples, "name", None)) and "index" in batch
-        numbers = (
-            batch["video_id"]
-            if "video_id" in batch
-            else batch["index"]
-            if "index" in batch
-            else torch.arange(len(loss))
-        )
+        key = next((key for key in ("video_id", "index") if key in batch), None)
+        numbers = torch.arange(self._count, self._count + len(loss)) if key is None else batch[key]
+        self._count += len(labels)
         for place, number in self._candidates(loss, numbers):
             self._keep(
                 {
@@ -224,9 +219,8 @@ class ErrorAnalysis(L.Callback):
         worst = _worst([one for part in parts for one in part["worst"]], self.worst)
         if not (pairs or ap or worst):
             return {}
-        samples = sum(part["count"] for part in parts) or sum(pairs.values())
         return {
-            "samples": samples,
+            "samples": sum(pairs.values()) or sum(part["count"] for part in parts),
             "classes": list(names),
             "confusion": [[truth, guess, count] for (truth, guess), count in sorted(pairs.items())],
             "ap": ap,
