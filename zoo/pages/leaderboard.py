@@ -117,8 +117,8 @@ def _papers(cards: Sequence[catalog.PaperCard], rows: Sequence[Mapping[str, Any]
         "weights",
         "rows",
         "verified",
-        "parity cases",
-        "claims held",
+        "parity",
+        "claims",
     ]
     body = []
     for card in cards:
@@ -140,7 +140,7 @@ def _papers(cards: Sequence[catalog.PaperCard], rows: Sequence[Mapping[str, Any]
         if judged is not None:
             body[-1].insert(9, _counts(judged.get(card.slug)))
     if judged is not None:
-        columns.insert(9, "outputs that agree")
+        columns.insert(9, "agree")
     numbers = [name for name in columns if name not in ("paper", "title", "field")]
     attributes = [{"data_field": card.field} for card in cards]
     return table(columns, body, numbers, attributes, sortable=True, id="papers", data_searched="papers-shown")

@@ -95,7 +95,7 @@ def _telling(metrics: Mapping[str, float], most: int = 8) -> dict[str, float]:
     """The numbers that a reader looks for first."""
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     ranked = sorted(finite, key=lambda name: _rank(name))[:most]
-    return {name: finite[name] for name in finite if name in ranked}
+    return {name: finite[name] for name in ranked}
 
 
 def _rank(name: str) -> tuple[int, int]:
@@ -149,7 +149,8 @@ def _groups(names: Sequence[str]) -> dict[str, list[str]]:
         for split in ("train/", "val/", "test/"):
             title = title.removeprefix(split)
         found.setdefault(title, []).append(name)
-    return found
+    # Training comes first, and has the first colour.
+    return {title: sorted(some, key=lambda name: not name.startswith("train/")) for title, some in found.items()}
 
 
 def _curves(named: Mapping[str, Run]) -> Markup:
@@ -163,11 +164,14 @@ def _curves(named: Mapping[str, Run]) -> Markup:
                 if points := run.series.get(metric):
                     split = metric.partition("/")[0] if "/" in metric else metric
                     lines[" ".join(filter(None, [label, split if len(metrics) > 1 or not label else ""]))] = points
+        if all(len(points) < 2 for points in lines.values()):
+            continue  # the number stands above
         if drawn := figure(title, lines, zero=title == "learning rate", reach=_reach(named)):
             figures.append(drawn)
     main, more = figures[:_MAIN], figures[_MAIN:]
     rest = folded(f"{len(more)} more curves", el("div", more, class_="charts")) if more else None
-    return markup(el("div", main, class_="charts"), rest) if main else Markup()
+    told = el("p", "Over the optimiser's steps; the pointer tells values.", class_="faint")
+    return markup(told, el("div", main, class_="charts"), rest) if main else Markup()
 
 
 def _reach(named: Mapping[str, Run]) -> tuple[float, float]:
@@ -196,7 +200,8 @@ def _costs(named: Mapping[str, Run]) -> Markup:
                 split = metric.partition("/")[2] if len(metrics) > 1 else ""
                 points = [(x, y * scale) for x, y in run.series.get(metric, [])]
                 lines[" ".join(filter(None, [label, split])) or title] = points
-        figures.append(figure(title, lines, zero=True, reach=_reach(named)))
+        if any(len(points) > 1 for points in lines.values()):
+            figures.append(figure(title, lines, zero=True, reach=_reach(named)))
     return el("div", figures, class_="charts") if any(figures) else Markup()
 
 
