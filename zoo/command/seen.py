@@ -158,6 +158,8 @@ def _picture(data: Any, batch: Mapping[str, Any]) -> tuple[Tensor, str]:
         shown = pixels(data, batch["video"])
         if shown is None:
             raise ZooError("the clips cannot be drawn: their data module states no mean and std")
+        if "target" in batch:
+            return _key_frame(data, shown[0], batch["target"][0]), ", boxes on the key frame"
         return strip(
             shown[0], min(_FRAMES, shown.shape[2])
         ), f", {min(_FRAMES, shown.shape[2])} of {shown.shape[2]} frames"
@@ -166,6 +168,14 @@ def _picture(data: Any, batch: Mapping[str, Any]) -> tuple[Tensor, str]:
     if pixels(data, batch["image"]) is None:
         return _of(data, batch["image"]), f" (latents of {batch['image'].shape[1]} channels, the first as colours)"
     return _of(data, batch["image"]), ""
+
+
+def _key_frame(data: Any, clip: Tensor, target: Mapping[str, Any]) -> Tensor:
+    """The first frame of a clip (3, T, H, W), the middle one with its boxes and the first action of each, the last."""
+    middle, boxes, labels = clip.shape[1] // 2, target["boxes"].float(), target["labels"]
+    found = {"boxes": boxes, "labels": labels.long().argmax(1) if labels.ndim == 2 else labels}
+    drawn = draw_objects(clip[:, middle], found, getattr(data, "class_names", None))
+    return strip(torch.stack([clip[:, 0], drawn, clip[:, -1]], dim=1), 3)
 
 
 def _labels(data: Any, batch: Mapping[str, Any], file: str | None = None) -> str:
