@@ -597,6 +597,8 @@ def _complete(words: list[str]) -> int:
     elif done[0] in ("predict", *RUN) and len(done) == 1:
         candidates = catalog.list_recipes("*") + (catalog.list_weights() if done[0] == "predict" else [])
         candidates += [name for name in catalog.list_rows() if catalog.row(name)[1].recipe]
+    elif done[0] == "preview" and len(done) == 1:
+        candidates = [*catalog.list_recipes("*"), *(n for n in catalog.list_rows() if catalog.row(n)[1].recipe)]
     elif done[0] == "list":
         candidates = list(KINDS) if len(done) == 1 else []
     elif done[0] == "show":
