@@ -126,7 +126,7 @@ def test_the_page_tells_all_and_escapes_it(here: Path, capsys: pytest.CaptureFix
     wanted += ["zoo test runs/preact_resnet/pocket/20260102-030405:best", "learning rate"]
     for text in wanted:
         assert text in read.text, text
-    rows = {key: (named, now) for key, named, now in runs.changes(runs.read(folder))}
+    rows = {key: (named, now) for key, named, now in runs.changes(runs.read(folder)) or ()}
     assert rows == {"trainer.max_epochs": (5, 2), "model.optim.lr": (0.1, 0.2)}
     assert report.render(runs.read(folder)) == page
 
@@ -199,6 +199,7 @@ def test_fits_and_tests_end_in_a_page(here: Path, capsys: pytest.CaptureFixture[
     (run,) = (here / "runs" / "toy").iterdir()
     text = _Reader((run / "report.html").read_text()).text
     assert all(part in text for part in ("zoo fit toy.yaml", "val/loss", "resume:"))
+    assert "as it stands" not in text  # a recipe of one's own is not known by its name
     assert main(["test", "toy.yaml", "--ckpt_path", "last"]) == 0
     assert len(list(here.glob("runs/toy/*/report.html"))) == 2
     capsys.readouterr()

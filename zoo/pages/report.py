@@ -354,7 +354,7 @@ def _what(run: Run) -> Markup:
         rows = [[el("code", key), value_text(named), value_text(here)] for key, named, here in differs]
         parts.append(el("p", f"It differs from {run.recipe} in:"))
         parts.append(table(["option", "recipe", "this run"], rows))
-    elif run.config and run.recipe:
+    elif run.config and differs is not None:
         parts.append(el("p", f"It is {run.recipe} as it stands."))
     if run.config:
         text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)

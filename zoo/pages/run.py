@@ -161,16 +161,16 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def changes(run: Run) -> list[tuple[str, Any, Any]]:
+def changes(run: Run) -> list[tuple[str, Any, Any]] | None:
     """(key, as the recipe states it, as it was run) of what differs from the named recipe or row: what the recipe
-    states, and what the run's command line asked for. Empty where the recipe is not known here."""
+    states, and what the run's command line asked for. None where the recipe is not known here."""
     here = flat(run.config)
     try:
         stated = flat(catalog.read_facts(catalog.recipe_path(run.recipe), "recipe"))
         if catalog.is_row(run.recipe):
             stated |= catalog.row(run.recipe)[1].options
     except ZooError:
-        return []
+        return None
     asked = re.findall(r"--([\w.]+)", str(run.result.get("command", "")))
     keys = dict.fromkeys([*stated, *(key.replace(".init_args", "") for key in asked)])
     found = []
