@@ -184,9 +184,11 @@ def _from_run(run: RunModel) -> Start:
     reasons = []
     for task in _tasks_beside(own):
         kind, same = str(_kind(task)), task is own
-        taken = _parameters(task)
-        stated = {} if same else _stated(task)
-        options = {k: v for k, v in {**stated, **run.options}.items() if k in taken and k not in _SAID_ANEW}
+        options = dict(run.options)
+        if not same:
+            taken = _parameters(task)
+            options = {key: value for key, value in {**_stated(task), **options}.items() if key in taken}
+        options = {key: value for key, value in options.items() if key not in _SAID_ANEW}
         try:
             with torch.device("meta"), bounded_networks():
                 task(**options)
@@ -243,16 +245,14 @@ def _from_card(name: str, weights: str | None) -> Start:
     entry = catalog.weight(name)[1] if "." in name else next((w for w in card.weights if w.model == model.name), None)
     if entry is None and weights is None:
         raise ZooError(f"{name!r} has no published weights to start from; give --weights FILE")
-    if entry is None:
-        raise ZooError(f"{name!r} has no published weights, and so nothing is known of its pictures")
     module = paper_module(card)
-    network = Architecture(card, model.name, dict(entry.overrides)).on_meta()
+    network = Architecture(card, model.name, dict(entry.overrides) if entry else {}).on_meta()
     states = [{key: torch.empty(shape, device="meta") for key, shape in shapes(network).items()}]
     if callable(convert := getattr(module, "convert_trunk", None)):
         with contextlib.suppress(ZooError):
             states.append(convert(states[0]))
     best: tuple[int, Start] | None = None
-    for task, options, settings in _candidates(card):
+    for task, options, settings, exact in _candidates(card, model.name):
         kind = str(_kind(task))
         try:
             with torch.device("meta"):
@@ -262,31 +262,53 @@ def _from_card(name: str, weights: str | None) -> Start:
         score = max(_agreement(shapes_of, wanted) for shapes_of in states)
         if score > 0 and (best is None or score > best[0]):
             data = {key: value for key, value in settings.items() if key not in _OF_DATASET and value is not None}
-            if kind == "image":
-                facts = entry.preprocess
-                crop = {key: getattr(facts, key) for key in ("crop_pct", "interpolation", "crop_mode", "kernel")}
-                if crop["interpolation"] == "lanczos":
-                    del crop["interpolation"]
-                data = {"image_size": facts.size, "mean": list(facts.mean), "std": list(facts.std)}
-                data["eval_transform"] = {"class_path": "zoo.data.transforms.EvalResizeCrop", "init_args": crop}
+            data = _pictures(model, entry) if kind == "image" else data
             kept = {key: value for key, value in options.items() if key not in _SAID_ANEW}
-            best = score, Start(kind, task, kept, weights or entry.name, data)
+            best = score, Start(kind, task, kept, weights or str(entry and entry.name), data)
+            if exact:
+                break
     if best is None:
         raise ZooError(f"no recipe of {card.slug} trains {name} on labels: zoo list recipes {card.slug}")
     return best[1]
 
 
-def _candidates(card: catalog.PaperCard) -> Iterator[tuple[type[Any], dict[str, Any], dict[str, Any]]]:
-    """(task, its options, settings of the data) of the paper's recipes and rows that learn labels; each once."""
-    named = [(recipe, {}) for recipe in catalog.list_recipes(f"{card.slug}/*") if "pocket" not in recipe]
-    named += [(row.recipe, row.options) for row in card.leaderboard if row.recipe]
-    for recipe, changes in sorted(named, key=lambda one: "finetune" not in one[0]):
+def _pictures(model: catalog.ModelEntry, entry: catalog.Weight | None) -> dict[str, Any]:
+    """The settings of the data that a classifier's pictures want: those of its weights, or of the model's own set."""
+    if entry is not None:
+        facts: Any = entry.preprocess
+        crop = {key: getattr(facts, key) for key in ("crop_pct", "interpolation", "crop_mode", "kernel")}
+        if crop["interpolation"] == "lanczos":
+            del crop["interpolation"]
+        data = {"image_size": facts.size, "mean": list(facts.mean), "std": list(facts.std)}
+        return {**data, "eval_transform": {"class_path": "zoo.data.transforms.EvalResizeCrop", "init_args": crop}}
+    if model.classifier is None:
+        raise ZooError(f"{model.name!r} has no published weights, and so nothing is known of its pictures")
+    of = catalog.data_card(model.classifier.dataset)
+    return {"image_size": model.classifier.image_size, "mean": list(of.mean or ()), "std": list(of.std or ())}
+
+
+def _candidates(
+    card: catalog.PaperCard, model: str
+) -> Iterator[tuple[type[Any], dict[str, Any], dict[str, Any], bool]]:
+    """(task, its options, settings of the data, whether it is a row of the `model`) of the paper's recipes and rows
+    that learn labels: rows of the model, and recipes that fine-tune, first. Where only a linear probe has a recipe, the
+    task beside it that trains end to end."""
+    named: list[tuple[str, dict[str, Any], bool]] = [
+        (row.recipe, row.options, row.model == model) for row in card.leaderboard if row.recipe
+    ]
+    named += [(recipe, {}, False) for recipe in catalog.list_recipes(f"{card.slug}/*")]
+
+    def rank(one: tuple[str, dict[str, Any], bool]) -> tuple[bool, ...]:
+        return "pocket" in one[0], not one[2], "finetune" not in one[0]
+
+    for recipe, changes, exact in sorted(named, key=rank):
         content = yaml.safe_load(catalog.recipe_path(recipe).read_text(encoding="utf-8"))
         path = content["model"]["class_path"]
         if not path.startswith("zoo."):
             continue
         task = getattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2])
-        if _kind(task) is None:
+        probed = issubclass(task, LinearClassification)
+        if _kind(task) is None and not probed:
             continue
         parts = {part: dict(content[part].get("init_args") or {}) for part in ("model", "data")}
         for key, value in changes.items():
@@ -294,7 +316,12 @@ def _candidates(card: catalog.PaperCard) -> Iterator[tuple[type[Any], dict[str, 
             if part in parts:
                 _set(parts[part], inner.split("."), value)
         options = {key: value for key, value in parts["model"].items() if key not in ("optim", "init_from")}
-        yield task, options, parts["data"]
+        if not probed:
+            yield task, options, parts["data"], exact
+            continue
+        for beside in _tasks_beside(task):
+            taken = _parameters(beside)
+            yield beside, {k: v for k, v in options.items() if k in taken}, parts["data"], False
 
 
 def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
@@ -311,9 +338,11 @@ def _agreement(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Siz
     """How many entries of a network are in `state` in the same shape; negative where one of its trunk is in another."""
     same = [key for key, shape in wanted.items() if key in state and state[key].shape == shape]
     classes = re.compile(r"(head|fc|fc_norm|classifier)\.|.*(predictor|pos_embed)")
+    fresh = re.compile(r"nonlocals|num_batches_tracked|^norm\.")
     other = [k for k, shape in wanted.items() if k in state and state[k].shape != shape and not classes.match(k)]
     left = [key for key in state if key not in wanted and key.startswith(("layer", "stages", "blocks", "backbone"))]
-    return -1 if other or left else len(same)
+    missing = [key for key in wanted if key not in state and not classes.match(key) and not fresh.search(key)]
+    return -1 if other or left or missing else len(same)
 
 
 # -------------------------------------------------------------------------------------------------------- on which data
@@ -429,7 +458,7 @@ def _recipe(start: Start, data: Data, given: Any) -> tuple[dict[str, Any], list[
     said = [
         f"{start.task.__name__} from {start.source}" + (f", {', '.join(keep)} alone" if given.freeze else ""),
         f"{data.train} {_WHAT[start.kind]} of {data.classes} classes, {held}",
-        f"{epochs} epochs of batches of {batch}; {rate}",
+        f"{epochs} epoch{'s' * (epochs > 1)} of batches of {batch}; {rate}",
     ]
     return _plain(recipe), said
 
@@ -464,7 +493,7 @@ def _last_layers(start: Start, classes: int) -> list[str]:
     with torch.device("meta"):
         one, other = (start.task(**start.options, num_classes=classes + n).network for n in (0, 1))
     if start.kind == "objects":
-        return [name for name, part in one.named_children() if name != "backbone" and any(part.parameters())]
+        return [name for name, part in one.named_children() if name != "backbone" and len(list(part.parameters()))]
     first, second = shapes(one), shapes(other)
     return sorted({key.rpartition(".")[0] for key in first if first[key] != second.get(key)})
 
