@@ -60,6 +60,14 @@ def _dispatch(words: list[str], debug: bool) -> int:
     before, command, rest = _split(words)
     if command in RUN:
         return _run(command, before + rest, debug)
+    if command == "finetune":
+        from zoo.command import finetune
+
+        return finetune.main(before + rest, debug)
+    if command == "embed":
+        from zoo.command import embed
+
+        return embed.main(before + rest)
     if command == "__complete":
         return _complete(rest)
     parser, known = _parser()
@@ -96,6 +104,8 @@ def _parser() -> tuple[Parser, list[str]]:
         "validate": "a recipe's validation: zoo validate RECIPE --ckpt_path last",
         "test": "a recipe's, row's or run's test: zoo test RECIPE --ckpt_path last; PAPER:ROW; runs:last",
         "predict": "what a model or run makes of files: zoo predict runs:last photo.jpg; or a recipe's predictions",
+        "finetune": "train a model on a folder of yours: zoo finetune MODEL FOLDER [--epochs 10 --freeze]",
+        "embed": "features of pictures, videos or texts: zoo embed MODEL FOLDER -o FILE.npz",
     }.items():
         commands.add_parser(name, help=text, add_help=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zoo.training.base import BaseModule, seed_position
-from zoo.training.callbacks import NonFiniteGuard, Pictures, PreciseBN, Timing, default_callbacks
+from zoo.training.callbacks import Freeze, NonFiniteGuard, Pictures, PreciseBN, Timing, default_callbacks
 from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from zoo.training.classification import Classification, LinearClassification
 from zoo.training.ema import EMA, choose_average, evaluation_weights, half_life_decay
@@ -27,6 +27,7 @@ __all__ = [
     "Classification",
     "ErrorAnalysis",
     "FactorAccuracy",
+    "Freeze",
     "GivenBoxMasks",
     "GradientSpread",
     "Instability",

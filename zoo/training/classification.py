@@ -6,6 +6,7 @@ builds its network and says where an encoder may come from.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -84,6 +85,21 @@ class Classification(BaseModule):
         if stage != "predict" and self._trainer is not None:
             check_classes(getattr(self.trainer, "datamodule", None), self.num_classes)
         super().setup(stage)
+
+    def load_initial(self, source: str) -> None:
+        """Fill all of the network but its classifier, as the paper's `convert_official` reads the weights."""
+        from zoo.weights.pretrained import fill, read_source
+
+        convert = getattr(sys.modules[type(self).__module__], "convert_official", dict)
+        network: Any = self.network
+        last = network.get_classifier()
+        name = next((name for name, part in network.named_modules() if part is last), "")
+
+        def wanted(key: str) -> bool:
+            return not name or not key.startswith(f"{name}.")
+
+        state = {key: value for key, value in convert(read_source(source)).items() if wanted(key)}
+        fill(self.network, state, source, wanted)
 
     def trainable(self) -> nn.Module:
         return self.network

@@ -99,8 +99,7 @@ def find_checkpoint(name: str) -> Path:
     """
     base, which = _split(name)
     if base.startswith(f"{_ROOT}:"):
-        recipe = base.removeprefix(f"{_ROOT}:")
-        return _newest(recipe, which) if recipe else _newest_of_all(which)
+        return _newest(base.removeprefix(f"{_ROOT}:"), which)
     path = Path(base).expanduser()
     if path.is_file() or _is_sharded(path):
         return path
@@ -122,31 +121,23 @@ def _in_folder(run: Path, which: str) -> Path | None:
 
 
 def _newest(recipe: str, which: str) -> Path:
+    """Of the newest run of a recipe, of those below a folder such as ``mae``, or (of "") of all."""
     from zoo import catalog
 
-    name = recipe
-    if not (Path(_ROOT) / folder_name(name)).is_dir():
-        with contextlib.suppress(ZooError):  # the beginning of a name will do
-            known = catalog.list_recipes()
-            name = next((one for one in known if one.startswith(recipe)), recipe)
-    for run in reversed(runs_of(Path(_ROOT), folder_name(name))):
-        if found := _in_folder(run, which):
-            return found
-    raise ZooError(f"no {_WHICH[which][0]} of {name} under {_ROOT}/{folder_name(name)}; run `zoo fit {name}` first")
-
-
-def _newest_of_all(which: str) -> Path:
-    patterns = ["*/" * depth + "checkpoints" for depth in range(1, 5)]
-    places = [place.parent for pattern in patterns for place in Path(_ROOT).glob(pattern)]
-    newest: dict[Path, Path] = {}
+    name = folder_name(recipe)
+    if recipe and not (Path(_ROOT) / name).is_dir():
+        known = catalog.list_recipes()  # the beginning of a name will do
+        name = next((one for one in known if one.startswith(recipe)), name)
+    under = Path(_ROOT) / name
+    places = [place.parent for depth in range(5) for place in under.glob("*/" * depth + "checkpoints")]
+    newest = []
     for folder in {run.parent for run in places if run.parts[1:2] != ("claims",)}:
-        for run in reversed(runs_of(folder.parent, folder.name)):
-            if found := _in_folder(run, which):
-                newest[run] = found
-                break
-    if not newest:
-        raise ZooError(f"no run under {_ROOT}/ holds a {_WHICH[which][0]}; `zoo fit RECIPE` makes one")
-    return max(newest.values(), key=lambda path: path.stat().st_mtime)
+        found = (_in_folder(run, which) for run in reversed(runs_of(folder.parent, folder.name)))
+        newest += [path for path in (next(filter(None, found), None),) if path is not None]
+    if newest:
+        return max(newest, key=lambda path: path.stat().st_mtime)
+    of = f" of {recipe}" if recipe else ""
+    raise ZooError(f"no {_WHICH[which][0]}{of} under {under}; run `zoo fit {recipe or 'RECIPE'}` first")
 
 
 # ------------------------------------------------------------------------------------------------------------- opening
