@@ -62,7 +62,8 @@ from zoo.command.runs import (
 from zoo.command.verdict import second_stage, verdict, verdict_line
 from zoo.errors import ZooError
 from zoo.machine import cpu_has_bfloat16
-from zoo.training import choose_average
+from zoo.nn.bounded import bounded_networks
+from zoo.training import ErrorAnalysis, choose_average
 from zoo.training.checkpoints import (
     BestCheckpoint,
     LastCheckpoint,
@@ -154,6 +155,12 @@ class RecipeCLI(LightningCLI):
                 type=dict | None,
                 help="settings of sampling to compare first, on fewer samples: {samples: 5000, guidance: [6, 7], ...}",
             )
+        parser.add_argument(
+            "--report",
+            type=bool,
+            default=True,
+            help="end a fit, validation or test in a page, <run>/report.html, with what errs most; false: without",
+        )
         if "verbose" in added:
             parser.set_defaults({"verbose": False})  # the score line says it
         if self.line.module is not None:
@@ -222,6 +229,10 @@ class RecipeCLI(LightningCLI):
                 self.parser.instantiate_classes(self.config)
             else:
                 super().instantiate_classes()
+        if self.what == "fit" and not self.dry:
+            dump = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            settings = {key: dump.get(key) for key in ("model", "data", "average")}
+            self.model.recipe = {"name": self.recipe, **settings}  # which its checkpoints carry on
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init["trainer"]
@@ -237,6 +248,8 @@ class RecipeCLI(LightningCLI):
             _set_sweep(callbacks, sweep)
         if not self.weights_given:
             choose_average(callbacks, self.config["average"])
+        if self.claim and self.config["report"] and self.what != "predict" and not config["fast_dev_run"]:
+            callbacks.append(ErrorAnalysis())
         if self.what == "predict":
             callbacks += predictions.callbacks(self.model, callbacks, self.folder)
         callbacks = [self.interrupt, *callbacks]
@@ -325,38 +338,6 @@ def _set_sweep(callbacks: Sequence[Callback], sweep: Mapping[str, Any]) -> None:
         callback.sweep = Sweep.of(sweep)
 
 
-@contextlib.contextmanager
-def bounded_networks(most: int = 30_000) -> Iterator[None]:
-    """A network of absurd size ends in a ZooError while it is built: of more parts than any real one (a ResNet-1001 has
-    9,000 layers, parameters and buffers), or of more bytes than the machine has."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    count, size = 0, 0
-
-    def one_more(module: torch.nn.Module, name: str, part: Any) -> None:
-        nonlocal count, size
-        count += 1
-        if isinstance(part, torch.Tensor) and not part.is_meta:
-            size += part.numel() * part.element_size()
-        if count > most:
-            raise ZooError(f"the network has more than {most:,} layers and parameters: see its depth and the like")
-        if size > memory:
-            raise ZooError(
-                f"the network has more than {memory / 2**30:.0f} GB of parameters, more than this machine has"
-            )
-
-    made = torch.nn.modules.module
-    hooks = [
-        made.register_module_module_registration_hook(one_more),
-        made.register_module_parameter_registration_hook(one_more),
-        made.register_module_buffer_registration_hook(one_more),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _build(
     subcommand: str,
     recipe: str | Path,
@@ -403,7 +384,7 @@ def load_recipe(
     argv = []
     for key, value in (overrides or {}).items():
         argv.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
-    with _quiet():
+    with quiet():
         cli = _build("fit", name, argv, rich=sys.stdout.isatty())
     return cli.model, cli.datamodule, cli.trainer
 
@@ -413,7 +394,7 @@ def run(subcommand: str, recipe: str, argv: Sequence[str], debug: bool = False) 
     if subcommand not in SUBCOMMANDS:
         raise ValueError(subcommand)
     begin = time.monotonic()
-    with _quiet(debug):
+    with quiet(debug):
         source, words = _published_weights(subcommand, recipe, argv)
         try:
             given = source is not None
@@ -624,10 +605,22 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
     paths += [getattr(callback, "best_model_path", "") for callback in cli.trainer.checkpoint_callbacks]
     for path in dict.fromkeys(short_path(path) for path in paths if path):
         print(f"checkpoint: {path}")
+    if cli.what != "predict" and cli.config["report"]:
+        _write_report(cli.folder)
     print(f"run: {short_path(cli.folder)} ({seconds:.0f} s)")
     if cli.what == "fit" and catalog.is_row(cli.recipe) and (row := catalog.row(cli.recipe)[1]).then:
         last = next(filter(None, paths), "CHECKPOINT")
         print(f"the row's {row.metric} comes of a second stage: {second_stage(row, short_path(last))}")
+
+
+def _write_report(folder: Path) -> None:
+    """The run's page; a run whose page cannot be written has ended well all the same."""
+    try:
+        from zoo.pages import report
+
+        print(f"report: {short_path(report.write(folder))}")
+    except Exception as error:
+        print(f"zoo: no report of this run: {innermost(error)}", file=sys.stderr)
 
 
 def _set_by_its_run(cli: RecipeCLI) -> list[str]:
@@ -648,7 +641,7 @@ def _set_by_its_run(cli: RecipeCLI) -> list[str]:
 
 
 @contextlib.contextmanager
-def _quiet(debug: bool = False) -> Iterator[None]:
+def quiet(debug: bool = False) -> Iterator[None]:
     """Without Lightning's announcements and the warnings that call for nothing; all of them under `debug`."""
     if debug:
         yield
