@@ -609,6 +609,8 @@ def _complete(words: list[str]) -> int:
         candidates += [name for name in catalog.list_rows() if catalog.row(name)[1].recipe]
     elif done[0] == "preview" and len(done) == 1:
         candidates = [*catalog.list_recipes("*"), *(n for n in catalog.list_rows() if catalog.row(n)[1].recipe)]
+    elif done[0] in ("finetune", "embed") and len(done) == 1:
+        candidates = catalog.list_weights()
     elif done[0] == "list":
         candidates = list(KINDS) if len(done) == 1 else []
     elif done[0] == "show":
