@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.distributed import checkpoint as distributed_checkpoint
 from torchvision.io import read_image, write_png
 
 import zoo
@@ -132,6 +133,12 @@ def test_what_is_refused(here: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         open_run(str(tmp_path / "short.ckpt")).task  # noqa: B018
     old = {key: value for key, value in content.items() if key != "zoo_model"}
     torch.save(old, tmp_path / "old.ckpt")
+    recipe = content["zoo_model"]["recipe"]
+    spoilt = {**recipe, "data": {**recipe["data"], "init_args": {"train_transform": {"class_path": "os.system"}}}}
+    torch.save({**content, "zoo_model": {**content["zoo_model"], "recipe": spoilt}}, tmp_path / "spoilt.ckpt")
+    for words in (["test", str(tmp_path / "spoilt.ckpt")], ["finetune", str(tmp_path / "spoilt.ckpt"), "photos"]):
+        assert main(words) == 2
+        assert "os.system" in _line(capsys)
     bare = open_run(str(tmp_path / "old.ckpt"))
     assert type(bare.task).__name__ == "PreActResNetClassification"
     with pytest.raises(ZooError, match="written by an older zoo"):
@@ -145,6 +152,19 @@ def test_what_is_refused(here: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert known.facts["preprocess"] == open_run("runs:preact_resnet").facts["preprocess"]
     with pytest.raises(ZooError, match="takes not an option"):
         zoo.create_model("runs:preact_resnet", num_classes=3)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("name", ["state_dict", "model"])  # as strategies of several devices name it
+def test_a_sharded_checkpoint(name: str, here: Path, tmp_path: Path) -> None:
+    content = torch.load(find_checkpoint("runs:mae"), weights_only=True)
+    folder = tmp_path / "last.ckpt"
+    distributed_checkpoint.save({name: content["state_dict"]}, checkpoint_id=folder, no_dist=True)
+    rest = {key: value for key, value in content.items() if key not in ("state_dict", "optimizer_states")}
+    torch.save(rest, folder / "meta.pt")
+    run = open_run(str(folder))
+    assert all(value.equal(content["state_dict"][key]) for key, value in run.task.state_dict().items())
+    assert run.classes == open_run("runs:mae").classes
 
 
 # ---------------------------------------------------------------------------------------------------------- predicting

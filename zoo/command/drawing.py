@@ -123,5 +123,6 @@ def strip(clip: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Frames of a normalised clip (3, T, H, W) beside each other, uint8 (3, H, W')."""
     some = torch.linspace(0, clip.shape[1] - 1, min(_FRAMES, clip.shape[1])).long()
     shift, scale = (torch.tensor(x)[:, None, None, None] for x in (mean, std))
+    zoom = max(1, 96 // min(clip.shape[-2:]))
     frames = ((clip[:, some] * scale + shift).clamp(0, 1) * 255).round().to(torch.uint8)
-    return torch.cat(list(frames.unbind(1)), dim=-1)
+    return torch.cat(list(frames.unbind(1)), dim=-1).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)

@@ -26,7 +26,7 @@ from zoo.training import Classification, LinearClassification
 from zoo.training.detection import Detection
 from zoo.training.video import ActionDetection, MultiLabelVideoClassification, VideoClassification
 from zoo.weights.pretrained import Architecture, paper_module, shapes
-from zoo.weights.runs import RunModel, is_run, open_run
+from zoo.weights.runs import RunModel, check_class_paths, is_run, open_run
 
 # Settings of a recipe's data that are about its own set, or are said anew.
 _OF_DATASET = {"dataset", "data_dir", "options", "train_samples", "batch_size", "num_workers", "seed", "epoch_samples"}
@@ -204,6 +204,7 @@ def _from_run(run: RunModel) -> Start:
         elif kind == "objects" and data.get("image_size") is None and not data.get("eval_transforms"):
             data["image_size"] = known.get("size") or (settings.get("options") or {}).get("size")
         data = {key: value for key, value in data.items() if value is not None}
+        check_class_paths([options, data], run.checkpoint)
         optim = _milder(dict(facts["options"].get("optim") or {}), settings) if same else None
         return Start(kind, task, options, str(run.checkpoint), data, optim)
     said = f" ({reasons[0]})" if reasons else ""

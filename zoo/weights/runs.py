@@ -341,6 +341,22 @@ def task_class(path: str, where: Any) -> type[BaseModule]:
     return found
 
 
+def check_class_paths(settings: Any, where: Any) -> None:
+    """Refuses settings out of a checkpoint that name classes of others, which would be imported and called.
+
+    Raises:
+        ZooError: a class path that is neither the zoo's nor that of a transform of torchvision.
+    """
+    if isinstance(settings, Mapping):
+        path = settings.get("class_path")
+        if path is not None and not re.fullmatch(r"(zoo|zoo_papers_\w+|torchvision\.transforms)(\.\w+)+", str(path)):
+            raise ZooError(f"{where}: its settings name the class {str(path)[:80]!r}, which is none of the zoo's")
+        settings = list(settings.values())
+    if isinstance(settings, list | tuple):
+        for entry in settings:
+            check_class_paths(entry, where)
+
+
 @contextlib.contextmanager
 def _joined(folder: Path) -> Iterator[Path]:
     """A sharded checkpoint as one file, as long as the block lasts."""
@@ -377,8 +393,7 @@ def _of_config(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         data = content["data"]
-        if not str(data["class_path"]).startswith("zoo.data."):
-            return {}
+        check_class_paths(data, path)
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(LightningDataModule, "data")
         module = parser.instantiate_classes(parser.parse_object({"data": data})).data
