@@ -60,6 +60,17 @@ def package_version(name: str) -> str | None:
         return None
 
 
+@cache
+def versions() -> dict[str, str]:
+    """What a set of weights was made with: Python, zoo and the packages that compute."""
+    import zoo
+
+    names = ("torch", "torchvision", "lightning", "numpy")
+    return {"zoo": zoo.__version__, "python": platform.python_version()} | {
+        name: found for name in names if (found := package_version(name))
+    }
+
+
 def environment(*packages: str) -> dict[str, Any]:
     """Machine, versions and load: everything a reader needs to judge a number, nothing that names the machine.
 

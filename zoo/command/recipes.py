@@ -62,6 +62,7 @@ from zoo.command.runs import (
 from zoo.command.verdict import second_stage, verdict, verdict_line
 from zoo.errors import ZooError
 from zoo.machine import cpu_has_bfloat16
+from zoo.nn.bounded import bounded_networks
 from zoo.training import choose_average
 from zoo.training.checkpoints import (
     BestCheckpoint,
@@ -222,6 +223,10 @@ class RecipeCLI(LightningCLI):
                 self.parser.instantiate_classes(self.config)
             else:
                 super().instantiate_classes()
+        if self.what == "fit" and not self.dry:
+            dump = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            settings = {key: dump.get(key) for key in ("model", "data", "average")}
+            self.model.recipe = {"name": self.recipe, **settings}  # which its checkpoints carry on
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init["trainer"]
@@ -323,38 +328,6 @@ def _set_sweep(callbacks: Sequence[Callback], sweep: Mapping[str, Any]) -> None:
         raise ZooError("--sweep wants a recipe whose callbacks evaluate by sampling (zoo.training.SamplingEvaluation)")
     for callback in evaluations:
         callback.sweep = Sweep.of(sweep)
-
-
-@contextlib.contextmanager
-def bounded_networks(most: int = 30_000) -> Iterator[None]:
-    """A network of absurd size ends in a ZooError while it is built: of more parts than any real one (a ResNet-1001 has
-    9,000 layers, parameters and buffers), or of more bytes than the machine has."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    count, size = 0, 0
-
-    def one_more(module: torch.nn.Module, name: str, part: Any) -> None:
-        nonlocal count, size
-        count += 1
-        if isinstance(part, torch.Tensor) and not part.is_meta:
-            size += part.numel() * part.element_size()
-        if count > most:
-            raise ZooError(f"the network has more than {most:,} layers and parameters: see its depth and the like")
-        if size > memory:
-            raise ZooError(
-                f"the network has more than {memory / 2**30:.0f} GB of parameters, more than this machine has"
-            )
-
-    made = torch.nn.modules.module
-    hooks = [
-        made.register_module_module_registration_hook(one_more),
-        made.register_module_parameter_registration_hook(one_more),
-        made.register_module_buffer_registration_hook(one_more),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _build(

@@ -27,12 +27,10 @@ from zoo.data.check import checked_hash
 from zoo.errors import ZooError
 from zoo.training.checkpoints import check_shards, is_sharded
 from zoo.weights.files import read_checkpoint
+from zoo.weights.runs import ORDER, folder_name, order, runs_of
 
 if TYPE_CHECKING:
     from zoo.command.recipes import RecipeCLI
-
-
-_ORDER = ".order"  # in a run's folder: the how-manieth run of its recipe it is, counting each time one is gone on with
 
 
 def safe_name(name: str, otherwise: str) -> str:
@@ -43,36 +41,11 @@ def safe_name(name: str, otherwise: str) -> str:
     return otherwise
 
 
-def folder_name(name: str) -> str:
-    """Where the runs of a recipe, or of a leaderboard row, lie under ``runs/``."""
-    return name.replace(":", "/")
-
-
-def runs_of(root: Path, name: str) -> list[Path]:
-    """The run folders of the recipe `name` under `root` that hold checkpoints, the newest last, whatever a clock said.
-
-    Those without a number come first, in the order of their names.
-    """
-
-    def key(run: Path) -> tuple[int, list[tuple[int, str]]]:
-        return _order(run), [(int(word), "") if word.isdecimal() else (0, word) for word in run.name.split("-")]
-
-    with contextlib.suppress(OSError):
-        return sorted((run for run in (root / name).iterdir() if (run / "checkpoints").is_dir()), key=key)
-    return []
-
-
-def _order(run: Path) -> int:
-    with contextlib.suppress(OSError, ValueError):
-        return int((run / _ORDER).read_text(encoding="utf-8")[:18])
-    return -1
-
-
 def remember(run: Path) -> None:
     """Notes that `run` is the newest of its recipe."""
-    highest = max((_order(other) for other in run.parent.iterdir() if other != run), default=-1)
-    if _order(run) <= highest:
-        files.write_text(run / _ORDER, f"{highest + 1}\n")
+    highest = max((order(other) for other in run.parent.iterdir() if other != run), default=-1)
+    if order(run) <= highest:
+        files.write_text(run / ORDER, f"{highest + 1}\n")
 
 
 def newest_checkpoint(

@@ -533,6 +533,11 @@ class ARCDataModule(SeededDataModule):
         self._pairs: dict[str, list[_Known]] = {}
         self.num_tasks = _number_of_tasks(self)
 
+    def preprocess_facts(self) -> dict[str, Any]:
+        """The canvas of validation; `tasks` are the names of those that the network knows, in their order."""
+        names = [task.name for task in self.tasks]
+        return {"kind": "grid", "size": self.image_size, "canvas": True, "scale": self.eval_scale, "tasks": names}
+
     @property
     def tasks(self) -> list[ARCTask]:
         """The known tasks in order; a task's place is its number."""
