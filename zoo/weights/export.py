@@ -41,14 +41,12 @@ _SCALARS = (int, float, bool, str, type(None))
 
 
 class _Part(nn.Module):
-    """A method of a network, or a module in it, as a module."""
+    """A method of a network, or a module in it, as a module; it takes arguments of the same names."""
 
     def __init__(self, network: nn.Module, part: str) -> None:
         super().__init__()
-        self.network, self.part = network, part
-
-    def forward(self, *inputs: Any, **options: Any) -> Any:
-        return getattr(self.network, self.part)(*inputs, **options)
+        self.network = network
+        self.forward = _callee(network, part)
 
 
 @dataclass
