@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from zoo import files
+from zoo.command import benchmark, export, push
 from zoo.errors import ZooError, unknown
 
 RUN = ("fit", "validate", "test", "predict")
@@ -154,6 +155,9 @@ def _parser() -> tuple[_Parser, list[str]]:
     _use_ema(one, "convert, of a checkpoint of yours")
     one.add_argument("--average", metavar="NAME", help="convert: the average of this name, of several in a checkpoint")
     one.set_defaults(do=_weights)
+
+    for module in (benchmark, export, push):
+        module.add(commands)
 
     one = commands.add_parser("data", help="look a dataset over before a run; make its latents or statistics")
     _data_parsers(one)

@@ -57,30 +57,37 @@ class Subject:
     module: nn.Module
     make: Callable[[int], dict[str, Any]]
     part: str
+    note: str = ""
 
 
-def subject(network: nn.Module, size: int | None = None, channels: int = 3, part: str | None = None) -> Subject:
+def subject(
+    network: nn.Module, size: int | None = None, channels: int = 3, part: str | None = None, refused: str = ""
+) -> Subject:
     """What to export of `network`.
 
     Args:
         size: side in pixels of the pictures that it takes; None: what it says of itself, else 224.
         channels: of the pictures, where the network does not say.
         part: a method or a module of it, in place of the one that suits it.
+        refused: why the whole of it cannot be exported, where it cannot; another part of it may be.
 
     Raises:
         ZooError: no such part, or one whose inputs nothing tells.
     """
     network = network.eval().requires_grad_(False)
-    named = part or getattr(network, "export_part", None)
+    named, refused = part or getattr(network, "export_part", None), refused or getattr(network, "not_exported", "")
     if named is not None and not callable(getattr(network, named, None)):
         offered = [name for name, _ in network.named_children()]
         raise ZooError(f"{type(network).__name__} has no part {named!r}; it has {', '.join(offered)}, and its methods")
+    if refused and named is None:
+        raise ZooError(f"{type(network).__name__} cannot be exported: {refused}")
     side = size or getattr(network, "img_size", None) or 224
     chans = getattr(network, "in_chans", None) or channels
 
     def pictures(count: int) -> Tensor:
         return _noise(count, chans, side, side)
 
+    note = f"the whole of it cannot be exported: it {refused}" if refused else ""
     if callable(getattr(network, "sample", None)) and named in (None, "sample", "forward"):
         return _generator(network, named)
     target = _Part(network, named) if named not in (None, "forward") else network
@@ -90,9 +97,11 @@ def subject(network: nn.Module, size: int | None = None, channels: int = 3, part
         known = given(1)
         if all(name in known for name in wanted):
             takes = set(inspect.signature(_callee(network, named)).parameters)
-            return Subject(target, lambda n: {k: v for k, v in given(n).items() if k in takes}, named or "forward")
+            return Subject(
+                target, lambda n: {k: v for k, v in given(n).items() if k in takes}, named or "forward", note
+            )
     if len(wanted) == 1:
-        return Subject(target, lambda n: {wanted[0]: pictures(n)}, named or "forward")
+        return Subject(target, lambda n: {wanted[0]: pictures(n)}, named or "forward", note)
     raise ZooError(
         f"{type(network).__name__}.{named or 'forward'} cannot be exported: nothing tells what its inputs "
         f"{', '.join(wanted)} look like (example_inputs of the network would)"
@@ -185,6 +194,8 @@ class Written:
     runtime: str
     batch: int | None
     constant: bool
+    threads: int
+    note: str
 
 
 def write(
@@ -244,7 +255,21 @@ def write(
             files.write_text(f"{path}.json", text + "\n")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    return Written(path, subject.part, inputs, outputs, worst, eager, ours, size, runtime, batch, constant)
+    return Written(
+        path,
+        subject.part,
+        inputs,
+        outputs,
+        worst,
+        eager,
+        ours,
+        size,
+        runtime,
+        batch,
+        constant,
+        torch.get_num_threads(),
+        subject.note,
+    )
 
 
 def _program(subject: Subject, inputs: dict[str, Any], dynamic: bool) -> Any:
