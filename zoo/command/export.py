@@ -57,7 +57,7 @@ def lines(written: Any) -> list[str]:
     """What a user is told of an export."""
     what = "a sample" if written.batch is None else f"a batch of {written.batch}"
     said = [
-        f"{written.path}: {written.part}, {written.bytes / 1e6:.1f} MB, and {written.path.name}.json with preprocessing",
+        f"{written.path}: {written.part}, {written.bytes / 1e6:.1f} MB; preprocessing: {written.path.name}.json",
         f"inputs: {'; '.join(f'{name} {axes}' for name, axes in written.inputs.items())}",
         f"outputs: {'; '.join(f'{name} {axes}' for name, axes in written.outputs.items())}",
         f"loaded again and compared: largest difference {written.difference:.1e} of the outputs' size; {what} takes"

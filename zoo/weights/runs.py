@@ -66,8 +66,8 @@ def order(run: Path) -> int:
 
 def is_run(name: str) -> bool:
     """Whether `name` means a run: ``runs:last``, ``runs:RECIPE``, a run's folder, a checkpoint (a file or the folder of
-    a sharded one), with ``:last`` or ``:best`` behind it where wanted, or what ``zoo push`` wrote (:func:`is_pushed`). A path
-    under ``runs/``, and a ``.ckpt``, need not be there: what opens it says so."""
+    a sharded one), with ``:last`` or ``:best`` behind it where wanted, or what ``zoo push`` wrote (:func:`is_pushed`).
+    A path under ``runs/``, and a ``.ckpt``, need not be there: what opens it says so."""
     base, _ = _split(name)
     if base.startswith(f"{_ROOT}:") or base.endswith(".ckpt") or is_pushed(name):
         return True
