@@ -4,8 +4,9 @@ it works."""
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
+
+from zoo.command.common import print_json
 
 EXAMPLE = "example: zoo benchmark mae/pocket train --batch auto --threads 2"
 WHAT = ("forward", "train", "data")
@@ -63,7 +64,9 @@ def run(arguments: argparse.Namespace, extra: list[str]) -> int:
         channels_last=arguments.channels_last,
     )
     found = throughput.measure(arguments.name, arguments.what, setting)
-    print(json.dumps(found, indent=1) if arguments.json else "\n".join(lines(found)))
+    if arguments.json:
+        return print_json(found)
+    print("\n".join(lines(found)))
     return 0
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
+
+from zoo.command.common import print_json, use_ema_option
 
 EXAMPLE = "example: zoo export runs:last -o model.onnx"
 
@@ -24,8 +25,7 @@ def add(commands: Any) -> None:
     one.add_argument("--size", type=int, metavar="PIXELS", help="side of the pictures (default: of its preprocessing)")
     one.add_argument("--weights", help="of a model: a file or other weights to load instead of the published ones")
     one.add_argument("--untrained", action="store_true", help="of a model: random weights, to try the exporter")
-    text = "the averaged weights of a file, or the raw ones (default: the average where there is one)"
-    one.add_argument("--use-ema", "--use_ema", action=argparse.BooleanOptionalAction, help=text)
+    use_ema_option(one, "of a file or a run")
     one.add_argument("--json", action="store_true")
     one.set_defaults(do=run)
 
@@ -47,8 +47,7 @@ def run(arguments: argparse.Namespace, extra: list[str]) -> int:
     facts = {**source.facts, "classes": source.classes, "preprocess": source.preprocess}
     written = export.write(subject, arguments.out, facts, arguments.batch)
     if arguments.json:
-        print(json.dumps({**vars(written), "path": str(written.path)}, indent=1))
-        return 0
+        return print_json(vars(written))
     print("\n".join(lines(written)))
     return 0
 

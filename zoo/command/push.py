@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from zoo.command.common import use_ema_option
+
 EXAMPLE = "example: zoo push runs:last hf://me/my-model --dry-run"
 
 
@@ -23,8 +25,7 @@ def add(commands: Any) -> None:
     one.add_argument("--dry-run", "--dry_run", action="store_true", help="show the card and the files; send nothing")
     one.add_argument("--private", action="store_true", help="a repository that is made is a private one")
     one.add_argument("--licence", help="such as apache-2.0 (default: that of the published weights it started from)")
-    text = "the averaged weights, or the raw ones (default: the average where there is one)"
-    one.add_argument("--use-ema", "--use_ema", action=argparse.BooleanOptionalAction, help=text)
+    use_ema_option(one, "of the run")
     one.set_defaults(do=run)
 
 

@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from zoo.weights.runs import ORDER, folder_name, order, runs_of
 
 if TYPE_CHECKING:
     from zoo.command.recipes import RecipeCLI
+    from zoo.weights.runs import RunModel
 
 
 def safe_name(name: str, otherwise: str) -> str:
@@ -93,6 +95,27 @@ def run_of(checkpoint: Path, name: str) -> Path | None:
         if folder_name(file.readline().strip().removeprefix("# recipe: ")) == folder_name(name):
             return folder.parent
     return None
+
+
+@contextlib.contextmanager
+def recipe_of(model: RunModel) -> Iterator[Path]:
+    """The recipe of a run: its ``config.yaml``, or of a checkpoint that lies elsewhere what it says of it, in a file
+    for as long as the block lasts.
+
+    Raises:
+        ZooError: neither is there.
+    """
+    if model.folder is not None and (model.folder / "config.yaml").is_file():
+        yield model.folder / "config.yaml"
+        return
+    recipe = model.facts["recipe"]
+    if not recipe or not recipe.get("model") or not recipe.get("data"):
+        raise ZooError(f"{model.checkpoint}: says nothing of its recipe; give that: zoo test RECIPE --ckpt_path FILE")
+    with tempfile.TemporaryDirectory(prefix="zoo-") as place:
+        path = Path(place) / "recipe.yaml"
+        settings = yaml.safe_dump({key: recipe[key] for key in ("model", "data", "average") if recipe.get(key)})
+        path.write_text(f"# recipe: {safe_name(str(recipe.get('name')), 'recipe')}\n{settings}", encoding="utf-8")
+        yield path
 
 
 def first_process() -> bool:

@@ -77,6 +77,14 @@ def read_tasks(dataset: str, split: str, data_dir: str | Path | None = None, **o
     return [_task(name, index, contents[name], f"{folder}: {name}") for index, name in enumerate(sorted(contents))]
 
 
+def read_task_file(path: str | Path) -> list[ARCTask]:
+    """The tasks of one json: a single task, named by the file, or many by their names."""
+    content = _json(Path(path), dict)
+    if "train" in content and "test" in content:
+        content = {Path(path).stem: content}
+    return [_task(str(name), index, content[name], f"{path}: {name}") for index, name in enumerate(sorted(content))]
+
+
 def read_pairs(folder: str | Path) -> dict[str, list[Pair]]:
     """Further pairs by task, from ``<folder>/tasks/*.json`` (RE-ARC) or the files in the folder itself."""
     root = Path(folder).expanduser()
