@@ -33,7 +33,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import zoo
 from zoo import catalog, files
 from zoo.command import predictions
-from zoo.command.logs import Events, MetricsFile
+from zoo.command.logs import LOGGERS, check_loggers, make_loggers
 from zoo.command.parse_errors import explain_parse_error, innermost
 from zoo.command.progress import BarProgress, Interrupt, PlainProgress, numbers, scalars, telling
 from zoo.command.reading import (
@@ -161,6 +161,11 @@ class RecipeCLI(LightningCLI):
             parser.add_argument("--module", type=str | None, help="a Python file beside the recipe with its classes")
         if self.what == "fit":
             parser.add_argument("--new_run", type=bool, default=False, help="resume in a run folder of its own")
+            parser.add_argument(
+                "--logger",
+                type=list[str] | None,
+                help=f"beside metrics.csv, one or several of {', '.join(LOGGERS)} (default: tensorboard)",
+            )
         for source, target in LINKS.items():
             if target not in self.line.unlinked:
                 parser.link_arguments(f"data.{source}", f"model.init_args.{target}", apply_on="instantiate")
@@ -183,6 +188,8 @@ class RecipeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Reads the checkpoint, so that one that is of no use ends here."""
+        if self.what == "fit":
+            check_loggers(self.config["logger"] or [])
         if (path := self.config.get("ckpt_path")) is None:
             return
         if self.config.get("weights_only") is False:
@@ -248,7 +255,7 @@ class RecipeCLI(LightningCLI):
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(BarProgress(leave=False) if self.rich else PlainProgress())
         logger = config["logger"]
-        if logger is None or logger is True:
+        if logger is None or logger is True or (self.what == "fit" and self.config["logger"] is not None):
             logger = self._loggers() if self.what == "fit" and not config["fast_dev_run"] else False
         plugins = config["plugins"] or []
         plugins = [*plugins] if isinstance(plugins, list) else [plugins]
@@ -313,11 +320,8 @@ class RecipeCLI(LightningCLI):
     def _loggers(self) -> list[Logger]:
         goes_on = self.standing is not None and (self.folder / "config.yaml").exists()
         steps = self.standing["steps"] if self.standing is not None and goes_on else None
-        options = {} if steps is None else {"purge_step": steps}
-        return [
-            Events(str(self.folder.parent), name="", version=self.folder.name, **options),
-            MetricsFile(self.folder / "metrics.csv", steps),
-        ]
+        names = ["tensorboard"] if self.config["logger"] is None else self.config["logger"]
+        return make_loggers(names, self.folder, folder_name(self.recipe), steps)
 
 
 def _set_sweep(callbacks: Sequence[Callback], sweep: Mapping[str, Any]) -> None:
@@ -376,7 +380,7 @@ def load_recipe(
     argv = []
     for key, value in (overrides or {}).items():
         argv.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
-    with _quiet():
+    with quiet():
         cli = _build("fit", name, argv, rich=sys.stdout.isatty())
     return cli.model, cli.datamodule, cli.trainer
 
@@ -386,8 +390,8 @@ def run(subcommand: str, recipe: str, argv: Sequence[str], debug: bool = False) 
     if subcommand not in SUBCOMMANDS:
         raise ValueError(subcommand)
     begin = time.monotonic()
-    with _quiet(debug):
-        source, words = _published_weights(subcommand, recipe, argv)
+    with quiet(debug):
+        source, words = _published_weights(subcommand, recipe, _one_list("--logger", argv))
         try:
             given = source is not None
             cli = _build(subcommand, recipe, words, rich=sys.stdout.isatty(), claim=True, weights_given=given)
@@ -527,6 +531,22 @@ def _split_path(words: Sequence[str]) -> list[str]:
     return [part for word in words for part in (word.split("=", 1) if word.startswith("--ckpt_path=") else [word])]
 
 
+def _one_list(key: str, words: Sequence[str]) -> list[str]:
+    """`words` with all values of the option `key`, which may be given several times, in one list behind them."""
+    kept: list[str] = []
+    values: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, given, value = word.partition("=")
+        if name != key:
+            kept.append(word)
+        elif (value := value if given else next(rest, "")) and not value.startswith("-"):
+            values += [value] if not value.startswith("[") else yaml.safe_load(value)
+        else:
+            raise ZooError(f"{key} wants a name")
+    return [*kept, f"{key}={json.dumps(values)}"] if values else kept
+
+
 def _value_of(words: Sequence[str], key: str) -> str | None:
     for position, word in enumerate(words):
         if word == key and position + 1 < len(words):
@@ -621,7 +641,7 @@ def _set_by_its_run(cli: RecipeCLI) -> list[str]:
 
 
 @contextlib.contextmanager
-def _quiet(debug: bool = False) -> Iterator[None]:
+def quiet(debug: bool = False) -> Iterator[None]:
     """Without Lightning's announcements and the warnings that call for nothing; all of them under `debug`."""
     if debug:
         yield

@@ -64,9 +64,11 @@ class Measured:
     samples: int
     what: str = "images"
     rate: float = field(init=False)
+    best: float = field(init=False)  # what other work on the machine disturbs least
 
     def __post_init__(self) -> None:
         self.rate = self.samples / float(np.median(self.seconds))
+        self.best = self.samples / min(self.seconds)
 
 
 def measure(name: str, what: str | None, setting: Setting) -> dict[str, Any]:
@@ -175,8 +177,7 @@ def _batch(
                 raise ZooError("not even a batch of 1 fits into memory") from error
             break
         tried.append({"batch": batch, "samples_per_s": found.rate})
-        if best is not None and found.rate < _GAIN * best[1].rate:
-            best = max(best, (batch, found), key=lambda one: one[1].rate)
+        if best is not None and found.best < _GAIN * best[1].best:
             break
         best = (batch, found)
         if not _fits(2 * max(0, _held(device) - before), device):
@@ -312,7 +313,7 @@ class _Recipe:
         self.recipe, self.what, self.setting, self.folder = recipe, what, setting, folder
 
     def __call__(self, batch: int) -> Measured:
-        from zoo.command.recipes import load_recipe
+        from zoo.command.recipes import load_recipe, quiet
 
         setting, count = self.setting, self.setting.warmup + self.setting.repeats
         device = setting.place
@@ -352,7 +353,8 @@ class _Recipe:
         trainer.callbacks = [clock, *(c for c in trainer.callbacks if isinstance(c, EMA))]  # type: ignore[attr-defined]
         same: Any = torch.utils.data.DataLoader([one] * count, batch_size=None)  # type: ignore[arg-type]
         data.train_dataloader = lambda: same  # type: ignore[method-assign]
-        trainer.fit(task, datamodule=data)
+        with quiet():
+            trainer.fit(task, datamodule=data)
         return Measured(clock.seconds[setting.warmup :], batch_length(one), samples_of(one))
 
     def _data(self, loader: Any, count: int) -> Measured:
