@@ -198,8 +198,14 @@ class RecipeCLI(LightningCLI):
             raise ZooError(f"ckpt_path: write --ckpt_path last or best, or the path of a file, not {str(path)!r}")
         if is_sharded(local(path)):
             check_shards(local(path))
-            return
-        found = self.checkpoints.peek(path)
+            if self.what != "fit" or not (local(path) / "meta.pt").is_file():
+                return
+            if str(self.config["trainer"]["strategy"]).startswith(("auto", "ddp")):
+                raise ZooError(f"{path}: a sharded checkpoint goes on with --trainer.strategy fsdp2, on any devices")
+            rest = self.checkpoints.peek(local(path) / "meta.pt")
+            found = {"optimizer_states": [], **rest}  # which lie beside it
+        else:
+            found = self.checkpoints.peek(path)
         if self.what == "fit":
             wanted = ("loops", "optimizer_states", "lr_schedulers")
             if missing := [key for key in wanted if found.get(key) is None]:
@@ -257,6 +263,8 @@ class RecipeCLI(LightningCLI):
         logger = config["logger"]
         if logger is None or logger is True or (self.what == "fit" and self.config["logger"] is not None):
             logger = self._loggers() if self.what == "fit" and not config["fast_dev_run"] else False
+        if config["strategy"] == "fsdp2":
+            kwargs["strategy"] = self._sharded(config)
         plugins = config["plugins"] or []
         plugins = [*plugins] if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -274,6 +282,20 @@ class RecipeCLI(LightningCLI):
         except BaseException:
             drop_empty(self.folder)
             raise
+
+    def _sharded(self, config: Mapping[str, Any]) -> Any:
+        """PyTorch's FSDP2 over all devices of the run."""
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        devices = config["devices"]
+        if isinstance(devices, str):
+            devices = int(devices) if devices.lstrip("-").isdecimal() else devices.split(",")
+            devices = -1 if devices == ["auto"] else devices
+        count = len(devices) if isinstance(devices, list) else devices
+        if count == -1:
+            count = 1 if self._on_cpu(config) else torch.cuda.device_count()
+        nodes = config["num_nodes"]
+        return ModelParallelStrategy(data_parallel_size=count * nodes, tensor_parallel_size=1)
 
     def _on_cpu(self, config: Mapping[str, Any]) -> bool:
         return config["accelerator"] == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())

@@ -223,7 +223,7 @@ def write(
         _want_onnx()
     traced = subject.make(batch or 2)
     with _quiet():
-        program = _program(subject, traced, batch is None)
+        program = trace(subject, traced, batch is None)
         with torch.no_grad():
             example = subject.module(**traced)
         inputs, outputs = _axes("", traced, batch), _axes("output", example, batch)
@@ -272,7 +272,8 @@ def write(
     )
 
 
-def _program(subject: Subject, inputs: dict[str, Any], dynamic: bool) -> Any:
+def trace(subject: Subject, inputs: dict[str, Any], dynamic: bool) -> Any:
+    """torch.export's program of a subject called with `inputs`, which are two samples where any number is wanted."""
     shapes = torch.export.ShapesCollection()
     for value in _tensors(inputs) if dynamic else []:
         if (axes := _of_batch(value, 2)) is not None:

@@ -207,8 +207,7 @@ class RunModel:
 
         if not _is_sharded(self.checkpoint):
             return read_checkpoint(self.checkpoint)
-        with _joined(self.checkpoint) as path:
-            return read_checkpoint(path)
+        return read_sharded(self.checkpoint)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -375,6 +374,18 @@ def task_class(path: str, where: Any) -> type[BaseModule]:
         said = f"its task is {path!r}, which is none of the zoo's" if path else "it names no task"
         raise ZooError(f"{where}: not a checkpoint of a task of the zoo: {said}")
     return found
+
+
+def read_sharded(folder: Path) -> dict[str, Any]:
+    """The content of a sharded checkpoint, whole.
+
+    Raises:
+        ZooError: it cannot be read, or holds more than tensors and plain values.
+    """
+    from zoo.weights.files import read_checkpoint
+
+    with _joined(folder) as path:
+        return read_checkpoint(path)
 
 
 @contextlib.contextmanager
