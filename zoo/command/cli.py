@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from zoo.command import leaderboard, preview, report
+from zoo.command import benchmark, export, leaderboard, preview, push, report
 from zoo.command.common import Parser, is_unicode, print_json, use_ema_option
 from zoo.errors import ZooError, unknown
 
@@ -148,6 +148,9 @@ def _parser() -> tuple[Parser, list[str]]:
     use_ema_option(one, "convert, of a run or checkpoint of yours")
     one.add_argument("--average", metavar="NAME", help="convert: the average of this name, of several in a checkpoint")
     one.set_defaults(do=_weights)
+
+    for module in (benchmark, export, push):
+        module.add(commands)
 
     one = commands.add_parser("data", help="look a dataset over before a run; make its latents or statistics")
     _data_parsers(one)
