@@ -8,12 +8,12 @@ from pathlib import Path
 
 from zoo.errors import ZooError
 
-HELP = "draw what a model will see: samples before and after augmentation"
+HELP = "draw what a model will see, before and after augmentation"
 EXAMPLE = "example: zoo preview mae/pocket --data.dataset ./my_folder -o seen.png"
 
 
 def add_options(one: argparse.ArgumentParser) -> None:
-    one.add_argument("recipe", metavar="RECIPE", help="a recipe or row; all its options may follow")
+    one.add_argument("recipe", metavar="RECIPE", help="a recipe or row; its options may follow (zoo fit RECIPE --help)")
     one.add_argument("-o", "--out", metavar="FILE", type=Path, help="a .png; default: preview_RECIPE.png here")
     one.add_argument("--count", type=int, default=6, help="samples (6)")
     one.add_argument("--split", default="train", choices=["train", "val", "test", "predict"], help="of which split")

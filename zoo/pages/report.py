@@ -78,7 +78,10 @@ def _verdict(found: Any) -> Markup | None:
 
 def _facts(run: Run) -> list[tuple[str, Any]]:
     """The tiles: final numbers, then what they cost."""
-    found = [(name, number(value)) for name, value in _telling(run.metrics).items()]
+    classes = (run.result.get("protocol") or {}).get("num_classes")
+    few = isinstance(classes, int) and classes <= 5  # then the top five are all
+    told = {name: value for name, value in run.metrics.items() if not (few and name.endswith("top5"))}
+    found = [(name, number(value)) for name, value in _telling(told).items()]
     if isinstance(seconds := run.result.get("seconds"), int | float):
         found.append(("time", duration(float(seconds))))
     data, compute = (sum(y for _, y in run.series.get(f"time/{one}", [])) for one in ("data", "compute"))
@@ -161,7 +164,10 @@ def _curves(named: Mapping[str, Run]) -> Markup:
         lines = {}
         for label, run in named.items():
             for metric in metrics:
-                if points := run.series.get(metric):
+                points = run.series.get(metric, [])
+                if len(points) < 2:  # a short run logs few steps
+                    points = run.series.get(metric.removesuffix("_step") + "_epoch", []) or points
+                if points:
                     split = metric.partition("/")[0] if "/" in metric else metric
                     lines[" ".join(filter(None, [label, split if len(metrics) > 1 or not label else ""]))] = points
         if all(len(points) < 2 for points in lines.values()):
@@ -215,7 +221,8 @@ def _errors(split: str, found: Mapping[str, Any]) -> Markup:
     worst = _worst(found.get("worst"))
     where = {"val": "validation", "test": "test"}[split]
     samples = found.get("samples")
-    counted = el("p", f"{samples:,} samples, step {found.get('step')}", class_="faint") if samples else None
+    step = f", step {found['step']}" if found.get("step") else ""
+    counted = el("p", f"{number(samples)} samples{step}", class_="faint") if samples else None
     return markup(
         section(f"Where it errs: {where}", counted, *parts) if any(parts) else None,
         section(f"Worst samples: {where}", worst),
