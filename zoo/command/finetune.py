@@ -26,7 +26,7 @@ from zoo.training import Classification, LinearClassification
 from zoo.training.detection import Detection
 from zoo.training.video import ActionDetection, MultiLabelVideoClassification, VideoClassification
 from zoo.weights.pretrained import Architecture, paper_module, shapes
-from zoo.weights.runs import RunModel, is_run, open_run
+from zoo.weights.runs import RunModel, check_class_paths, is_run, open_run
 
 # Settings of a recipe's data that are about its own set, or are said anew.
 _OF_DATASET = {"dataset", "data_dir", "options", "train_samples", "batch_size", "num_workers", "seed", "epoch_samples"}
@@ -204,6 +204,7 @@ def _from_run(run: RunModel) -> Start:
         elif kind == "objects" and data.get("image_size") is None and not data.get("eval_transforms"):
             data["image_size"] = known.get("size") or (settings.get("options") or {}).get("size")
         data = {key: value for key, value in data.items() if value is not None}
+        check_class_paths([options, data], run.checkpoint)
         optim = _milder(dict(facts["options"].get("optim") or {}), settings) if same else None
         return Start(kind, task, options, str(run.checkpoint), data, optim)
     said = f" ({reasons[0]})" if reasons else ""
@@ -252,7 +253,9 @@ def _from_card(name: str, weights: str | None) -> Start:
         with contextlib.suppress(ZooError):
             states.append(convert(states[0]))
     best: tuple[int, Start] | None = None
-    for task, options, settings, exact in _candidates(card, model.name):
+    for task, options, settings, sort in _candidates(card, model.name):
+        if best is not None and sort == _PROBE:
+            break
         kind = str(_kind(task))
         try:
             with torch.device("meta"):
@@ -265,7 +268,7 @@ def _from_card(name: str, weights: str | None) -> Start:
             data = _pictures(model, entry) if kind == "image" else data
             kept = {key: value for key, value in options.items() if key not in _SAID_ANEW}
             best = score, Start(kind, task, kept, weights or str(entry and entry.name), data)
-            if exact:
+            if sort == _EXACT:
                 break
     if best is None:
         raise ZooError(f"no recipe of {card.slug} trains {name} on labels: zoo list recipes {card.slug}")
@@ -287,12 +290,13 @@ def _pictures(model: catalog.ModelEntry, entry: catalog.Weight | None) -> dict[s
     return {"image_size": model.classifier.image_size, "mean": list(of.mean or ()), "std": list(of.std or ())}
 
 
-def _candidates(
-    card: catalog.PaperCard, model: str
-) -> Iterator[tuple[type[Any], dict[str, Any], dict[str, Any], bool]]:
-    """(task, its options, settings of the data, whether it is a row of the `model`) of the paper's recipes and rows
-    that learn labels: rows of the model, and recipes that fine-tune, first. Where only a linear probe has a recipe, the
-    task beside it that trains end to end."""
+_EXACT, _LIKELY, _PROBE = range(3)  # sorts of candidates
+
+
+def _candidates(card: catalog.PaperCard, model: str) -> Iterator[tuple[type[Any], dict[str, Any], dict[str, Any], int]]:
+    """(task, its options, settings of the data, sort) of the paper's recipes and rows that learn labels, each once:
+    rows of the model, then recipes that fine-tune, then others; last, of recipes that probe, the task beside it that
+    trains end to end."""
     named: list[tuple[str, dict[str, Any], bool]] = [
         (row.recipe, row.options, row.model == model) for row in card.leaderboard if row.recipe
     ]
@@ -301,6 +305,7 @@ def _candidates(
     def rank(one: tuple[str, dict[str, Any], bool]) -> tuple[bool, ...]:
         return "pocket" in one[0], not one[2], "finetune" not in one[0]
 
+    probes, seen = [], set()
     for recipe, changes, exact in sorted(named, key=rank):
         content = yaml.safe_load(catalog.recipe_path(recipe).read_text(encoding="utf-8"))
         path = content["model"]["class_path"]
@@ -316,12 +321,17 @@ def _candidates(
             if part in parts:
                 _set(parts[part], inner.split("."), value)
         options = {key: value for key, value in parts["model"].items() if key not in ("optim", "init_from")}
-        if not probed:
-            yield task, options, parts["data"], exact
+        if (once := repr((task, options))) in seen:
             continue
+        seen.add(once)
+        if probed:
+            probes.append((task, options, parts["data"]))
+        else:
+            yield task, options, parts["data"], _EXACT if exact else _LIKELY
+    for task, options, settings in probes:
         for beside in _tasks_beside(task):
             taken = _parameters(beside)
-            yield beside, {k: v for k, v in options.items() if k in taken}, parts["data"], False
+            yield beside, {k: v for k, v in options.items() if k in taken}, settings, _PROBE
 
 
 def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
@@ -371,9 +381,12 @@ def _count(folder: str, data_dir: str | None, start: Start, further: Sequence[st
     path = Path(folder).expanduser()
     dataset = str(path.resolve()) if path.exists() else folder
     video = dataset != "shapes" and is_video_set(dataset)
-    if video != (start.kind == "clip") and dataset != "shapes":
-        have = "videos" if video else "pictures"
-        raise ZooError(f"{folder} is a set of {have}; {start.task.__name__} learns from {_WHAT[start.kind]}")
+    mistaken = ZooError(
+        f"{folder} is a set of {'videos' if video else 'pictures'}; {start.task.__name__} learns from"
+        f" {_WHAT[start.kind]}"
+    )
+    if video and start.kind != "clip":
+        raise mistaken
     if start.kind == "objects":
         from zoo.data.detection import DetectionDataModule
 
@@ -383,6 +396,8 @@ def _count(folder: str, data_dir: str | None, start: Start, further: Sequence[st
         parts = ["train", "val"] if module._layout is None else list(module._layout.parts)
     elif start.kind == "clip":
         layout = open_layout(dataset, data_dir)
+        if not layout.class_names and not video:
+            raise mistaken
         if layout.kind != "label" and dataset != "shapes":
             raise ZooError(f"{folder}: its videos have several labels or boxes; fine-tune by the paper's recipe")
         train, held = (len(open_part(layout, split)) for split in ("train", "val"))

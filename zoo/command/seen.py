@@ -23,7 +23,7 @@ from zoo.data.detection import DetectionSet
 from zoo.data.shown import name_of, pixels, strip
 from zoo.data.video import VideoSet
 from zoo.errors import ZooError
-from zoo.ops.sheet import titled_sheet
+from zoo.ops.sheet import drawable, titled_sheet
 
 _SIDE = 192  # pixels of a cell, at least
 _MOST = 448  # of a large picture
@@ -374,5 +374,5 @@ def _write(cell: Tensor, lines: Sequence[str], top: int) -> None:
     area = Image.new("RGB", (cell.shape[-1], cell.shape[-2] - top), "white")
     pen, font = ImageDraw.Draw(area), ImageFont.load_default(12)
     for n, line in enumerate(lines):
-        pen.text((area.width / 2, n * _LINE + _LINE / 2 + 1), line, fill="#333333", font=font, anchor="mm")
+        pen.text((area.width / 2, n * _LINE + _LINE / 2 + 1), drawable(line), fill="#333333", font=font, anchor="mm")
     cell[:, top:] = torch.from_numpy(np.array(area)).permute(2, 0, 1)

@@ -182,7 +182,10 @@ def _print_facts(facts: Mapping[str, Any]) -> None:
     for key, value in facts.items():
         if value in (None, "", [], {}):
             continue
-        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        if key == "commands":
+            for command in value:
+                console.print(Text(f"  {command}"), soft_wrap=True)
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
             console.print(Text(f"{key}:", style="bold"))
             for entry in value:
                 console.print(

@@ -98,7 +98,7 @@ class ImageEncoder(nn.Module):
             kept = random_masking(noise, mask_ratio).ids_keep
             patches, positions = take_tokens(patches, kept), tokens_at(positions, kept)
         x = self.patch_embed.embed_patches(patches) + positions
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         return self.norm(run_blocks(self.blocks, x, self.grad_checkpointing))
 
 
@@ -207,6 +207,14 @@ class FLIP(nn.Module):
             nn.init.normal_(tensor, std=0.02)
         if self.temperature is None:
             nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
+
+    def example_inputs(self, count: int) -> dict[str, Tensor]:
+        """Arguments of forward for so many pairs, for an export."""
+        generator = torch.Generator().manual_seed(0)
+        patches, length = self.visual.patch_embed, self.text.pos_embed.shape[1]
+        images = torch.randn(count, patches.in_chans, patches.img_size, patches.img_size, generator=generator)
+        words = torch.randint(1, self.text.token_embed.num_embeddings - 1, (count, length), generator=generator)
+        return {"images": images, "text": words}
 
     def weight_decay_too(self) -> set[str]:
         """The official code decays the scale: where it is clipped, and so has no gradient, this brings it back."""
