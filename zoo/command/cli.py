@@ -137,9 +137,8 @@ def _parser() -> tuple[Parser, list[str]]:
     one.add_argument("--json", action="store_true")
     one.set_defaults(do=_show)
 
-    for name, module in (("leaderboard", leaderboard), ("report", report), ("preview", preview)):
-        one = commands.add_parser(name, help=module.HELP, description=module.HELP, epilog=module.EXAMPLE)
-        module.add_options(one)
+    for module in (leaderboard, report, preview):
+        module.add(commands)
 
     one = commands.add_parser(
         "claim",
