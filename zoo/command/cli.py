@@ -103,7 +103,7 @@ def _parser() -> tuple[Parser, list[str]]:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=100),
     )
     parser.add_argument("--version", action="version", version=f"zoo {_version()}")
-    commands = parser.add_subparsers(title="commands", metavar="", parser_class=Parser)
+    commands = parser.add_subparsers(title="commands", metavar="", prog="zoo", parser_class=Parser)
     for name, text in {
         "fit": "train a recipe or a leaderboard row: zoo fit mae/pocket",
         "validate": "a recipe's validation: zoo validate RECIPE --ckpt_path last",

@@ -11,7 +11,7 @@ from zoo.errors import ZooError
 
 _HELP = "published and measured numbers side by side, also as pages"
 _ABOUT = (
-    "Published and measured numbers side by side: on the terminal, as Markdown, or as pages with all that is known."
+    "Published and measured numbers side by side: on the terminal, as Markdown, or as pages of all that is known."
 )
 _EXAMPLE = "example: zoo leaderboard mae; zoo leaderboard --html board, then open board/index.html"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 _HELP = "a run's page made anew, or several runs compared on a page"
 _ABOUT = (
-    "Writes the page that a fit or test ends in: curves, costs, what errs most, pictures, settings, commands. Of several"
-    " runs, one page that compares them. One file, no network."
+    "Writes the page that a fit or test ends in: curves, costs, what errs most, pictures, settings, commands. Several"
+    " runs are compared on one page. One file, no network."
 )
 _EXAMPLE = "example: zoo report runs:last; zoo report runs/mae/pocket/A runs/mae/pocket/B -o compared.html"
 
