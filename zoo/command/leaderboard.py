@@ -10,9 +10,7 @@ from zoo.command.common import print_json
 from zoo.errors import ZooError
 
 _HELP = "published and measured numbers side by side, also as pages"
-_ABOUT = (
-    "Published and measured numbers side by side: on the terminal, as Markdown, or as pages of all that is known."
-)
+_ABOUT = "Published and measured numbers side by side: on the terminal, as Markdown, or as pages of all that is known."
 _EXAMPLE = "example: zoo leaderboard mae; zoo leaderboard --html board, then open board/index.html"
 
 
