@@ -96,7 +96,11 @@ def _split(words: list[str]) -> tuple[list[str], str | None, list[str]]:
 
 
 def _parser() -> tuple[Parser, list[str]]:
-    parser = Parser(prog="zoo", description="A model zoo: recipes, published weights, leaderboards, parity.")
+    parser = Parser(
+        prog="zoo",
+        description="A model zoo: recipes, published weights, leaderboards, parity.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16),
+    )
     parser.add_argument("--version", action="version", version=f"zoo {_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     for name, text in {
