@@ -186,6 +186,7 @@ class SaveConfig(SaveConfigCallback):
         config = self.config.clone()
         config["ckpt_path"] = None  # it is of this part of the run only
         config.pop("new_run", None)
+        config.pop("logger", None)
         # Not parser.save, which changes the working folder for a moment, under the feet of what writes logs.
         files.write_text(self.folder / "config.yaml", self.parser.dump(config, skip_none=False))
         remember(self.folder)

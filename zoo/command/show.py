@@ -1,8 +1,7 @@
-"""The catalog, leaderboards and verdicts as rich tables, Markdown, HTML and plain data for JSON."""
+"""The catalog, leaderboards and verdicts as rich tables, Markdown and plain data for JSON."""
 
 from __future__ import annotations
 
-import html as _html
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -421,37 +420,6 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         cells = [cell for name, cell in zip(_COLUMNS, _cells(row), strict=True) if name not in hidden]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def html(rows: list[dict[str, Any]]) -> str:
-    """The rows as one HTML page without scripts."""
-    kept = [i for i, name in enumerate(_COLUMNS) if name not in _hidden(rows)]
-    head = "".join(f"<th>{_COLUMNS[i]}</th>" for i in kept)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{_html.escape(_cells(row)[i])}</td>" for i in kept) + "</tr>" for row in rows
-    )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>zoo leaderboard</title>
-<style>body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2em }} table {{ border-collapse: collapse }}
-th, td {{ padding: .3em .7em; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd }}
-td:nth-child(5), td:nth-child(7) {{ text-align: right; white-space: nowrap }}
-svg {{ display: block; margin: 1em 0 3em; max-width: 100%; height: auto }}</style></head>
-<body><h1>zoo leaderboard</h1>
-<table><thead><tr>{head}</tr></thead>
-<tbody>
-{body}
-</tbody></table>
-{_claims_html(row["paper"] for row in rows)}</body></html>
-"""
-
-
-def _claims_html(papers: Iterable[str]) -> str:
-    """The pictures of the papers' claims, as far as they have been run."""
-    from zoo.claims import picture
-
-    results = [result for slug in dict.fromkeys(papers) if (result := declaration.result(slug)) is not None]
-    pictures = "\n".join(picture.draw(result).svg() for result in results)
-    return f"<h1>Claims in miniature</h1>\n{pictures}\n" if results else ""
 
 
 # --------------------------------------------------------------------------------------------------------- explain A B

@@ -124,6 +124,8 @@ class MoCo(nn.Module):
         ZooError: an unknown architecture, or a number out of range.
     """
 
+    export_part = "features"
+
     queue: Tensor
     queue_ptr: Tensor
 

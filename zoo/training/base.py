@@ -23,6 +23,7 @@ from zoo.machine import versions
 from zoo.ops.collective import gather, gather_objects
 from zoo.training.checkpoints import settle, take_up
 from zoo.training.optim import Optim, build
+from zoo.training.sharding import shard
 
 # Lightning says of every run with a data module that the hooks which read batches are the module's own.
 warnings.filterwarnings("ignore", message="You have overridden `on_(before|after)_batch_transfer` in `LightningModule`")
@@ -163,6 +164,11 @@ class BaseModule(L.LightningModule):
             self.load_initial(self.init_from)
             self.init_from = None
 
+    def configure_model(self) -> None:
+        """Shards the task where the strategy has a mesh of devices (``--trainer.strategy fsdp2``)."""
+        if self._trainer is not None and self.device_mesh is not None:
+            shard(self, self.device_mesh["data_parallel"])
+
     def trainable(self) -> nn.Module:
         """The module whose parameters are optimised; its names are those that layer decay and exclusions see."""
         return self
@@ -287,7 +293,10 @@ class BaseModule(L.LightningModule):
                 f"non-finite weights at step {self.trainer.global_step} ({broken[0]}, {len(broken)} tensors in all);"
                 " nothing was saved and the last good checkpoint is kept"
             )
-        checkpoint["zoo_task"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        kind = next(
+            one for one in type(self).__mro__ if not one.__module__.startswith("torch.")
+        )  # a shard's is torch's
+        checkpoint["zoo_task"] = f"{kind.__module__}.{kind.__qualname__}"
         checkpoint["zoo_model"] = _plain(self.model_facts())
         if self.trainer.state.fn == TrainerFn.FITTING:
             if "zoo_run" not in checkpoint:

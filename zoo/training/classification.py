@@ -122,19 +122,22 @@ class Classification(BaseModule):
             return cross_entropy(self(batch["image"]), batch["label"])
         return cross_entropy(self(batch["image"]), batch["label"], label_smoothing=self.label_smoothing)
 
-    def _evaluate(self, batch: Mapping[str, Any], split: str) -> None:
+    def _evaluate(self, batch: Mapping[str, Any], split: str) -> dict[str, Tensor]:
+        """Logs a batch's numbers; its logits (B, num_classes) and losses (B,), for callbacks."""
         logits, label = self.predict_logits(batch), batch["label"]
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
         hits &= ~logits.isnan().any(dim=1, keepdim=True)  # NaN would be the largest
         self.tally(f"{split}/top1", hits[:, 0])
         self.tally(f"{split}/top5", hits.any(dim=1))
-        self.tally(f"{split}/loss", cross_entropy(logits, label, reduction="none"))
+        loss = cross_entropy(logits, label, reduction="none")
+        self.tally(f"{split}/loss", loss)
+        return {"logits": logits, "loss": loss}
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "val")
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "test")
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Class probabilities (B, num_classes)."""

@@ -214,7 +214,7 @@ def fetch_weights(name: str) -> Path:
         if not copy.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
             state = _convert(card, read_state_dict(held.path, entry.use_ema), name, entry.converter)
-            _write_safetensors(state, copy)
+            write_safetensors(state, copy)
         return copy
     with download.lock(converted):
         if _is_right(converted, card, entry):  # another process was first
@@ -228,7 +228,7 @@ def fetch_weights(name: str) -> Path:
             if not entry.sha256:  # what was recorded at first use is no checkpoint: do not hold on to it
                 download.forget(folder / _file_name(entry))
             raise
-        _write_safetensors(state, converted)
+        write_safetensors(state, converted)
         with download.replacing(folder / "converted.json") as file:
             facts = {"source_sha256": original.sha256, "converter": _converter(card), "sha256": _sha256(converted)}
             file.write_text(json.dumps(facts, indent=1))
@@ -342,7 +342,7 @@ def _write_content(content: Mapping[str, Any], path: Path) -> None:
     if path.suffix == ".safetensors":
         if not all(isinstance(value, Tensor) for value in content.values()):
             raise ZooError(f"{path}: this format holds more than tensors by name; write .pkl or .pth")
-        _write_safetensors(content, path)
+        write_safetensors(content, path)
         return
     with download.replacing(path) as file:
         if path.suffix == ".pth":
@@ -577,7 +577,7 @@ def _check_pictures(entry: Weight, data: Any) -> None:
             raise ZooError(f"{entry.name} expects pictures of {key} {theirs}; the recipe's data give {given}")
 
 
-def _write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
+def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     seen: set[int] = set()

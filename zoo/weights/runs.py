@@ -66,10 +66,10 @@ def order(run: Path) -> int:
 
 def is_run(name: str) -> bool:
     """Whether `name` means a run: ``runs:last``, ``runs:RECIPE``, a run's folder, a checkpoint (a file or the folder of
-    a sharded one), with ``:last`` or ``:best`` behind it where wanted. A path under ``runs/``, and a ``.ckpt``, need
-    not be there: what opens it says so."""
+    a sharded one), with ``:last`` or ``:best`` behind it where wanted, or what ``zoo push`` wrote (:func:`is_pushed`).
+    A path under ``runs/``, and a ``.ckpt``, need not be there: what opens it says so."""
     base, _ = _split(name)
-    if base.startswith(f"{_ROOT}:") or base.endswith(".ckpt"):
+    if base.startswith(f"{_ROOT}:") or base.endswith(".ckpt") or is_pushed(name):
         return True
     path = Path(base).expanduser()
     with contextlib.suppress(OSError, ValueError):
@@ -154,7 +154,24 @@ def open_run(name: str, use_ema: bool | str | None = None) -> RunModel:
     Raises:
         ZooError: no such run or checkpoint, or one that cannot be read.
     """
+    if is_pushed(name):
+        from zoo.weights.hub import open_pushed
+
+        if use_ema is not None:
+            raise ZooError(f"use_ema chooses within a checkpoint; {name} is one set of weights")
+        return open_pushed(name)
     return RunModel(name, find_checkpoint(name), use_ema)
+
+
+def is_pushed(name: str) -> bool:
+    """Whether `name` is what ``zoo push`` wrote: on a hub, ``hf://org/name`` or ``hf://org/name@revision``, or a
+    folder."""
+    if name.startswith("hf://"):
+        return re.fullmatch(r"hf://[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None
+    with contextlib.suppress(OSError, ValueError):
+        folder = Path(name).expanduser()
+        return (folder / "model.safetensors").is_file() and (folder / "config.json").is_file()
+    return False
 
 
 class RunModel:
@@ -181,8 +198,7 @@ class RunModel:
 
         if not _is_sharded(self.checkpoint):
             return read_checkpoint(self.checkpoint)
-        with _joined(self.checkpoint) as path:
-            return read_checkpoint(path)
+        return read_sharded(self.checkpoint)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -244,7 +260,6 @@ class RunModel:
             ZooError: a task from elsewhere, options that it does not take, weights that do not match it.
         """
         from zoo.nn.bounded import bounded_networks
-        from zoo.weights.pretrained import mismatch, shapes
 
         kind, options = self.task_class, self.options
         if "init_from" in options:
@@ -253,15 +268,27 @@ class RunModel:
             with bounded_networks():
                 task = kind(**options)
         except ZooError as error:
-            raise ZooError(f"{self.checkpoint}: {error}") from error
+            raise ZooError(f"{self}: {error}") from error
         except Exception as error:  # options that some class cannot live with
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ZooError(f"{self.checkpoint}: {kind.__name__} cannot be made of its options: {reason}") from error
-        state = self.state()
-        if report := mismatch(state, shapes(task)):
-            raise ZooError(f"{self.checkpoint}: does not match {kind.__name__}: {report}")
-        task.load_state_dict(state, strict=True)
+        self.fill(task)
         return task.eval()
+
+    def fill(self, task: BaseModule) -> None:
+        """Loads the weights, key for key, into a task as it was made anew."""
+        from zoo.weights.pretrained import shapes
+
+        state = self.state()
+        self.match(state, shapes(task))
+        task.load_state_dict(state, strict=True)
+
+    def match(self, state: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> None:
+        """Raises a ZooError where names or shapes of `state` are not those `wanted`."""
+        from zoo.weights.pretrained import mismatch
+
+        if report := mismatch(state, wanted):
+            raise ZooError(f"{self}: does not match {self.task_class.__name__}: {report}")
 
     @property
     def network(self) -> nn.Module:
@@ -355,6 +382,18 @@ def check_class_paths(settings: Any, where: Any) -> None:
     if isinstance(settings, list | tuple):
         for entry in settings:
             check_class_paths(entry, where)
+
+
+def read_sharded(folder: Path) -> dict[str, Any]:
+    """The content of a sharded checkpoint, whole.
+
+    Raises:
+        ZooError: it cannot be read, or holds more than tensors and plain values.
+    """
+    from zoo.weights.files import read_checkpoint
+
+    with _joined(folder) as path:
+        return read_checkpoint(path)
 
 
 @contextlib.contextmanager
