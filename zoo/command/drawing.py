@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoo.ops.sheet import drawable
+
 # Lines between COCO's 17 keypoints of a person.
 _PERSON = (
     (0, 1), (0, 2), (1, 3), (2, 4), (5, 6), (5, 7), (7, 9), (6, 8), (8, 10), (5, 11), (6, 12), (11, 12), (11, 13),
@@ -22,7 +24,7 @@ _FRAMES = 8  # of a clip that a strip shows
 
 
 def draw_objects(picture: Tensor, found: Mapping[str, Tensor], names: Sequence[str] | None = None) -> Tensor:
-    """The picture (3, H, W) uint8 with boxes, masks, keypoints, and labels with scores; as large."""
+    """The picture (3, H, W) uint8 with boxes, masks, keypoints, and labels with scores, if any; as large."""
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     drawn = picture.contiguous()
@@ -39,9 +41,9 @@ def draw_objects(picture: Tensor, found: Mapping[str, Tensor], names: Sequence[s
     drawn = draw_bounding_boxes(drawn, found["boxes"][order], colors=[colors[n] for n in order], width=line)
     if "keypoints" in found:
         drawn = _draw_keypoints(drawn, found["keypoints"], colors, line)
-    labels = [
-        f"{label_name(names, int(k))} {score:.0%}" for k, score in zip(found["labels"], found["scores"], strict=True)
-    ]
+    labels = [label_name(names, int(k)) for k in found["labels"]]
+    if "scores" in found:
+        labels = [f"{label} {score:.0%}" for label, score in zip(labels, found["scores"], strict=True)]
     return _draw_labels(drawn, found["boxes"], labels, colors, order)
 
 
@@ -74,7 +76,7 @@ def _draw_labels(
 
     canvas = Image.fromarray(drawn.permute(1, 2, 0).numpy())
     pen, size = ImageDraw.Draw(canvas), max(10, round(min(canvas.size) / 40))
-    font = ImageFont.load_default(size)
+    font, labels = ImageFont.load_default(size), [drawable(label) for label in labels]
     for n in order:
         x, y = boxes[n, :2].tolist()
         left, top, right, bottom = pen.textbbox((0, 0), labels[n], font=font)
@@ -109,9 +111,9 @@ def draw_classes(picture: Tensor, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         pen.rectangle(
             (0, top + 1, round(width * share), top + line - 1), fill=(70, 130, 200) if n == 0 else (200, 215, 235)
         )
-        text = f"{share:.1%}  {row['label']}"
+        text = f"{share:.1%}  {drawable(str(row['label']))}"
         while len(text) > 8 and font.getlength(text) > width - 12:
-            text = f"{text[:-2]}…"
+            text = f"{text[:-4]}..."
         light = n == 0 and font.getlength(text) < width * share
         pen.text((6, top + line / 2), text, fill="white" if light else "black", font=font, anchor="lm")
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
@@ -121,5 +123,6 @@ def strip(clip: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Frames of a normalised clip (3, T, H, W) beside each other, uint8 (3, H, W')."""
     some = torch.linspace(0, clip.shape[1] - 1, min(_FRAMES, clip.shape[1])).long()
     shift, scale = (torch.tensor(x)[:, None, None, None] for x in (mean, std))
+    zoom = max(1, 96 // min(clip.shape[-2:]))
     frames = ((clip[:, some] * scale + shift).clamp(0, 1) * 255).round().to(torch.uint8)
-    return torch.cat(list(frames.unbind(1)), dim=-1)
+    return torch.cat(list(frames.unbind(1)), dim=-1).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)

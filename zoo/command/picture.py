@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zoo import catalog, files
 from zoo.command.common import progress
 from zoo.command.drawing import draw_classes, draw_objects, label_name, strip
+from zoo.data.sources import EXTENSIONS as PICTURES
 from zoo.data.sources import read_image
 from zoo.data.text import WordPiece, prompts
 from zoo.errors import ZooError
@@ -93,6 +94,7 @@ def predict(
     Raises:
         ZooError: no file can be read, unknown names, weights that do not match.
     """
+    _one_is_there(images)
     subject = _subject(model, weights, use_ema, labels)
     many = [path for path in images if path.suffix.lower() == ".json"]
     if many and subject.does != "grids":
@@ -113,6 +115,12 @@ def predict(
     if out is not None and out.suffix == ".json":
         files.write_json(out, results)
     return results
+
+
+def _one_is_there(images: Sequence[Path]) -> None:
+    """Tells of a file that is not there, or is no picture, before weights are fetched."""
+    if not any(path.exists() for path in images) or (len(images) == 1 and images[0].suffix.lower() in PICTURES):
+        read_image(images[0], upright=True)
 
 
 # -------------------------------------------------------------------------------------------------------- what is asked

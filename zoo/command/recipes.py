@@ -63,7 +63,7 @@ from zoo.command.verdict import second_stage, verdict, verdict_line
 from zoo.errors import ZooError
 from zoo.machine import cpu_has_bfloat16
 from zoo.nn.bounded import bounded_networks
-from zoo.training import choose_average
+from zoo.training import ErrorAnalysis, choose_average
 from zoo.training.checkpoints import (
     BestCheckpoint,
     LastCheckpoint,
@@ -155,6 +155,12 @@ class RecipeCLI(LightningCLI):
                 type=dict | None,
                 help="settings of sampling to compare first, on fewer samples: {samples: 5000, guidance: [6, 7], ...}",
             )
+        parser.add_argument(
+            "--report",
+            type=bool,
+            default=True,
+            help="end a fit, validation or test in a page, <run>/report.html, with what errs most; false: without",
+        )
         if "verbose" in added:
             parser.set_defaults({"verbose": False})  # the score line says it
         if self.line.module is not None:
@@ -255,6 +261,8 @@ class RecipeCLI(LightningCLI):
             _set_sweep(callbacks, sweep)
         if not self.weights_given:
             choose_average(callbacks, self.config["average"])
+        if self.claim and self.config["report"] and self.what != "predict" and not config["fast_dev_run"]:
+            callbacks.append(ErrorAnalysis())
         if self.what == "predict":
             callbacks += predictions.callbacks(self.model, callbacks, self.folder)
         callbacks = [self.interrupt, *callbacks]
@@ -639,10 +647,22 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
     paths += [getattr(callback, "best_model_path", "") for callback in cli.trainer.checkpoint_callbacks]
     for path in dict.fromkeys(short_path(path) for path in paths if path):
         print(f"checkpoint: {path}")
+    if cli.what != "predict" and cli.config["report"]:
+        _write_report(cli.folder)
     print(f"run: {short_path(cli.folder)} ({seconds:.0f} s)")
     if cli.what == "fit" and catalog.is_row(cli.recipe) and (row := catalog.row(cli.recipe)[1]).then:
         last = next(filter(None, paths), "CHECKPOINT")
         print(f"the row's {row.metric} comes of a second stage: {second_stage(row, short_path(last))}")
+
+
+def _write_report(folder: Path) -> None:
+    """The run's page; a run whose page cannot be written has ended well all the same."""
+    try:
+        from zoo.pages import report
+
+        print(f"report: {short_path(report.write(folder))}")
+    except Exception as error:
+        print(f"zoo: no report of this run: {innermost(error)}", file=sys.stderr)
 
 
 def _set_by_its_run(cli: RecipeCLI) -> list[str]:

@@ -28,7 +28,7 @@ from zoo.data.check import checked_hash
 from zoo.errors import ZooError
 from zoo.training.checkpoints import check_shards, is_sharded
 from zoo.weights.files import read_checkpoint
-from zoo.weights.runs import ORDER, folder_name, order, runs_of
+from zoo.weights.runs import ORDER, check_class_paths, folder_name, order, runs_of
 
 if TYPE_CHECKING:
     from zoo.command.recipes import RecipeCLI
@@ -111,6 +111,7 @@ def recipe_of(model: RunModel) -> Iterator[Path]:
     recipe = model.facts["recipe"]
     if not recipe or not recipe.get("model") or not recipe.get("data"):
         raise ZooError(f"{model.checkpoint}: says nothing of its recipe; give that: zoo test RECIPE --ckpt_path FILE")
+    check_class_paths(recipe, model.checkpoint)
     with tempfile.TemporaryDirectory(prefix="zoo-") as place:
         path = Path(place) / "recipe.yaml"
         settings = yaml.safe_dump({key: recipe[key] for key in ("model", "data", "average") if recipe.get(key)})

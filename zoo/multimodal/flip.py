@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import cross_entropy, embedding
 from torch.utils.checkpoint import checkpoint
 
 from zoo.data.text import WordPiece, prompts
@@ -392,22 +392,27 @@ class FLIPPretraining(BaseModule):
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
-    def _evaluate(self, batch: Mapping[str, Any], split: str) -> None:
+    def _evaluate(self, batch: Mapping[str, Any], split: str) -> dict[str, Tensor]:
+        """Logs a batch's numbers; where it tells classes their logits (B, K) and losses (B,), for callbacks."""
+        found: dict[str, Tensor] = {}
         image = self.network.encode_image(batch["image"]).float()
         if self._classes is not None and "label" in batch:
             logits = image @ self._classes.float().T
             hits = logits.topk(min(5, logits.shape[1])).indices == batch["label"][:, None]
             self.tally(f"{split}/top1", hits[:, 0])
             self.tally(f"{split}/top5", hits.any(dim=1))
+            scaled = logits * self.network.scale.float()
+            found = {"logits": scaled, "loss": cross_entropy(scaled, batch["label"], reduction="none")}
         if "text" in batch:
             text = self.network.encode_text(batch["text"]).float()
             self.retrieval[split].update(image, batch["index"], text, batch["owner"])  # type: ignore[operator]
+        return found
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "val")
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "test")
 
     def _report(self, split: str) -> None:
         metric: Any = self.retrieval[split]

@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from zoo import files
-from zoo.errors import ZooError
+from zoo.errors import ZooError, unknown
 from zoo.machine import peak_memory
 from zoo.nn.batchnorm import BATCH_NORMS
 from zoo.training.base import batch_length, seed_position
@@ -245,6 +245,44 @@ def _first(batch: Any, count: int) -> Any:
     if isinstance(batch, list | tuple) or (isinstance(batch, Tensor) and batch.ndim):
         return batch[:count]
     return batch
+
+
+class Freeze(L.Callback):
+    """Trains some parts of a task's network only: all the others take no gradient and stay in evaluation mode, so that
+    no running statistic of theirs moves.
+
+    Args:
+        but: the names of the parts that train, such as "head" or "roi_heads.box_predictor".
+
+    Raises:
+        ZooError: the network has no part of one of these names.
+    """
+
+    def __init__(self, but: list[str]) -> None:
+        if not but:
+            raise ZooError("Freeze wants the names of the parts that train")
+        self.but = list(but)
+
+    def _trains(self, name: str) -> bool:
+        return any(f"{name}.".startswith(f"{part}.") for part in self.but)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        network = pl_module.get_submodule("network")
+        known = [name for name, _ in network.named_modules()]
+        if wrong := [part for part in self.but if part not in known]:
+            raise unknown(f"part of {type(network).__name__}", wrong[0], known)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(self._trains(name) and parameter.requires_grad)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        for name, part in pl_module.get_submodule("network").named_modules():
+            inside = any(f"{kept}.".startswith(f"{name}.") for kept in self.but) or not name
+            if part.training and not self._trains(name) and not inside:
+                part.eval()
 
 
 class PreciseBN(L.Callback):

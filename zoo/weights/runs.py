@@ -99,8 +99,7 @@ def find_checkpoint(name: str) -> Path:
     """
     base, which = _split(name)
     if base.startswith(f"{_ROOT}:"):
-        recipe = base.removeprefix(f"{_ROOT}:")
-        return _newest(recipe, which) if recipe else _newest_of_all(which)
+        return _newest(base.removeprefix(f"{_ROOT}:"), which)
     path = Path(base).expanduser()
     if path.is_file() or _is_sharded(path):
         return path
@@ -122,31 +121,23 @@ def _in_folder(run: Path, which: str) -> Path | None:
 
 
 def _newest(recipe: str, which: str) -> Path:
+    """Of the newest run of a recipe, of those below a folder such as ``mae``, or (of "") of all."""
     from zoo import catalog
 
-    name = recipe
-    if not (Path(_ROOT) / folder_name(name)).is_dir():
-        with contextlib.suppress(ZooError):  # the beginning of a name will do
-            known = catalog.list_recipes()
-            name = next((one for one in known if one.startswith(recipe)), recipe)
-    for run in reversed(runs_of(Path(_ROOT), folder_name(name))):
-        if found := _in_folder(run, which):
-            return found
-    raise ZooError(f"no {_WHICH[which][0]} of {name} under {_ROOT}/{folder_name(name)}; run `zoo fit {name}` first")
-
-
-def _newest_of_all(which: str) -> Path:
-    patterns = ["*/" * depth + "checkpoints" for depth in range(1, 5)]
-    places = [place.parent for pattern in patterns for place in Path(_ROOT).glob(pattern)]
-    newest: dict[Path, Path] = {}
+    name = folder_name(recipe)
+    if recipe and not (Path(_ROOT) / name).is_dir():
+        known = catalog.list_recipes()  # the beginning of a name will do
+        name = next((one for one in known if one.startswith(recipe)), name)
+    under = Path(_ROOT) / name
+    places = [place.parent for depth in range(5) for place in under.glob("*/" * depth + "checkpoints")]
+    newest = []
     for folder in {run.parent for run in places if run.parts[1:2] != ("claims",)}:
-        for run in reversed(runs_of(folder.parent, folder.name)):
-            if found := _in_folder(run, which):
-                newest[run] = found
-                break
-    if not newest:
-        raise ZooError(f"no run under {_ROOT}/ holds a {_WHICH[which][0]}; `zoo fit RECIPE` makes one")
-    return max(newest.values(), key=lambda path: path.stat().st_mtime)
+        found = (_in_folder(run, which) for run in reversed(runs_of(folder.parent, folder.name)))
+        newest += [path for path in (next(filter(None, found), None),) if path is not None]
+    if newest:
+        return max(newest, key=lambda path: path.stat().st_mtime)
+    of = f" of {recipe}" if recipe else ""
+    raise ZooError(f"no {_WHICH[which][0]}{of} under {under}; run `zoo fit {recipe or 'RECIPE'}` first")
 
 
 # ------------------------------------------------------------------------------------------------------------- opening
@@ -227,7 +218,8 @@ class RunModel:
             "options": {str(key): value for key, value in (content.get("hyper_parameters") or {}).items()},
             **{key: known.get(key) for key in ("classes", "preprocess", "data", "recipe", "versions")},
             "steps": content.get("global_step"),
-            "epochs": standing.get("epochs", content.get("epoch")),
+            "epochs": (standing.get("epochs", content.get("epoch")) or 0)
+            + bool(standing.get("ended") and standing.get("whole")),
             "metrics": dict(standing.get("metrics") or {}),
             "averages": [key.removesuffix("_steps") for key in content if self._is_average(str(key))],
         }
@@ -376,6 +368,22 @@ def task_class(path: str, where: Any) -> type[BaseModule]:
     return found
 
 
+def check_class_paths(settings: Any, where: Any) -> None:
+    """Refuses settings out of a checkpoint that name classes of others, which would be imported and called.
+
+    Raises:
+        ZooError: a class path that is neither the zoo's nor that of a transform of torchvision.
+    """
+    if isinstance(settings, Mapping):
+        path = settings.get("class_path")
+        if path is not None and not re.fullmatch(r"(zoo|zoo_papers_\w+|torchvision\.transforms)(\.\w+)+", str(path)):
+            raise ZooError(f"{where}: its settings name the class {str(path)[:80]!r}, which is none of the zoo's")
+        settings = list(settings.values())
+    if isinstance(settings, list | tuple):
+        for entry in settings:
+            check_class_paths(entry, where)
+
+
 def read_sharded(folder: Path) -> dict[str, Any]:
     """The content of a sharded checkpoint, whole.
 
@@ -424,8 +432,7 @@ def _of_config(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         data = content["data"]
-        if not str(data["class_path"]).startswith("zoo.data."):
-            return {}
+        check_class_paths(data, path)
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(LightningDataModule, "data")
         module = parser.instantiate_classes(parser.parse_object({"data": data})).data
