@@ -173,6 +173,7 @@ def take_up(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
         for key in ("processed", "completed"):
             _shift(fit["epoch_progress"], epoch["started"] - epoch[key], key)
         batch["current"] = dict.fromkeys(batch["current"], 0)
+        fit["epoch_loop.state_dict"]["_batches_that_stepped"] = standing(checkpoint)["steps"]
     elif trainer.max_steps != -1 and between:
         _shift(batch, -1, "completed")  # so it starts the counts of the epoch anew
         batch["is_last_batch"] = False
