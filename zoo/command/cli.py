@@ -103,7 +103,7 @@ def _parser() -> tuple[Parser, list[str]]:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=100),
     )
     parser.add_argument("--version", action="version", version=f"zoo {_version()}")
-    commands = parser.add_subparsers(title="commands", metavar="", parser_class=Parser)
+    commands = parser.add_subparsers(title="commands", metavar="", prog="zoo", parser_class=Parser)
     for name, text in {
         "fit": "train a recipe or a leaderboard row: zoo fit mae/pocket",
         "validate": "a recipe's validation: zoo validate RECIPE --ckpt_path last",
@@ -137,9 +137,8 @@ def _parser() -> tuple[Parser, list[str]]:
     one.add_argument("--json", action="store_true")
     one.set_defaults(do=_show)
 
-    for name, module in (("leaderboard", leaderboard), ("report", report), ("preview", preview)):
-        one = commands.add_parser(name, help=module.HELP, description=module.HELP, epilog=module.EXAMPLE)
-        module.add_options(one)
+    for module in (leaderboard, report, preview):
+        module.add(commands)
 
     one = commands.add_parser(
         "claim",
