@@ -7,6 +7,7 @@ from zoo.training.callbacks import NonFiniteGuard, Pictures, PreciseBN, Timing, 
 from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from zoo.training.classification import Classification, LinearClassification
 from zoo.training.ema import EMA, choose_average, evaluation_weights, half_life_decay
+from zoo.training.inpainting import Inpainting
 from zoo.training.lars import LARC, LARS
 from zoo.training.measures import FactorAccuracy, GivenBoxMasks, GradientSpread, Instability, UnitDeletion, ViewVariance
 from zoo.training.muon import Muon, NAdam
@@ -27,6 +28,7 @@ __all__ = [
     "FactorAccuracy",
     "GivenBoxMasks",
     "GradientSpread",
+    "Inpainting",
     "Instability",
     "KNNProbe",
     "LastCheckpoint",
