@@ -52,7 +52,8 @@ def clip_width(name: str) -> int:
 
     _known(name)
     with torch.device("meta"):
-        return int(create_model(name.partition(".")[0], pretrained=False, num_classes=0).num_features)
+        network: Any = create_model(name.partition(".")[0], pretrained=False, num_classes=0)
+    return int(network.num_features)
 
 
 def load_clip_patches(name: str, grid: int, file: str | None = None) -> CLIPPatches:
@@ -71,7 +72,8 @@ def load_clip_patches(name: str, grid: int, file: str | None = None) -> CLIPPatc
     if file is not None and not Path(file).expanduser().is_file():
         raise ZooError(f"no weights of CLIP's {name}: there is no file {file!r}")
     with torch.device("meta"):
-        side = create_model(name.partition(".")[0], pretrained=False).patch_embed.patch_size[0] * grid
+        plain: Any = create_model(name.partition(".")[0], pretrained=False)
+    side = plain.patch_embed.patch_size[0] * grid
     overlay = None if file is None else {"file": str(Path(file).expanduser())}
     try:
         network = create_model(name, pretrained=True, num_classes=0, img_size=side, pretrained_cfg_overlay=overlay)

@@ -90,6 +90,9 @@ class MaskedAutoencoder(MaskedEncoder):
         grad_checkpointing: recompute activations in the backward pass, for H/14 on small memory.
     """
 
+    pos_embed: nn.Parameter
+    decoder_pos_embed: nn.Parameter
+
     def __init__(
         self,
         img_size: int = 224,
