@@ -127,7 +127,7 @@ class MaskedEncoder(nn.Module):
         """Patches (B, K, P) with their positions (B or 1, K, D), and that of the class token (1, 1, D), to tokens
         (B, 1 + K, D)."""
         x = self.patch_embed.embed_patches(patches) + positions
-        return torch.cat([(self.cls_token + first).expand(len(x), -1, -1), x], dim=1)
+        return torch.cat([(self.cls_token + first).expand(x.shape[0], -1, -1), x], dim=1)
 
     def _encode(self, patches: Tensor, positions: Tensor) -> Tensor:
         """Patches (B, K, P) with their rows of the position table (B or 1, K, D) to latent tokens (B, 1 + K, D)."""

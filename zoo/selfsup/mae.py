@@ -90,6 +90,7 @@ class MaskedAutoencoder(MaskedEncoder):
         grad_checkpointing: recompute activations in the backward pass, for H/14 on small memory.
     """
 
+    export_part = "forward_features"
     pos_embed: nn.Parameter
     decoder_pos_embed: nn.Parameter
 
