@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
-from zoo.metrics.sharpness import GradientRatio
 from zoo.nn.perceptual import FrozenNetwork
 from zoo.ops.diffusion import Diffusion
 from zoo.ops.masking import centre_masking, random_masking, take_tokens
@@ -46,15 +45,12 @@ def _draws(net: diffmae.DiffusionMaskedAutoencoder, count: int = 3, seed: int = 
     return images, uniform, t, torch.randn(count, net.num_patches, net.patch_values, generator=draw)
 
 
-# ----------------------------------------------------------------------------------------------------------- equations
-
-
 def test_a_smaller_rho_is_more_noise() -> None:
     levels = [Diffusion(diffmae.noise_schedule(rho=rho)).abar for rho in (1.0, 0.8, 0.6)]
     assert all(level.dtype == torch.float64 for level in levels)
     assert all(bool((more < less).all()) for less, more in pairwise(levels))
     assert levels[0][-1].item() == pytest.approx(4e-5, rel=0.02)
-    for wrong in ({"rho": 0.0}, {"rho": 1.5}, {"beta_start": 0.0}, {"beta_end": 1.0}):
+    for wrong in ({"rho": 0.0}, {"beta_end": 1.0}):
         with pytest.raises(ZooError, match="noise schedule"):
             diffmae.noise_schedule(**wrong)
 
@@ -101,17 +97,6 @@ def test_the_centre_is_hidden() -> None:
     assert centre_masking((3, 4, 4), 1).mask.sum() == 12
     with pytest.raises(ZooError, match="middle"):
         centre_masking((4, 4), 1, share=0.1)
-
-
-def test_blur_lowers_the_gradient_ratio() -> None:
-    x, hidden = torch.randn(2, 3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.bool)
-    hidden[..., 2:6, 2:6] = True
-    ratio = GradientRatio()
-    ratio.update(torch.where(hidden, x / 2, 7.0), x, hidden)  # what is visible does not count
-    assert ratio.compute().item() == pytest.approx(0.5)
-
-
-# ------------------------------------------------------------------------------------------------------------- network
 
 
 @pytest.mark.parametrize("options", [{"decoder": d} for d in ("joint", "cross", "cross-self")] + [CLIPS])
@@ -174,9 +159,6 @@ def test_checkpointing_and_compiling_change_no_number() -> None:
     torch.testing.assert_close(graph(images, uniform, t, noise), net.loss(images, uniform, t, noise))
 
 
-# ------------------------------------------------------------------------------------------------------------- sampler
-
-
 @pytest.mark.parametrize("prediction", ["x0", "eps"])
 def test_the_sampler_encodes_once_and_keeps_what_is_visible(prediction: str) -> None:
     net = _network(prediction=prediction)
@@ -229,9 +211,6 @@ def test_pictures_and_predictions(options: dict) -> None:
     assert sheet.dtype == torch.uint8
     assert sheet.shape[2] == 5 * 128 + 4 * 4  # masked, two states (of three steps), sample, original
     assert task.features(batch[task.key]).shape == (3, 16)
-
-
-# --------------------------------------------------------------------------------------------------------------- tasks
 
 
 class StandIn(nn.Module):
