@@ -128,6 +128,46 @@ class PatchEmbed(nn.Module):
         return linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
 
 
+class SpaceTimePatchEmbed(nn.Module):
+    """Linear embedding of non-overlapping space-time patches: a convolution whose stride is its kernel,
+    (`tubelet_size`, `patch_size`, `patch_size`). `grid` is (moments, rows, columns)."""
+
+    def __init__(
+        self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, num_frames: int, tubelet_size: int = 2
+    ) -> None:
+        super().__init__()
+        if img_size % patch_size or num_frames % tubelet_size:
+            raise ZooError(
+                f"img_size {img_size} must be a multiple of patch_size {patch_size}, and num_frames {num_frames} of"
+                f" tubelet_size {tubelet_size}"
+            )
+        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
+        self.num_frames, self.tubelet_size = num_frames, tubelet_size
+        side = img_size // patch_size
+        self.grid = (num_frames // tubelet_size, side, side)
+        self.num_patches = self.grid[0] * side * side
+        kernel = (tubelet_size, patch_size, patch_size)
+        self.proj = nn.Conv3d(in_chans, embed_dim, kernel, stride=kernel)
+
+    def check(self, videos: Tensor) -> None:
+        """Raises ZooError unless videos are (B, in_chans, num_frames, img_size, img_size)."""
+        wanted = (self.in_chans, self.num_frames, self.img_size, self.img_size)
+        if tuple(videos.shape[1:]) != wanted:
+            raise ZooError(
+                f"the model takes clips of shape {wanted} (channels, frames, height, width), not"
+                f" {tuple(videos.shape[1:])}; set num_frames, img_size and in_chans, or resize"
+            )
+
+    def forward(self, videos: Tensor) -> Tensor:
+        """Clips (B, C, T, H, W) to tokens (B, L, D)."""
+        self.check(videos)
+        return self.proj(videos).flatten(2).transpose(1, 2)
+
+    def embed_patches(self, patches: Tensor) -> Tensor:
+        """Patches (B, K, u*p*p*C) as :func:`zoo.ops.patches.patchify_video` cuts them, to tokens (B, K, D)."""
+        return linear(patches, self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1), self.proj.bias)
+
+
 class VisionTransformer(nn.Module):
     """A ViT classifier with timm's protocol.
 
@@ -324,7 +364,7 @@ def _init_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def init_as_linear(conv: nn.Conv2d) -> None:
+def init_as_linear(conv: nn.Conv2d | nn.Conv3d) -> None:
     """Xavier-uniform weights for a patch embedding, counted as the linear layer that it is."""
     fan_in, fan_out = conv.weight[0].numel(), conv.weight.shape[0]
     bound = math.sqrt(6 / (fan_in + fan_out))
