@@ -1,8 +1,8 @@
 """Speed of l-DAE: a training step of DiT, where its walk begins, beside that of the official DiT and of diffusers'.
 
-All are of one size, see the same latents (32 x 32 x 4) and labels, predict noise alone (no variance), and are updated by
-AdamW. `--official` is a checkout of facebookresearch/DiT; nobody else's code is copied here, it is imported from where
-it lies. l-DAE itself has no code but ours.
+All are of one size, see the same latents (32 x 32 x 4) and labels, predict noise alone (no variance), and are updated
+by AdamW. `--official` is a checkout of facebookresearch/DiT; nobody else's code is copied here, it is imported from
+where it lies. l-DAE itself has no code but ours.
 """
 
 from __future__ import annotations
