@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from zoo.command.cli import main
 from zoo.data import ImageDataModule
-from zoo.data.patch_pca import fit_patch_pca, read_patch_pca
+from zoo.data.patch_pca import read_patch_pca
 from zoo.errors import ZooError
 from zoo.nn.patch_tokenizer import PatchTokenizer
 from zoo.nn.vit import VisionTransformer
@@ -120,9 +121,10 @@ def test_a_trained_linear_autoencoder_makes_centred_latents() -> None:
 
 def test_a_file_of_axes_is_written_read_and_refused_where_it_does_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "axes.safetensors"
-    facts = fit_patch_pca("shapes", path, 32, 8, images=20, num_workers=0, options={"length": 40})
+    sizes = ["--image_size", "32", "--patch_size", "8", "--images", "20", "--num_workers", "0"]
+    assert main(["data", "patch_pca", "shapes", *sizes, "-o", str(path)]) == 0
     axes, header = read_patch_pca(path)
-    assert (facts["patches"], header["patch_size"]) == (20 * 16, 8)
+    assert (header["patches"], header["patch_size"]) == (20 * 16, 8)
     assert axes.basis.shape == (192, 192)
     with pytest.raises(ZooError, match="48"):
         PatchTokenizer(4, 3, 6).take_axes(axes)

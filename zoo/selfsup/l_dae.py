@@ -35,6 +35,7 @@ from zoo.nn.autoencoder import PIXELS, FrozenAutoencoder
 from zoo.nn.dit import DiT, FinalLayer, fold_condition, sinusoids
 from zoo.nn.patch_tokenizer import Clean, LatentNorm, PatchTokenizer, fold_tokenizer
 from zoo.nn.vit import VisionTransformer
+from zoo.ops.denoising import step_noises
 from zoo.ops.diffusion import Diffusion
 from zoo.ops.flow import like
 from zoo.ops.guidance import drop_labels
@@ -538,10 +539,8 @@ class LDAEPretraining(BaseModule):
         prediction: Literal["noise", "data"] = "noise" if self.target == "noise" else "data"
         steps = min(self.sampling_steps, len(betas))
         diffusion = Diffusion(betas, respacing=steps, prediction=prediction, variance="fixed_small")
-        generator = torch.Generator().manual_seed(0)
-        kicks = [torch.randn(noise.shape, generator=generator).to(noise) for _ in range(steps)]
         call = lambda z, t: net(net.seen(z), t, label)  # noqa: E731
-        *_, state = diffusion.ancestral(call, noise.to(self.dtype), kicks)
+        *_, state = diffusion.ancestral(call, noise.to(self.dtype), step_noises(noise, steps))
         return self.autoencoder.decode(net.pictures(state))
 
 
