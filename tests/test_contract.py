@@ -29,6 +29,7 @@ from zoo import catalog
 from zoo.data.loader import EpochSampler
 from zoo.errors import ZooError
 from zoo.training import EMA
+from zoo.training.callbacks import OF_THE_MACHINE
 
 POCKETS = catalog.list_recipes("*/pocket*")
 EPOCHS, STEPS, BATCH = 2, 2, 4
@@ -111,7 +112,7 @@ def _same(a: Any, b: Any, place: str = "") -> list[str]:
     if isinstance(a, Tensor):
         return [] if isinstance(b, Tensor) and a.equal(b) else [place]
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = [key for key in {**a, **b} if not str(key).startswith("time/")]
+        keys = [key for key in {**a, **b} if not str(key).startswith(OF_THE_MACHINE)]
         return [at for key in keys for at in _same(a.get(key), b.get(key), f"{place}/{key}")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         return [at for n, (x, y) in enumerate(zip(a, b, strict=True)) for at in _same(x, y, f"{place}/{n}")]

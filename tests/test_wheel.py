@@ -32,6 +32,7 @@ def test_declarations_travel_in_the_wheel(wheel: Path) -> None:
         ("data", "zoo/share/data", "*.yaml"),
         ("tests/parity/cases", "zoo/share/parity/cases", "**/*.json"),
         ("zoo", "zoo", "*/*.yaml"),
+        ("zoo", "zoo", "pages/*.[cj]s*"),
     ]:
         wanted = {f"{inside}/{path.relative_to(ROOT / folder).as_posix()}" for path in (ROOT / folder).glob(pattern)}
         assert wanted, f"nothing under {folder}"

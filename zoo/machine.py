@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -36,12 +37,38 @@ def cpu_has_bfloat16() -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu()["instructions"])
 
 
+def peak_memory(device: Any = "cpu") -> int | None:
+    """The most bytes that this process has held so far: of a GPU's memory as torch gave it out, elsewhere of the
+    machine's. None where the system does not tell (Windows)."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def package_version(name: str) -> str | None:
     """The installed version of a distribution, None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What a set of weights was made with: Python, zoo and the packages that compute."""
+    import zoo
+
+    names = ("torch", "torchvision", "lightning", "numpy")
+    return {"zoo": zoo.__version__, "python": platform.python_version()} | {
+        name: found for name in names if (found := package_version(name))
+    }
 
 
 def environment(*packages: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ import lightning as L
 import torch
 
 from zoo import catalog, files
+from zoo.training.callbacks import OF_THE_MACHINE
 
 KINDS = ("kill", "term", "int", "writing", "naming")
 HERE = "tests.command.kill_and_resume"
@@ -357,11 +358,11 @@ def outcome(folder: Path, setting: Setting) -> dict[str, Any]:
                     found[place] = value
     with (run / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
-            values = {key: value for key, value in row.items() if value and not key.startswith("time/")}
+            values = {key: value for key, value in row.items() if value and not key.startswith(OF_THE_MACHINE)}
             if len(values) > 2:
                 found[f"log {row['step']} {sorted(values)}"] = values
     metrics = json.loads((run / "result.json").read_text())["metrics"]
-    return found | {f"score {key}": value for key, value in metrics.items() if not key.startswith("time/")}
+    return found | {f"score {key}": value for key, value in metrics.items() if not key.startswith(OF_THE_MACHINE)}
 
 
 def _leaves(value: Any, place: str) -> list[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from tests.data.test_detection_data import content, write_set
 from tests.papers.test_mask_rcnn import TINY
 from zoo import catalog
 from zoo.catalog import Preprocess
-from zoo.command import picture
+from zoo.command import drawing, picture
 from zoo.command.cli import main
 from zoo.data.detection import DetectionDataModule, ResizeShortestEdge
 from zoo.data.shapes import render
@@ -123,22 +123,22 @@ def test_drawing() -> None:
         "labels": torch.tensor([0, 1]),
         "masks": masks,
     }
-    drawn = picture.draw_objects(image, found, ["cat", "a very long name of a class"])
+    drawn = drawing.draw_objects(image, found, ["cat", "a very long name of a class"])
     assert drawn.shape == image.shape
     assert drawn.dtype == torch.uint8
     inside, outside = drawn[:, 60, 70], drawn[:, 100, 20]
     assert outside.tolist() == [128, 128, 128]
     assert inside.tolist() != [128, 128, 128]
-    assert drawn[:, 60, 40].tolist() == list(picture._colors(1)[0])  # the border of the box
+    assert drawn[:, 60, 40].tolist() == list(drawing.colors_of(1)[0])  # the border of the box
     assert (drawn[:, 26:39, 45:60] != 128).any()  # the label above it
     assert image.eq(128).all()  # the picture given is untouched
     points = torch.tensor([[[50.0, 50, 0.9], [60, 60, 0.9], [70, 50, 0.01]]] * 2)
-    with_points = picture.draw_objects(image, {**found, "keypoints": points}, None)
+    with_points = drawing.draw_objects(image, {**found, "keypoints": points}, None)
     assert not with_points[:, 50, 50].equal(drawn[:, 50, 50])
     assert with_points[:, 50, 70].equal(drawn[:, 50, 70])  # too uncertain to draw
     nothing = {name: value[:0] for name, value in found.items()}
-    assert picture.draw_objects(image, nothing, None).equal(image)
-    assert len(set(picture._colors(40))) == 40
+    assert drawing.draw_objects(image, nothing, None).equal(image)
+    assert len(set(drawing.colors_of(40))) == 40
 
 
 def test_a_detector_keeps_the_proportions_of_its_pictures() -> None:

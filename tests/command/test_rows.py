@@ -110,7 +110,7 @@ def test_fit_resume_and_test_a_row(here: Path, capsys: pytest.CaptureFixture[str
     assert main(["leaderboard", "toys", "--results", "runs", "--markdown", "board.md"]) == 0
     assert "within tolerance" in (here / "board.md").read_text()
     assert main(["leaderboard", "--results", "nowhere"]) == 2
-    assert main(["leaderboard", "toys", "--html", "."]) == 2
+    assert main(["leaderboard", "toys", "--markdown", "."]) == 2
 
 
 def test_a_row_is_tested_with_its_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

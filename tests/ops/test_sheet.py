@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from zoo.ops.sheet import titled_sheet
+from zoo.ops.sheet import drawable, titled_sheet
 
 
 def test_a_sheet_has_titles_above_whole_pictures() -> None:
@@ -22,3 +22,7 @@ def test_a_sheet_has_titles_above_whole_pictures() -> None:
     assert titles[:, :128].any()
     assert titles[:, 132:].any()
     assert not titles[:, [0, 128, 129, 130, 131]].any()  # no title runs into the next
+
+
+def test_letters_that_the_font_lacks_are_drawn_otherwise():
+    assert drawable("Fréchet, naïve … 猫") == "Frechet, naive ... ?"

@@ -374,6 +374,9 @@ def test_times_of_data_and_compute_are_logged(monkeypatch: pytest.MonkeyPatch) -
     run.fit(fresh(), Data())  # 10 batches, one tick a look at the clock
     assert float(run.callback_metrics["time/data"]) == 10
     assert float(run.callback_metrics["time/compute"]) == 10
+    samples = len(Data().train_dataloader().dataset)  # type: ignore[arg-type]
+    assert float(run.callback_metrics["speed/samples_per_s"]) == samples / 20
+    assert 10 < float(run.callback_metrics["memory/peak_mib"]) < 1e6
 
 
 # --- kNN metric --------------------------------------------------------------------------------------------------

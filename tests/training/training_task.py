@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import MeanMetric
 
 from zoo.training import EMA, BaseModule, KNNProbe, LinearProbe, Optim, default_callbacks
+from zoo.training.callbacks import OF_THE_MACHINE
 
 CLASSES = 6
 OPTIM = Optim(lr=0.05, schedule="constant", weight_decay=0.0)
@@ -131,7 +132,9 @@ def main(devices: int, out: str) -> None:
     strategy = "ddp" if devices > 1 else "auto"
     run = trainer(devices=devices, strategy=strategy, callbacks=callbacks, precision="64-true")
     run.fit(module, Data())
-    metrics = {name: float(value) for name, value in run.callback_metrics.items() if not name.startswith("time/")}
+    metrics = {
+        name: float(value) for name, value in run.callback_metrics.items() if not name.startswith(OF_THE_MACHINE)
+    }
     (test,) = run.test(module, Data(), verbose=False)
     if run.is_global_zero:
         ema = next(c for c in callbacks if isinstance(c, EMA))

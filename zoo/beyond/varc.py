@@ -125,6 +125,12 @@ class _Conditioned(nn.Module):
     task_embed: nn.Embedding
     img_size: int
 
+    def example_inputs(self, count: int) -> dict[str, Tensor]:
+        """Arguments of forward for so many canvases, for an export."""
+        generator = torch.Generator().manual_seed(0)
+        canvas = torch.randint(NUM_COLORS, (count, self.img_size, self.img_size), generator=generator)
+        return {"canvas": canvas, "task": torch.arange(count) % self.task_embed.num_embeddings}
+
     def reset_tasks(self, num_tasks: int) -> None:
         """Fresh tokens for `num_tasks` tasks; a table of that many is drawn anew in place."""
         if self.task_embed.num_embeddings != num_tasks:

@@ -62,6 +62,8 @@ class _Sheet:
     def png(self, path: Path, scale: int = 2) -> None:
         from PIL import Image, ImageDraw, ImageFont
 
+        from zoo.ops.sheet import drawable
+
         sheet = Image.new("RGB", (_WIDTH * scale, math.ceil(self.height) * scale), "#ffffff")
         draw = ImageDraw.Draw(sheet)
         for kind, *mark in self.marks:
@@ -79,7 +81,7 @@ class _Sheet:
                 x, y, text, size, colour, anchor = mark
                 font = ImageFont.load_default(size=scale * size)
                 side = {"start": "l", "middle": "m", "end": "r"}[anchor]
-                draw.text((scale * x, scale * y), text, fill=colour, font=font, anchor=f"{side}m")
+                draw.text((scale * x, scale * y), drawable(text), fill=colour, font=font, anchor=f"{side}m")
         sheet.save(path)
 
 

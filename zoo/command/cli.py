@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import io
-import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
 
-from zoo import files
+from zoo.command import benchmark, export, leaderboard, preview, push, report
+from zoo.command.common import Parser, is_unicode, print_json, use_ema_option
 from zoo.errors import ZooError, unknown
 
 RUN = ("fit", "validate", "test", "predict")
@@ -22,19 +22,12 @@ KINDS = ("papers", "models", "weights", "recipes", "datasets")
 _VALUELESS = ("-h", "--help", "--print_config", "--json", "--use-ema", "--use_ema", "--no-use-ema", "--no-use_ema")
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are a ZooError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ZooError(f"{message} (see {self.prog} --help)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     for stream in (sys.stdout, sys.stderr):  # a terminal of ASCII shows "?" where it lacks a letter
-        if isinstance(stream, io.TextIOWrapper) and not _is_unicode(stream):
+        if isinstance(stream, io.TextIOWrapper) and not is_unicode(stream):
             stream.reconfigure(errors="replace")
     words = [word for word in words if word != "--debug"]
     try:
@@ -56,10 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _is_unicode(stream: TextIO) -> bool:
-    return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
-
-
 def _of_the_machine(error: OSError | ImportError) -> str:
     if isinstance(error, ImportError):
         return f"the package {error.name!r} is not installed; pip install {(error.name or '').partition('.')[0]}"
@@ -71,6 +60,14 @@ def _dispatch(words: list[str], debug: bool) -> int:
     before, command, rest = _split(words)
     if command in RUN:
         return _run(command, before + rest, debug)
+    if command == "finetune":
+        from zoo.command import finetune
+
+        return finetune.main(before + rest, debug)
+    if command == "embed":
+        from zoo.command import embed
+
+        return embed.main(before + rest)
     if command == "__complete":
         return _complete(rest)
     parser, known = _parser()
@@ -80,7 +77,7 @@ def _dispatch(words: list[str], debug: bool) -> int:
     if command is None:
         parser.print_help()
         return 0
-    if extra:
+    if extra and arguments.do is not preview.run:  # which hands them to the recipe
         raise ZooError(f"zoo {command} has no option {extra[0]!r} (see zoo {command} --help)")
     return arguments.do(arguments, extra) or 0
 
@@ -98,15 +95,17 @@ def _split(words: list[str]) -> tuple[list[str], str | None, list[str]]:
     return words[:position], (words[position] if position < len(words) else None), words[position + 1 :]
 
 
-def _parser() -> tuple[_Parser, list[str]]:
-    parser = _Parser(prog="zoo", description="A model zoo: recipes, published weights, leaderboards, parity.")
+def _parser() -> tuple[Parser, list[str]]:
+    parser = Parser(prog="zoo", description="A model zoo: recipes, published weights, leaderboards, parity.")
     parser.add_argument("--version", action="version", version=f"zoo {_version()}")
-    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     for name, text in {
         "fit": "train a recipe or a leaderboard row: zoo fit mae/pocket [--trainer.max_epochs 1 ...]",
         "validate": "a recipe's validation: zoo validate RECIPE --ckpt_path last",
-        "test": "a recipe's test: zoo test RECIPE --ckpt_path last; a row's, with its weights: zoo test PAPER:ROW",
-        "predict": "a recipe's predictions, or: zoo predict MODEL IMAGE... -o OUT",
+        "test": "a recipe's, row's or run's test: zoo test RECIPE --ckpt_path last; PAPER:ROW; runs:last",
+        "predict": "what a model or run makes of files: zoo predict runs:last photo.jpg; or a recipe's predictions",
+        "finetune": "train a model on a folder of yours: zoo finetune MODEL FOLDER [--epochs 10 --freeze]",
+        "embed": "features of pictures, videos or texts: zoo embed MODEL FOLDER -o FILE.npz",
     }.items():
         commands.add_parser(name, help=text, add_help=False)
 
@@ -124,14 +123,9 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("--json", action="store_true")
     one.set_defaults(do=_show)
 
-    one = commands.add_parser("leaderboard", help="published and measured numbers side by side")
-    one.add_argument("paper", nargs="?")
-    one.add_argument("--results", metavar="FOLDER", help="show your own tests of rows that lie there too: runs")
-    form = one.add_mutually_exclusive_group()
-    form.add_argument("--markdown", metavar="FILE")
-    form.add_argument("--html", metavar="FILE")
-    form.add_argument("--json", action="store_true")
-    one.set_defaults(do=_leaderboard)
+    for name, module in (("leaderboard", leaderboard), ("report", report), ("preview", preview)):
+        one = commands.add_parser(name, help=module.HELP, description=module.HELP, epilog=module.EXAMPLE)
+        module.add_options(one)
 
     one = commands.add_parser("claim", help="a paper's central claim in miniature: shown, or run in minutes on a CPU")
     _claim_options(one)
@@ -151,9 +145,12 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("name", help="published weights; convert --to: also a checkpoint of yours")
     one.add_argument("-o", "--out", metavar="FILE", help="convert: the file, .safetensors, .pth or .pkl")
     one.add_argument("--to", metavar="FORMAT", help="convert: into another library's layout (detectron2, ...)")
-    _use_ema(one, "convert, of a checkpoint of yours")
+    use_ema_option(one, "convert, of a run or checkpoint of yours")
     one.add_argument("--average", metavar="NAME", help="convert: the average of this name, of several in a checkpoint")
     one.set_defaults(do=_weights)
+
+    for module in (benchmark, export, push):
+        module.add(commands)
 
     one = commands.add_parser(
         "data", help="look a dataset over before a run; make its latents, statistics or patch axes"
@@ -177,11 +174,6 @@ def _parser() -> tuple[_Parser, list[str]]:
     one.add_argument("shell", choices=["bash", "zsh", "fish"])
     one.set_defaults(do=_completion)
     return parser, list(commands.choices)
-
-
-def _use_ema(parser: argparse.ArgumentParser, where: str) -> None:
-    text = f"{where}: the averaged weights, or the raw ones; default: the average where the file holds one"
-    parser.add_argument("--use-ema", "--use_ema", action=argparse.BooleanOptionalAction, help=text)
 
 
 def _claim_options(one: argparse.ArgumentParser) -> None:
@@ -264,8 +256,16 @@ def _run(command: str, words: list[str], debug: bool) -> int:
         if config is None:
             raise ZooError(f"zoo {command} wants a recipe: zoo {command} mae/pocket (see zoo list recipes)")
         positional, options = [config[0]], config[1]
+    from zoo.weights.runs import is_run
+
+    if is_run(positional[0]):
+        return _run_again(command, positional[0], words, debug)
     if command == "predict" and _is_model(positional[0]):
-        return _picture(words)
+        from zoo.command import predict
+
+        return predict.main(words)
+    if command == "predict" and len(positional) > 1:
+        return _predict_by_recipe(positional[0], words)
     if len(positional) > 1:
         raise ZooError(f"unexpected {positional[1]!r}: zoo {command} takes one recipe, then options with --")
     from zoo import catalog
@@ -274,6 +274,42 @@ def _run(command: str, words: list[str], debug: bool) -> int:
     from zoo.command import recipes
 
     return recipes.run(command, positional[0], options, debug)
+
+
+def _run_again(command: str, name: str, words: list[str], debug: bool) -> int:
+    """A command on a run: its recipe with its options and that checkpoint; or what its model makes of files."""
+    of_recipe = re.compile(r"--(data|model|trainer|config|print_config|ckpt_path)\b")
+    if command == "predict" and not any(map(of_recipe.match, words)):
+        from zoo.command import predict
+        from zoo.weights.runs import open_run
+
+        files_given = predict.parser().parse_intermixed_args(words).images
+        if files_given or hasattr(open_run(name).task_class, "sample"):
+            return predict.main(words)
+    from zoo.command import recipes
+    from zoo.command.runs import recipe_of
+    from zoo.weights.runs import open_run
+
+    rest = [word for position, word in enumerate(words) if position != words.index(name)]
+    model = open_run(name)
+    with recipe_of(model) as path:
+        return recipes.run(command, str(path), ["--ckpt_path", str(model.checkpoint), *rest], debug)
+
+
+def _predict_by_recipe(recipe: str, words: list[str]) -> int:
+    """``zoo predict RECIPE FILE... --ckpt_path last``: by the newest run of the recipe, or by that checkpoint."""
+    from zoo import catalog
+    from zoo.command import predict
+
+    catalog.recipe_path(recipe)  # an unknown name must not wait for torch
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--ckpt_path=") else [word])]
+    which = "last"
+    if "--ckpt_path" in words[:-1]:
+        at = words.index("--ckpt_path")
+        which, words = words[at + 1], words[:at] + words[at + 2 :]
+    from zoo.command.reading import run_name
+
+    return predict.main(words, f"runs:{run_name(recipe)}:{which}" if which in ("last", "best") else which)
 
 
 def _positional(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -320,69 +356,7 @@ def _is_model(name: str) -> bool:
     return False
 
 
-def _picture(words: list[str]) -> int:
-    parser = _Parser(prog="zoo predict", description="What a model makes of pictures, or a generative one of noise.")
-    parser.add_argument("model", help="a model with a weight tag: mae_vit_base_patch16.in1k_1600ep_visualize")
-    parser.add_argument("images", nargs="*", metavar="IMAGE", type=Path, help="none: a sheet of samples is drawn")
-    parser.add_argument("-o", "--out", metavar="OUT", type=Path, help="a .png (one image), a folder, or a .json")
-    parser.add_argument("--weights", help="a file to load instead of the published weights")
-    _use_ema(parser, "of that file")
-    parser.add_argument("--seed", type=int, default=0, help="of a random mask, or of the samples")
-    parser.add_argument(
-        "--threshold", type=float, default=0.5, help="of a detector: objects of a lower score are left out"
-    )
-    parser.add_argument("--labels", help="names that a zero-shot model chooses from: 'cat,dog' (default: ImageNet's)")
-    parser.add_argument("--count", type=int, help="of samples (16)")
-    parser.add_argument("--classes", type=int, nargs="+", metavar="K", help="of samples, a row each")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_intermixed_args(words)  # options may stand before the pictures
-    from zoo.command import picture
-
-    labels = None
-    if arguments.labels is not None and not (labels := [x.strip() for x in arguments.labels.split(",") if x.strip()]):
-        raise ZooError("--labels names nothing; write --labels 'cat,dog'")
-    if arguments.images:
-        if arguments.count or arguments.classes:
-            raise ZooError("--count and --classes are of samples, which want no pictures")
-        results = picture.predict(
-            arguments.model,
-            arguments.images,
-            arguments.out,
-            weights=arguments.weights,
-            use_ema=arguments.use_ema,
-            seed=arguments.seed,
-            threshold=arguments.threshold,
-            labels=labels,
-        )
-    else:
-        results = picture.sample(
-            arguments.model,
-            arguments.out,
-            arguments.weights,
-            arguments.count or 16,
-            arguments.classes,
-            arguments.seed,
-            use_ema=arguments.use_ema,
-        )
-    if arguments.json:
-        return _print_json(results)
-    for result in results:
-        if "picture" in result:
-            print(f"{result.get('image', arguments.model)}: {result['picture']}")
-        for row in result.get("objects", []):
-            box = ", ".join(f"{value:.0f}" for value in row["box"])
-            print(f"{result['image']}: {row['score']:6.1%}  {row['label']} ({box})")
-        for row in result.get("top", []):
-            print(f"{result['image']}: {row['probability']:6.1%}  {row['label']}")
-    return 0
-
-
 # ------------------------------------------------------------------------------------------------------------- cards
-
-
-def _print_json(value: Any) -> int:
-    print(json.dumps(value, indent=1, ensure_ascii=not _is_unicode(sys.stdout), default=str))
-    return 0
 
 
 def _list(arguments: argparse.Namespace, extra: list[str]) -> int:
@@ -403,7 +377,7 @@ def _list(arguments: argparse.Namespace, extra: list[str]) -> int:
 
     rows = listing.rows_of(arguments.kind, arguments.pattern, arguments.licence)
     if arguments.json:
-        return _print_json(rows)
+        return print_json(rows)
     listing.print_listing(arguments.kind, rows, arguments.pattern)
     return 0
 
@@ -420,23 +394,8 @@ def _show(arguments: argparse.Namespace, extra: list[str]) -> int:
     from zoo.command import show
 
     if arguments.json:
-        return _print_json(show.describe(arguments.name))
+        return print_json(show.describe(arguments.name))
     show.print_description(arguments.name)
-    return 0
-
-
-def _leaderboard(arguments: argparse.Namespace, extra: list[str]) -> int:
-    from zoo.command import show
-
-    rows = show.leaderboard(arguments.paper, arguments.results)
-    if arguments.json:
-        return _print_json(rows)
-    for path, render in ((arguments.markdown, show.markdown), (arguments.html, show.html)):
-        if path:
-            files.write_text(path, render(rows))
-            print(f"{path}: {len(rows)} rows")
-            return 0
-    show.print_leaderboard(rows)
     return 0
 
 
@@ -445,7 +404,7 @@ def _explain(arguments: argparse.Namespace, extra: list[str]) -> int:
 
     found = show.explain(arguments.a, arguments.b)
     if arguments.json:
-        return _print_json(found)
+        return print_json(found)
     show.print_explanation(found)
     return 0
 
@@ -484,7 +443,7 @@ def _claim(arguments: argparse.Namespace, extra: list[str]) -> int:
         if arguments.out and result is None:
             raise ZooError(f"the claim of {arguments.paper} has no result to draw; zoo claim {arguments.paper} --run")
         if arguments.json:
-            return _print_json({"declaration": claim.model_dump(mode="json", exclude_defaults=True), "result": result})
+            return print_json({"declaration": claim.model_dump(mode="json", exclude_defaults=True), "result": result})
         if not arguments.out:
             show.print_claim(arguments.paper, claim, result)
     else:
@@ -502,7 +461,7 @@ def _claim(arguments: argparse.Namespace, extra: list[str]) -> int:
         say = (lambda line: print(line, file=sys.stderr)) if arguments.json else print
         result, path = run(arguments.paper, seeds, arguments.data, out=written, say=say, **options)
         if arguments.json:
-            return _print_json(result)
+            return print_json(result)
         print("\n".join([f"{result['claim']}: {result['statement']}", *show.claim_lines(result)]))
         for name in ("quick", "pilot"):
             if given[name]:
@@ -527,7 +486,7 @@ def _parity(arguments: argparse.Namespace, extra: list[str]) -> int:
     verdicts = parity.run_cases(arguments.paper, dtype=arguments.dtype, device=arguments.device)
     rows = show.verdicts(verdicts)
     if arguments.json:
-        _print_json(rows)
+        print_json(rows)
     else:
         show.print_verdicts(rows)
     return int(not rows or any(row["ok"] is False for row in rows))
@@ -573,7 +532,7 @@ def _data_check(arguments: argparse.Namespace, extra: list[str]) -> int:
 
     report = check.check(arguments.dataset, arguments.data_dir, read=not arguments.quick)
     if arguments.json:
-        _print_json(report)
+        print_json(report)
     else:
         check.print_report(report)
     return int(bool(report["problems"]))
@@ -686,6 +645,10 @@ def _complete(words: list[str]) -> int:
     elif done[0] in ("predict", *RUN) and len(done) == 1:
         candidates = catalog.list_recipes("*") + (catalog.list_weights() if done[0] == "predict" else [])
         candidates += [name for name in catalog.list_rows() if catalog.row(name)[1].recipe]
+    elif done[0] == "preview" and len(done) == 1:
+        candidates = [*catalog.list_recipes("*"), *(n for n in catalog.list_rows() if catalog.row(n)[1].recipe)]
+    elif done[0] in ("finetune", "embed") and len(done) == 1:
+        candidates = catalog.list_weights()
     elif done[0] == "list":
         candidates = list(KINDS) if len(done) == 1 else []
     elif done[0] == "show":

@@ -1,17 +1,62 @@
-"""The logs of a run, whatever number of times it was stopped and resumed: metrics.csv and TensorBoard's events."""
+"""The logs of a run, whatever number of times it was stopped and resumed: metrics.csv, and what ``--logger`` names:
+TensorBoard's events, Weights & Biases, MLflow."""
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from zoo import files
+from zoo.errors import MissingPackage, unknown
+
+LOGGERS = ("tensorboard", "csv", "wandb", "mlflow")
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raises a ZooError for a name that is none of `LOGGERS`, a MissingPackage for one whose package is not there."""
+    for name in names:
+        if name not in LOGGERS:
+            raise unknown("logger", name, LOGGERS)
+        if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:
+            raise MissingPackage(f"--logger {name} wants the package {name}: pip install {name}")
+
+
+def make_loggers(names: Sequence[str], folder: Path, recipe: str, steps: int | None = None) -> list[Logger]:
+    """The loggers of a run in `folder`; metrics.csv is always among them.
+
+    Args:
+        names: of `LOGGERS`.
+        recipe: the run's, by which W&B and MLflow group.
+        steps: of a run that goes on: rows of fewer steps are kept, and what it has at W&B and MLflow goes on too.
+    """
+    found: list[Logger] = [MetricsFile(folder / "metrics.csv", steps)]
+    if "tensorboard" in names:
+        options: dict[str, Any] = {} if steps is None else {"purge_step": steps}
+        found.insert(0, Events(str(folder.parent), name="", version=folder.name, **options))
+    label = f"{recipe}/{folder.name}"
+    if "wandb" in names:
+        folder.mkdir(parents=True, exist_ok=True)
+        found.append(
+            WandbLogger(
+                name=label,
+                project=os.environ.get("WANDB_PROJECT", "zoo"),
+                save_dir=str(folder),
+                id=re.sub(r"[^\w-]", "-", label),
+                resume="allow",
+            )
+        )
+    if "mlflow" in names:
+        found.append(MLflow(folder, recipe, label, goes_on=steps is not None))
+    return found
 
 
 class MetricsFile(Logger):
@@ -105,6 +150,25 @@ class MetricsFile(Logger):
     def finalize(self, status: str) -> None:
         if self._rows:
             self.save()
+
+
+class MLflow(MLFlowLogger):
+    """MLflow's run of a run of ours: at ``MLFLOW_TRACKING_URI``, else in a database beside the runs; the note of its id
+    in the run's folder lets it go on."""
+
+    def __init__(self, folder: Path, recipe: str, label: str, goes_on: bool) -> None:
+        self._note = folder / ".mlflow"
+        known = self._note.read_text(encoding="utf-8").strip() if goes_on and self._note.is_file() else None
+        root = folder.absolute().parents[len(Path(recipe).parts)]
+        root.mkdir(parents=True, exist_ok=True)
+        where = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+        artifacts = None if "MLFLOW_TRACKING_URI" in os.environ else (root / "mlartifacts").as_uri()
+        super().__init__(recipe, label, where, run_id=known, artifact_location=artifacts)
+
+    @rank_zero_only
+    def save(self) -> None:
+        if not self._note.is_file() and self.run_id is not None:
+            files.write_text(self._note, f"{self.run_id}\n")
 
 
 class Events(TensorBoardLogger):

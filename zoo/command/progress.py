@@ -8,7 +8,7 @@ import os
 import signal
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
+from zoo.training.callbacks import OF_THE_MACHINE, Throughput, Timing
 from zoo.training.checkpoints import LastCheckpoint
 
 
@@ -30,7 +31,7 @@ def scalars(metrics: Mapping[str, Any], latest: bool = False) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in sorted(metrics, key=lambda key: key.endswith("_step") == latest):  # the wanted one comes last
         name = key.removesuffix("_step").removesuffix("_epoch")
-        if key != "v_num" and not key.startswith(("lr-", "time/", "train/lr")):
+        if key != "v_num" and not key.startswith(("lr-", "train/lr", *OF_THE_MACHINE)):
             value = metrics[key]
             found[name] = value.item() if isinstance(value, torch.Tensor) else value
     return {name: found[name] for key in metrics if (name := key.removesuffix("_step").removesuffix("_epoch")) in found}
@@ -43,11 +44,63 @@ def telling(metrics: Mapping[str, float], num_classes: int | None = None) -> dic
     return {key: value for key, value in metrics.items() if math.isfinite(value) and not (few and key.endswith("top5"))}
 
 
+_SAMPLES = {"video": "clips", "views": "images", "image": "images", "latent": "latents"}
+
+
+def throughput(trainer: Trainer) -> Throughput | None:
+    """How fast `trainer` trains, as its Timing sees it."""
+    timing = next((c for c in trainer.callbacks if isinstance(c, Timing)), None)  # type: ignore[attr-defined]
+    return None if timing is None else timing.throughput(trainer)
+
+
+def samples_of(batch: Any) -> str:
+    """What the entries of a batch are: clips, images, else samples."""
+    known = batch if isinstance(batch, Mapping) else {}
+    return next((name for key, name in _SAMPLES.items() if key in known), "samples")
+
+
+def duration(seconds: float) -> str:
+    """`seconds` as 1:02:03, or 2:03 below an hour; days stand before it."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours or days else f"{minutes}:{seconds:02d}"
+    return f"{days} d {clock}" if days else clock
+
+
+def throughput_parts(found: Throughput, what: str = "samples") -> dict[str, str]:
+    """Throughput as texts by what they tell."""
+    parts = {f"{what}/s": f"{found.samples_per_s:.3g}", "waiting for data": f"{found.waiting:.0%}"}
+    if found.seconds_left is not None:
+        parts["left"] = duration(found.seconds_left)
+    if found.peak_mib is not None:
+        parts["memory"] = f"{found.peak_mib / 1024:.1f} GiB"
+    return parts
+
+
 class BarProgress(RichProgressBar):
-    """A progress bar whose numbers are all of the training; `v_num` is a name of Lightning's for the run's folder."""
+    """A progress bar whose numbers are all of the training, with its throughput; `v_num` is a name of Lightning's for
+    the run's folder."""
+
+    _what = "samples"
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._what = samples_of(batch)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        return {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key != "v_num"}
+        metrics = {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key != "v_num"}
+        found = throughput(trainer) if trainer.training else None
+        return metrics if found is None else {**metrics, **throughput_parts(found, self._what)}
+
+
+def _speed(trainer: Trainer, batch: Any) -> str:
+    found, what = throughput(trainer), samples_of(batch)
+    if found is None:
+        return ""
+    return " · " + ", ".join(f"{v} {k}" if k != "memory" else v for k, v in throughput_parts(found, what).items())
 
 
 class PlainProgress(ProgressBar):
@@ -65,13 +118,22 @@ class PlainProgress(ProgressBar):
     def enable(self) -> None:
         self._enabled = True
 
-    def _say(self, what: str, batch: int, total: float, metrics: Mapping[str, Any], always: bool = False) -> None:
+    def _say(
+        self,
+        what: str,
+        batch: int,
+        total: float,
+        metrics: Mapping[str, Any],
+        always: bool = False,
+        speed: Callable[[], str] | None = None,
+    ) -> None:
         now = time.monotonic()
         if not self._enabled or now - self._last < (min(1.0, self.seconds) if always else self.seconds):
             return
         self._last = now
         of = f"/{int(total)}" if total != float("inf") else ""
-        print(" ".join([what, f"batch {batch}{of}", *numbers(scalars(metrics, latest=True))]), flush=True)
+        line = " ".join([what, f"batch {batch}{of}", *numbers(scalars(metrics, latest=True))])
+        print(line + (speed() if speed else ""), flush=True)
 
     def _epoch(self, trainer: Trainer) -> str:
         last = f"/{trainer.max_epochs}" if trainer.max_epochs not in (None, -1) else ""
@@ -82,7 +144,9 @@ class PlainProgress(ProgressBar):
     ) -> None:
         done = batch_idx + 1 == self.total_train_batches
         metrics = self.get_metrics(trainer, pl_module)
-        self._say(self._epoch(trainer), batch_idx + 1, self.total_train_batches, metrics, always=done)
+        self._say(
+            self._epoch(trainer), batch_idx + 1, self.total_train_batches, metrics, done, lambda: _speed(trainer, batch)
+        )
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -33,7 +33,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import zoo
 from zoo import catalog, files
 from zoo.command import predictions
-from zoo.command.logs import Events, MetricsFile
+from zoo.command.logs import LOGGERS, check_loggers, make_loggers
 from zoo.command.parse_errors import explain_parse_error, innermost
 from zoo.command.progress import BarProgress, Interrupt, PlainProgress, numbers, scalars, telling
 from zoo.command.reading import (
@@ -62,7 +62,8 @@ from zoo.command.runs import (
 from zoo.command.verdict import second_stage, verdict, verdict_line
 from zoo.errors import ZooError
 from zoo.machine import cpu_has_bfloat16
-from zoo.training import choose_average
+from zoo.nn.bounded import bounded_networks
+from zoo.training import ErrorAnalysis, choose_average
 from zoo.training.checkpoints import (
     BestCheckpoint,
     LastCheckpoint,
@@ -154,12 +155,23 @@ class RecipeCLI(LightningCLI):
                 type=dict | None,
                 help="settings of sampling to compare first, on fewer samples: {samples: 5000, guidance: [6, 7], ...}",
             )
+        parser.add_argument(
+            "--report",
+            type=bool,
+            default=True,
+            help="end a fit, validation or test in a page, <run>/report.html, with what errs most; false: without",
+        )
         if "verbose" in added:
             parser.set_defaults({"verbose": False})  # the score line says it
         if self.line.module is not None:
             parser.add_argument("--module", type=str | None, help="a Python file beside the recipe with its classes")
         if self.what == "fit":
             parser.add_argument("--new_run", type=bool, default=False, help="resume in a run folder of its own")
+            parser.add_argument(
+                "--logger",
+                type=list[str] | None,
+                help=f"beside metrics.csv, one or several of {', '.join(LOGGERS)} (default: tensorboard)",
+            )
         for source, target in LINKS.items():
             if target not in self.line.unlinked:
                 parser.link_arguments(f"data.{source}", f"model.init_args.{target}", apply_on="instantiate")
@@ -182,6 +194,8 @@ class RecipeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Reads the checkpoint, so that one that is of no use ends here."""
+        if self.what == "fit":
+            check_loggers(self.config["logger"] or [])
         if (path := self.config.get("ckpt_path")) is None:
             return
         if self.config.get("weights_only") is False:
@@ -190,8 +204,14 @@ class RecipeCLI(LightningCLI):
             raise ZooError(f"ckpt_path: write --ckpt_path last or best, or the path of a file, not {str(path)!r}")
         if is_sharded(local(path)):
             check_shards(local(path))
-            return
-        found = self.checkpoints.peek(path)
+            if self.what != "fit" or not (local(path) / "meta.pt").is_file():
+                return
+            if str(self.config["trainer"]["strategy"]).startswith(("auto", "ddp")):
+                raise ZooError(f"{path}: a sharded checkpoint goes on with --trainer.strategy fsdp2, on any devices")
+            rest = self.checkpoints.peek(local(path) / "meta.pt")
+            found = {"optimizer_states": [], **rest}  # which lie beside it
+        else:
+            found = self.checkpoints.peek(path)
         if self.what == "fit":
             wanted = ("loops", "optimizer_states", "lr_schedulers")
             if missing := [key for key in wanted if found.get(key) is None]:
@@ -222,6 +242,10 @@ class RecipeCLI(LightningCLI):
                 self.parser.instantiate_classes(self.config)
             else:
                 super().instantiate_classes()
+        if self.what == "fit" and not self.dry:
+            dump = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            settings = {key: dump.get(key) for key in ("model", "data", "average")}
+            self.model.recipe = {"name": self.recipe, **settings}  # which its checkpoints carry on
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init["trainer"]
@@ -237,14 +261,18 @@ class RecipeCLI(LightningCLI):
             _set_sweep(callbacks, sweep)
         if not self.weights_given:
             choose_average(callbacks, self.config["average"])
+        if self.claim and self.config["report"] and self.what != "predict" and not config["fast_dev_run"]:
+            callbacks.append(ErrorAnalysis())
         if self.what == "predict":
             callbacks += predictions.callbacks(self.model, callbacks, self.folder)
         callbacks = [self.interrupt, *callbacks]
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(BarProgress(leave=False) if self.rich else PlainProgress())
         logger = config["logger"]
-        if logger is None or logger is True:
+        if logger is None or logger is True or (self.what == "fit" and self.config["logger"] is not None):
             logger = self._loggers() if self.what == "fit" and not config["fast_dev_run"] else False
+        if config["strategy"] == "fsdp2":
+            kwargs["strategy"] = self._sharded(config)
         plugins = config["plugins"] or []
         plugins = [*plugins] if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -262,6 +290,20 @@ class RecipeCLI(LightningCLI):
         except BaseException:
             drop_empty(self.folder)
             raise
+
+    def _sharded(self, config: Mapping[str, Any]) -> Any:
+        """PyTorch's FSDP2 over all devices of the run."""
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        devices = config["devices"]
+        if isinstance(devices, str):
+            devices = int(devices) if devices.lstrip("-").isdecimal() else devices.split(",")
+            devices = -1 if devices == ["auto"] else devices
+        count = len(devices) if isinstance(devices, list) else devices
+        if count == -1:
+            count = 1 if self._on_cpu(config) else torch.cuda.device_count()
+        nodes = config["num_nodes"]
+        return ModelParallelStrategy(data_parallel_size=count * nodes, tensor_parallel_size=1)
 
     def _on_cpu(self, config: Mapping[str, Any]) -> bool:
         return config["accelerator"] == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -308,11 +350,8 @@ class RecipeCLI(LightningCLI):
     def _loggers(self) -> list[Logger]:
         goes_on = self.standing is not None and (self.folder / "config.yaml").exists()
         steps = self.standing["steps"] if self.standing is not None and goes_on else None
-        options = {} if steps is None else {"purge_step": steps}
-        return [
-            Events(str(self.folder.parent), name="", version=self.folder.name, **options),
-            MetricsFile(self.folder / "metrics.csv", steps),
-        ]
+        names = ["tensorboard"] if self.config["logger"] is None else self.config["logger"]
+        return make_loggers(names, self.folder, folder_name(self.recipe), steps)
 
 
 def _set_sweep(callbacks: Sequence[Callback], sweep: Mapping[str, Any]) -> None:
@@ -323,38 +362,6 @@ def _set_sweep(callbacks: Sequence[Callback], sweep: Mapping[str, Any]) -> None:
         raise ZooError("--sweep wants a recipe whose callbacks evaluate by sampling (zoo.training.SamplingEvaluation)")
     for callback in evaluations:
         callback.sweep = Sweep.of(sweep)
-
-
-@contextlib.contextmanager
-def bounded_networks(most: int = 30_000) -> Iterator[None]:
-    """A network of absurd size ends in a ZooError while it is built: of more parts than any real one (a ResNet-1001 has
-    9,000 layers, parameters and buffers), or of more bytes than the machine has."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    count, size = 0, 0
-
-    def one_more(module: torch.nn.Module, name: str, part: Any) -> None:
-        nonlocal count, size
-        count += 1
-        if isinstance(part, torch.Tensor) and not part.is_meta:
-            size += part.numel() * part.element_size()
-        if count > most:
-            raise ZooError(f"the network has more than {most:,} layers and parameters: see its depth and the like")
-        if size > memory:
-            raise ZooError(
-                f"the network has more than {memory / 2**30:.0f} GB of parameters, more than this machine has"
-            )
-
-    made = torch.nn.modules.module
-    hooks = [
-        made.register_module_module_registration_hook(one_more),
-        made.register_module_parameter_registration_hook(one_more),
-        made.register_module_buffer_registration_hook(one_more),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _build(
@@ -403,7 +410,7 @@ def load_recipe(
     argv = []
     for key, value in (overrides or {}).items():
         argv.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
-    with _quiet():
+    with quiet():
         cli = _build("fit", name, argv, rich=sys.stdout.isatty())
     return cli.model, cli.datamodule, cli.trainer
 
@@ -413,8 +420,8 @@ def run(subcommand: str, recipe: str, argv: Sequence[str], debug: bool = False) 
     if subcommand not in SUBCOMMANDS:
         raise ValueError(subcommand)
     begin = time.monotonic()
-    with _quiet(debug):
-        source, words = _published_weights(subcommand, recipe, argv)
+    with quiet(debug):
+        source, words = _published_weights(subcommand, recipe, _one_list("--logger", argv))
         try:
             given = source is not None
             cli = _build(subcommand, recipe, words, rich=sys.stdout.isatty(), claim=True, weights_given=given)
@@ -554,6 +561,22 @@ def _split_path(words: Sequence[str]) -> list[str]:
     return [part for word in words for part in (word.split("=", 1) if word.startswith("--ckpt_path=") else [word])]
 
 
+def _one_list(key: str, words: Sequence[str]) -> list[str]:
+    """`words` with all values of the option `key`, which may be given several times, in one list behind them."""
+    kept: list[str] = []
+    values: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, given, value = word.partition("=")
+        if name != key:
+            kept.append(word)
+        elif (value := value if given else next(rest, "")) and not value.startswith("-"):
+            values += [value] if not value.startswith("[") else yaml.safe_load(value)
+        else:
+            raise ZooError(f"{key} wants a name")
+    return [*kept, f"{key}={json.dumps(values)}"] if values else kept
+
+
 def _value_of(words: Sequence[str], key: str) -> str | None:
     for position, word in enumerate(words):
         if word == key and position + 1 < len(words):
@@ -624,10 +647,22 @@ def _finish(cli: RecipeCLI, outputs: Any, command: list[str], seconds: float) ->
     paths += [getattr(callback, "best_model_path", "") for callback in cli.trainer.checkpoint_callbacks]
     for path in dict.fromkeys(short_path(path) for path in paths if path):
         print(f"checkpoint: {path}")
+    if cli.what != "predict" and cli.config["report"]:
+        _write_report(cli.folder)
     print(f"run: {short_path(cli.folder)} ({seconds:.0f} s)")
     if cli.what == "fit" and catalog.is_row(cli.recipe) and (row := catalog.row(cli.recipe)[1]).then:
         last = next(filter(None, paths), "CHECKPOINT")
         print(f"the row's {row.metric} comes of a second stage: {second_stage(row, short_path(last))}")
+
+
+def _write_report(folder: Path) -> None:
+    """The run's page; a run whose page cannot be written has ended well all the same."""
+    try:
+        from zoo.pages import report
+
+        print(f"report: {short_path(report.write(folder))}")
+    except Exception as error:
+        print(f"zoo: no report of this run: {innermost(error)}", file=sys.stderr)
 
 
 def _set_by_its_run(cli: RecipeCLI) -> list[str]:
@@ -648,7 +683,7 @@ def _set_by_its_run(cli: RecipeCLI) -> list[str]:
 
 
 @contextlib.contextmanager
-def _quiet(debug: bool = False) -> Iterator[None]:
+def quiet(debug: bool = False) -> Iterator[None]:
     """Without Lightning's announcements and the warnings that call for nothing; all of them under `debug`."""
     if debug:
         yield

@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,11 @@ from zoo.data.check import checked_hash
 from zoo.errors import ZooError
 from zoo.training.checkpoints import check_shards, is_sharded
 from zoo.weights.files import read_checkpoint
+from zoo.weights.runs import ORDER, check_class_paths, folder_name, order, runs_of
 
 if TYPE_CHECKING:
     from zoo.command.recipes import RecipeCLI
-
-
-_ORDER = ".order"  # in a run's folder: the how-manieth run of its recipe it is, counting each time one is gone on with
+    from zoo.weights.runs import RunModel
 
 
 def safe_name(name: str, otherwise: str) -> str:
@@ -43,36 +43,11 @@ def safe_name(name: str, otherwise: str) -> str:
     return otherwise
 
 
-def folder_name(name: str) -> str:
-    """Where the runs of a recipe, or of a leaderboard row, lie under ``runs/``."""
-    return name.replace(":", "/")
-
-
-def runs_of(root: Path, name: str) -> list[Path]:
-    """The run folders of the recipe `name` under `root` that hold checkpoints, the newest last, whatever a clock said.
-
-    Those without a number come first, in the order of their names.
-    """
-
-    def key(run: Path) -> tuple[int, list[tuple[int, str]]]:
-        return _order(run), [(int(word), "") if word.isdecimal() else (0, word) for word in run.name.split("-")]
-
-    with contextlib.suppress(OSError):
-        return sorted((run for run in (root / name).iterdir() if (run / "checkpoints").is_dir()), key=key)
-    return []
-
-
-def _order(run: Path) -> int:
-    with contextlib.suppress(OSError, ValueError):
-        return int((run / _ORDER).read_text(encoding="utf-8")[:18])
-    return -1
-
-
 def remember(run: Path) -> None:
     """Notes that `run` is the newest of its recipe."""
-    highest = max((_order(other) for other in run.parent.iterdir() if other != run), default=-1)
-    if _order(run) <= highest:
-        files.write_text(run / _ORDER, f"{highest + 1}\n")
+    highest = max((order(other) for other in run.parent.iterdir() if other != run), default=-1)
+    if order(run) <= highest:
+        files.write_text(run / ORDER, f"{highest + 1}\n")
 
 
 def newest_checkpoint(
@@ -120,6 +95,28 @@ def run_of(checkpoint: Path, name: str) -> Path | None:
         if folder_name(file.readline().strip().removeprefix("# recipe: ")) == folder_name(name):
             return folder.parent
     return None
+
+
+@contextlib.contextmanager
+def recipe_of(model: RunModel) -> Iterator[Path]:
+    """The recipe of a run: its ``config.yaml``, or of a checkpoint that lies elsewhere what it says of it, in a file
+    for as long as the block lasts.
+
+    Raises:
+        ZooError: neither is there.
+    """
+    if model.folder is not None and (model.folder / "config.yaml").is_file():
+        yield model.folder / "config.yaml"
+        return
+    recipe = model.facts["recipe"]
+    if not recipe or not recipe.get("model") or not recipe.get("data"):
+        raise ZooError(f"{model.checkpoint}: says nothing of its recipe; give that: zoo test RECIPE --ckpt_path FILE")
+    check_class_paths(recipe, model.checkpoint)
+    with tempfile.TemporaryDirectory(prefix="zoo-") as place:
+        path = Path(place) / "recipe.yaml"
+        settings = yaml.safe_dump({key: recipe[key] for key in ("model", "data", "average") if recipe.get(key)})
+        path.write_text(f"# recipe: {safe_name(str(recipe.get('name')), 'recipe')}\n{settings}", encoding="utf-8")
+        yield path
 
 
 def first_process() -> bool:
@@ -189,6 +186,7 @@ class SaveConfig(SaveConfigCallback):
         config = self.config.clone()
         config["ckpt_path"] = None  # it is of this part of the run only
         config.pop("new_run", None)
+        config.pop("logger", None)
         # Not parser.save, which changes the working folder for a moment, under the feet of what writes logs.
         files.write_text(self.folder / "config.yaml", self.parser.dump(config, skip_none=False))
         remember(self.folder)

@@ -1,8 +1,7 @@
-"""The catalog, leaderboards and verdicts as rich tables, Markdown, HTML and plain data for JSON."""
+"""The catalog, leaderboards and verdicts as rich tables, Markdown and plain data for JSON."""
 
 from __future__ import annotations
 
-import html as _html
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from zoo.command.listing import cell_text, heading, millions, print_table, size_
 from zoo.command.verdict import results_of, row_commands, tolerance_of
 from zoo.errors import ZooError, unknown
 from zoo.paths import share
+from zoo.weights.runs import is_run
 
 _STATUS = {"verified": "green", "partly": "yellow", "not run": "dim"}
 
@@ -82,7 +82,9 @@ def papers_markdown() -> str:
 
 
 def _resolve(name: str) -> tuple[str, str]:
-    """(kind, name) of what `name` names; a path to a YAML file is a recipe."""
+    """(kind, name) of what `name` names; a path to a YAML file is a recipe, a folder or checkpoint a run."""
+    if is_run(name):
+        return "run", name
     kinds = {
         "paper": catalog.list_papers(),
         "model": catalog.list_models(),
@@ -100,13 +102,18 @@ def _resolve(name: str) -> tuple[str, str]:
         catalog.recipe_path(name)
         return "recipe", name
     raise unknown(
-        "paper, model, weights, dataset, recipe or row", name, [known for names in kinds.values() for known in names]
+        "paper, model, weights, dataset, recipe, row or run",
+        name,
+        [known for names in kinds.values() for known in names],
     )
 
 
 def describe(name: str) -> dict[str, Any]:
-    """All that the cards know about a paper, model, set of weights, data set or recipe, as plain data."""
+    """All that the cards know about a paper, model, set of weights, data set or recipe, or a checkpoint about its run,
+    as plain data."""
     kind, name = _resolve(name)
+    if kind == "run":
+        return _describe_run(name)
     if kind == "paper":
         return {"kind": kind, **catalog.paper(name).model_dump(mode="json")}
     if kind == "model":
@@ -130,6 +137,35 @@ def describe(name: str) -> dict[str, Any]:
     return {"kind": kind, "name": name, "path": str(path), "header": header, "config": config, "leaderboard": rows}
 
 
+def _describe_run(name: str) -> dict[str, Any]:
+    from zoo.weights.runs import open_run
+
+    run = open_run(name)
+    facts, place = dict(run.facts), str(run.folder or run.checkpoint)
+    recipe, task = facts.pop("recipe") or {}, run.task_class
+    kind, options = (facts["preprocess"] or {}).get("kind"), facts.pop("options")
+    config = run.folder is not None and (run.folder / "config.yaml").is_file()
+    file = {"clip": "VIDEO", "grid": "TASK.json"}.get(str(kind), "PICTURE")
+    commands = [f"zoo predict {place} {file} -o OUT.png"]
+    if hasattr(task, "sample"):
+        commands = [f"zoo predict {place} -o OUT.png"]
+    elif run.classes is None and not hasattr(task, "picture") and kind != "grid":
+        commands = []
+    commands += [f"zoo embed {place} FOLDER -o FEATURES.npz"] if hasattr(task, "features") else []
+    commands += [f"zoo {verb} {place}" for verb in ("test", *(["fit"] if config else []))]
+    return {
+        "kind": "run",
+        "name": name,
+        "recipe": recipe.get("name"),
+        "checkpoint": str(run.checkpoint),
+        "config": str(run.folder / "config.yaml") if run.folder is not None and config else None,
+        "weights": sum(value.numel() for value in run.state().values()),
+        **facts,
+        "options": {key: options[key] for key in run.options if key not in ("optim",)},
+        "commands": commands,
+    }
+
+
 def _rows_of_recipe(name: str) -> list[tuple[str, dict[str, Any]]]:
     cards = [catalog.paper(slug) for slug in catalog.list_papers()]
     return [(c.slug, row.model_dump(mode="json")) for c in cards for row in c.leaderboard if row.recipe == name]
@@ -146,7 +182,10 @@ def _print_facts(facts: Mapping[str, Any]) -> None:
     for key, value in facts.items():
         if value in (None, "", [], {}):
             continue
-        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        if key == "commands":
+            for command in value:
+                console.print(Text(f"  {command}"), soft_wrap=True)
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
             console.print(Text(f"{key}:", style="bold"))
             for entry in value:
                 console.print(
@@ -381,37 +420,6 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         cells = [cell for name, cell in zip(_COLUMNS, _cells(row), strict=True) if name not in hidden]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def html(rows: list[dict[str, Any]]) -> str:
-    """The rows as one HTML page without scripts."""
-    kept = [i for i, name in enumerate(_COLUMNS) if name not in _hidden(rows)]
-    head = "".join(f"<th>{_COLUMNS[i]}</th>" for i in kept)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{_html.escape(_cells(row)[i])}</td>" for i in kept) + "</tr>" for row in rows
-    )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>zoo leaderboard</title>
-<style>body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2em }} table {{ border-collapse: collapse }}
-th, td {{ padding: .3em .7em; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd }}
-td:nth-child(5), td:nth-child(7) {{ text-align: right; white-space: nowrap }}
-svg {{ display: block; margin: 1em 0 3em; max-width: 100%; height: auto }}</style></head>
-<body><h1>zoo leaderboard</h1>
-<table><thead><tr>{head}</tr></thead>
-<tbody>
-{body}
-</tbody></table>
-{_claims_html(row["paper"] for row in rows)}</body></html>
-"""
-
-
-def _claims_html(papers: Iterable[str]) -> str:
-    """The pictures of the papers' claims, as far as they have been run."""
-    from zoo.claims import picture
-
-    results = [result for slug in dict.fromkeys(papers) if (result := declaration.result(slug)) is not None]
-    pictures = "\n".join(picture.draw(result).svg() for result in results)
-    return f"<h1>Claims in miniature</h1>\n{pictures}\n" if results else ""
 
 
 # --------------------------------------------------------------------------------------------------------- explain A B

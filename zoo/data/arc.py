@@ -77,6 +77,14 @@ def read_tasks(dataset: str, split: str, data_dir: str | Path | None = None, **o
     return [_task(name, index, contents[name], f"{folder}: {name}") for index, name in enumerate(sorted(contents))]
 
 
+def read_task_file(path: str | Path) -> list[ARCTask]:
+    """The tasks of one json: a single task, named by the file, or many by their names."""
+    content = _json(Path(path), dict)
+    if "train" in content and "test" in content:
+        content = {Path(path).stem: content}
+    return [_task(str(name), index, content[name], f"{path}: {name}") for index, name in enumerate(sorted(content))]
+
+
 def read_pairs(folder: str | Path) -> dict[str, list[Pair]]:
     """Further pairs by task, from ``<folder>/tasks/*.json`` (RE-ARC) or the files in the folder itself."""
     root = Path(folder).expanduser()
@@ -532,6 +540,11 @@ class ARCDataModule(SeededDataModule):
         self._tasks: list[ARCTask] | None = None
         self._pairs: dict[str, list[_Known]] = {}
         self.num_tasks = _number_of_tasks(self)
+
+    def preprocess_facts(self) -> dict[str, Any]:
+        """The canvas of validation; `tasks` are the names of those that the network knows, in their order."""
+        names = [task.name for task in self.tasks]
+        return {"kind": "grid", "size": self.image_size, "canvas": True, "scale": self.eval_scale, "tasks": names}
 
     @property
     def tasks(self) -> list[ARCTask]:

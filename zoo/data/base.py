@@ -125,6 +125,29 @@ class SeededDataModule(LightningDataModule):
         """Its name and set: Lightning's own text would make all the loaders."""
         return f"{type(self).__name__}({self.dataset})"
 
+    def facts(self) -> dict[str, Any]:
+        """What is to be known of the data beside weights that were trained on them, in plain types: the names of the
+        "classes" in order (None where there are none), how evaluation prepares a sample ("preprocess": of
+        :meth:`preprocess_facts`), and the "data": {"module", "dataset", "data_dir", "num_classes", "sha256" of what
+        ``zoo data check`` found}."""
+        from zoo.data.check import checked_hash
+
+        folder = getattr(self, "data_dir", None)
+        data = {
+            "module": f"{type(self).__module__}.{type(self).__qualname__}",
+            "dataset": str(self.dataset),
+            "data_dir": None if folder is None else str(folder),
+            "num_classes": getattr(self, "num_classes", None),
+            "sha256": checked_hash(str(self.dataset), folder),
+        }
+        names = [str(name) for name in getattr(self, "class_names", None) or []]
+        return {"classes": names or None, "preprocess": self.preprocess_facts(), "data": data}
+
+    def preprocess_facts(self) -> dict[str, Any] | None:
+        """How evaluation prepares a sample, in the words of :class:`zoo.catalog.Preprocess` as far as they go; `kind`
+        says of what: "image", "objects", "clip" or "grid". None where nothing is known."""
+        return None
+
     def samples(self, split: str) -> Dataset:
         """The transformed split: "train", "val", "test" or "predict"."""
         raise NotImplementedError

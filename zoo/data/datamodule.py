@@ -199,6 +199,14 @@ class ImageDataModule(SeededDataModule):
         self._sources: dict[str, Source] = {}
         self._held: dict[str, Source] = {}
 
+    def preprocess_facts(self) -> dict[str, Any]:
+        """Those of the evaluation transform; of one that is not the zoo's, its `transform` by name."""
+        transform = self.eval_transform
+        facts = transform.facts() if isinstance(transform, ImageTransform) else None
+        kind = type(transform)
+        facts = facts or {"size": self.image_size, "transform": f"{kind.__module__}.{kind.__qualname__}"}
+        return {"kind": "image", **facts, "mean": list(self.mean), "std": list(self.std), "channels": "rgb"}
+
     def _describe(self, dataset: str, data_dir: str | None, options: dict[str, Any]) -> Description:
         return describe(dataset, data_dir, **options)
 

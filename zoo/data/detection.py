@@ -693,6 +693,23 @@ class DetectionDataModule(SeededDataModule):
         if keypoints and self._layout is not None and not self.keypoint_names:
             raise ZooError(f"{dataset} has no keypoints; for COCO set data.options.annotations to person_keypoints")
 
+    def preprocess_facts(self) -> dict[str, Any] | None:
+        """Those of a resize of the shorter side (`size`, at most `longest`), or of none (`size` null); mean and
+        deviation in units of 1; `divisibility` of the padded sides."""
+        shared = {
+            "kind": "objects",
+            "mean": [value / 255 for value in self.mean],
+            "std": [value / 255 for value in self.std],
+            "channels": self.channels,
+            "divisibility": self.size_divisibility,
+        }
+        steps = self.eval_transforms or []
+        if not steps:
+            return {**shared, "size": None, "longest": None}
+        if len(steps) == 1 and isinstance(steps[0], ResizeShortestEdge) and len(steps[0].sizes) == 1:
+            return {**shared, "size": steps[0].sizes[0], "longest": steps[0].max_size}
+        return {**shared, "transform": ", ".join(type(step).__qualname__ for step in steps)}
+
     def _find(self) -> CocoLayout | None:
         """Where the set lies; None where it has a card and nobody has said yet."""
         for name in self.options:

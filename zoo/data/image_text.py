@@ -795,6 +795,11 @@ class ImageTextDataModule(ImageDataModule):
         self._eval_sources: dict[str, Source] = {}
         self._prompts: Tensor | None = None
 
+    def preprocess_facts(self) -> dict[str, Any]:
+        """Those of the pictures, and of the texts: "tokenizer", "context_length", "templates"."""
+        words = {"tokenizer": str(self.tokenize.vocabulary), "context_length": self.tokenize.length}
+        return {**super().preprocess_facts(), **words, "templates": self.templates}
+
     def _describe(self, dataset: str, data_dir: str | None, options: dict[str, Any]) -> Description:
         if self.captions == "prompts":
             about = describe(dataset, data_dir, **options)

@@ -102,6 +102,9 @@ class ShakenImageDataModule(ImageDataModule):
         self.num_classes *= len(self.bands)
         self.class_names = [f"{name}, band {n}" for name in self.class_names for n in range(len(self.bands))]
 
+    def preprocess_facts(self) -> None:  # type: ignore[override]  # a picture alone is no sample
+        return None
+
     def samples(self, split: str, train_transform: bool | None = None) -> Any:
         """The transformed split as clips."""
         return ShakenSet(super().samples(split, train_transform), self, SALT[split])

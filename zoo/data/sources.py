@@ -998,6 +998,13 @@ def open_source(
     return _open(layout, split)
 
 
+def split_names(dataset: str, data_dir: str | os.PathLike[str] | None = None, **options: Any) -> list[str]:
+    """The splits that a data set has of its own, by their names there; what :func:`open_source` serves may be parts."""
+    if dataset == "shapes":
+        return list(_SHAPES_LENGTH)
+    return list(_resolve(dataset, data_dir, options)[0].parts)
+
+
 def _open(layout: _Layout, split: str) -> Source:
     part, which = choose_part(split, layout.parts, layout.name)
     source = layout.open(part)

@@ -13,7 +13,7 @@ for each, and its :meth:`~ImageTransform.batch` does to many what it does to one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -207,6 +207,11 @@ class ImageTransform(nn.Module):
         """What to do to the normalised float picture, if anything."""
         return None
 
+    def facts(self) -> dict[str, Any] | None:
+        """What the transform does in the words of :class:`zoo.catalog.Preprocess`, of those that evaluate; else None.
+        :func:`evaluation_transform` takes them."""
+        return None
+
     def extra_repr(self) -> str:
         return f"size={self.size}, interpolation={self.interpolation!r}, kernel={self.kernel!r}"
 
@@ -394,6 +399,10 @@ class EvalResizeCrop(ImageTransform):
     def batch(self, images: Tensor, draws: Tensor) -> Tensor:
         return self.forward(images)
 
+    def facts(self) -> dict[str, Any]:
+        names = ("crop_pct", "interpolation", "kernel", "crop_mode")
+        return {"size": self.side, **{name: getattr(self, name) for name in names}}
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, crop_pct={self.crop_pct:g}, crop_mode={self.crop_mode!r}"
 
@@ -423,6 +432,9 @@ class ADMCrop(ImageTransform):
         same = images.shape[-2:] == (self.side, self.side)
         images = images.clone() if same else torch.stack([self.middle(image) for image in images])
         return batches.flip(images, draws[:, 0] < self.flip) if self.flip else images
+
+    def facts(self) -> dict[str, Any]:
+        return {"size": self.side, "crop_pct": 1.0, "interpolation": self.interpolation, "crop_mode": "adm"}
 
     def middle(self, image: Tensor) -> Tensor:
         """The square middle of a uint8 (3, H, W) picture, (3, S, S)."""
@@ -854,3 +866,21 @@ class TenCrop(ImageTransform):
         places = ((math.ceil(down / 2), math.ceil(right / 2)), (0, 0), (0, right), (down, 0), (down, right))
         both = (image, image.flip(-1))
         return [view[..., top : top + side, left : left + side] for view in both for top, left in places]
+
+    def facts(self) -> dict[str, Any]:
+        """Those of its middle view: the other nine are to better a number."""
+        names = ("crop_pct", "interpolation", "kernel")
+        return {"size": self.side, **{name: getattr(self, name) for name in names}, "crop_mode": "center", "views": 10}
+
+
+def evaluation_transform(facts: Mapping[str, Any], size: int | None = None) -> ImageTransform:
+    """The transform of which :meth:`ImageTransform.facts` are `facts`, at its own or another `size`.
+
+    Raises:
+        ZooError: settings that no transform has.
+    """
+    side = int(size or facts["size"])
+    if facts.get("crop_mode") == "adm":
+        return ADMCrop(side)
+    names = ("crop_pct", "interpolation", "crop_mode", "kernel")
+    return EvalResizeCrop(side, **{name: facts[name] for name in names if name in facts})

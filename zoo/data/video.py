@@ -373,6 +373,17 @@ class VideoDataModule(SeededDataModule):
             transform.bind(self.image_size)
         self._sources: dict[str, Any] = {}
 
+    def preprocess_facts(self) -> dict[str, Any]:
+        """Those of the views that testing takes: how frames are chosen and cut."""
+        transform = self.eval_transform
+        kind = type(transform)
+        cut: dict[str, Any] = {"transform": f"{kind.__module__}.{kind.__qualname__}"}
+        if isinstance(transform, VideoEval):
+            cut = {"size": transform.side, "short_side": transform.short_side, "crop": transform.crop}
+        names = ("num_frames", "sampling_rate", "target_fps", "sampling", "clips", "crops")
+        settings = {name: getattr(self, name) for name in names}
+        return {"kind": "clip", **cut, **settings, "mean": list(self.mean), "std": list(self.std), "channels": "rgb"}
+
     def source(self, split: str) -> Any:
         """The videos behind a split ("train", "val", "test", "predict"), before any transform; opened once."""
         if split not in self._sources:
@@ -419,8 +430,12 @@ def read_views(
     crops: int = 1,
     mean: Sequence[float] = (0.45,) * 3,
     std: Sequence[float] = (0.225,) * 3,
+    target_fps: float = 30.0,
+    sampling: str = "window_offset",
 ) -> Tensor:
     """One video file or folder of pictures as the views that testing takes, (clips * crops, 3, T, S, S) float32.
+
+    The settings are those of :class:`VideoDataModule`.
 
     Raises:
         VideoError: it cannot be read.
@@ -428,9 +443,7 @@ def read_views(
     from zoo.data.video_sources import VideoList
 
     source = VideoList([str(path)], [-1], [])
-    views = VideoSet(
-        source, transform, num_frames, sampling_rate, 30.0, "window_offset", False, clips, crops, mean, std
-    )
+    views = VideoSet(source, transform, num_frames, sampling_rate, target_fps, sampling, False, clips, crops, mean, std)
     batch = views.__getitems__(list(range(len(views))))
     if batch[_LOST]:
         raise VideoError(batch[_LOST][0])

@@ -68,7 +68,7 @@ class PixelPath(LinearPath):
     noise_at: int = 1
 
     def velocity(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return (self.interpolate(x, noise, t) - x) / like(t.clamp(MIN_TIME, 1), x)
+        return (self.interpolate(x, noise, t) - x) / like(t.clamp(MIN_TIME, 1.0), x)
 
 
 def predicted_picture(z: Tensor, t: Tensor, u: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class PixelMeanFlowDiT(ImprovedMeanFlowDiT):
 
     def velocity_from(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """(z - output) / max(t, 0.05) (B, C, S, S) of a predicted picture."""
-        return (z - output) / like(t.clamp(MIN_TIME, 1), z) if self.predict == "x" else output
+        return (z - output) / like(t.clamp(MIN_TIME, 1.0), z) if self.predict == "x" else output
 
     @torch.no_grad()
     def sample(

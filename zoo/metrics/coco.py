@@ -124,6 +124,7 @@ class CocoAP(Gathered):
         self.iou_types, self.backend, self.max_detections = tuple(iou_types), backend, max_detections
         self.class_names = list(class_names) if class_names is not None else None
         self.sigmas = list(sigmas) if sigmas is not None else None
+        self.by_class: dict[str, dict[int, float]] = {}  # of the last `compute`: AP by kind and class
         # A state is lines of json, one a picture, as bytes: text keeps every digit, and all backends gather bytes.
         for state in ("predictions", "truth"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
@@ -173,6 +174,7 @@ class CocoAP(Gathered):
         self._require()
         predictions, truth = _records(self.predictions), _records(self.truth)
         results: dict[str, float] = {}
+        self.by_class = {}
         for kind in self.iou_types:
             results |= self._of_type(kind, predictions, truth)
         exact = torch.float32 if self.device.type == "mps" else torch.float64
@@ -208,6 +210,11 @@ class CocoAP(Gathered):
                 evaluation.params.maxDets = [1, 10, self.max_detections]
             evaluation.evaluate()
             evaluation.accumulate()
+        precision = evaluation.eval["precision"]  # (threshold, recall, class, area, detections)
+        known = {k: precision[:, :, n, 0, -1] for n, k in enumerate(classes)}
+        self.by_class[kind] = {
+            k: 100 * float(values[values > -1].mean()) for k, values in known.items() if (values > -1).any()
+        }
         return self._numbers(kind, evaluation)
 
     def _set_sigmas(self, evaluation: Any, true: list[dict[str, Any]]) -> None:

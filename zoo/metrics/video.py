@@ -111,12 +111,14 @@ class MultiViewAccuracy(_ByVideo):
     ) -> None:
         super().__init__(num_classes, reduce, torch.empty(0, dtype=torch.long), **kwargs)
         self.top_k = (top_k,) if isinstance(top_k, int) else tuple(top_k)
+        self.joined: tuple[Tensor, Tensor] | None = None  # labels and guesses (V,) of the last `compute`
         if not self.top_k or min(self.top_k) < 1:
             raise ZooError(f"top_k must be at least 1, got {top_k}")
 
     def compute(self) -> dict[str, Tensor]:
         _, scores, labels = self.videos()
         order = scores.topk(min(max(self.top_k), self.num_classes), dim=1).indices
+        self.joined = labels, order[:, 0]
         hits = (order == labels[:, None]).float()
         return {f"top{k}": hits[:, :k].sum(1).mean() for k in self.top_k}
 
@@ -134,6 +136,7 @@ class MultiLabelMAP(_ByVideo):
 
     def __init__(self, num_classes: int, reduce: str = "max", **kwargs: Any) -> None:
         super().__init__(num_classes, reduce, torch.empty(0, num_classes), **kwargs)
+        self.by_class: dict[int, float] = {}  # AP in percent, of the last `compute`
 
     def compute(self) -> dict[str, Tensor]:
         _, scores, labels = self.videos()
@@ -143,6 +146,7 @@ class MultiLabelMAP(_ByVideo):
             raise ZooError("MultiLabelMAP: no video has a label")
         scores = scores / scores.amax().clamp(min=1)  # torchmetrics takes what exceeds 1 for logits
         each = [binary_average_precision(scores[:, k], truth[:, k].long()) for k in present]
+        self.by_class = {k: 100 * float(one) for k, one in zip(present, each, strict=True)}
         return {"mAP": torch.stack(each).mean()}
 
 
@@ -169,6 +173,7 @@ class FrameMAP(_Rows):
         rows |= {"true_labels": torch.empty(0, dtype=torch.long), "true_boxes": boxes, "true_key": key}
         super().__init__(rows, **kwargs)
         self.num_classes, self.classes, self.iou = num_classes, chosen, iou
+        self.by_class: dict[int, float] = {}  # AP in percent, of the last `compute`
 
     def update(
         self,
@@ -221,7 +226,11 @@ class FrameMAP(_Rows):
         return torch.stack(results)
 
     def compute(self) -> dict[str, Tensor]:
-        return {"mAP": self.per_class().nanmean()}
+        each = self.per_class()
+        self.by_class = {
+            k: 100 * value for k, value in zip(self.classes, each.tolist(), strict=True) if not math.isnan(value)
+        }
+        return {"mAP": each.nanmean()}
 
 
 def _pairs(boxes: Tensor, key: Tensor, true_boxes: Tensor, true_key: Tensor) -> tuple[Tensor, Tensor, Tensor]:

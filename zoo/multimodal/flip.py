@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import cross_entropy, embedding
 from torch.utils.checkpoint import checkpoint
 
 from zoo.data.text import WordPiece, prompts
@@ -98,7 +98,7 @@ class ImageEncoder(nn.Module):
             kept = random_masking(noise, mask_ratio).ids_keep
             patches, positions = take_tokens(patches, kept), tokens_at(positions, kept)
         x = self.patch_embed.embed_patches(patches) + positions
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         return self.norm(run_blocks(self.blocks, x, self.grad_checkpointing))
 
 
@@ -207,6 +207,14 @@ class FLIP(nn.Module):
             nn.init.normal_(tensor, std=0.02)
         if self.temperature is None:
             nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
+
+    def example_inputs(self, count: int) -> dict[str, Tensor]:
+        """Arguments of forward for so many pairs, for an export."""
+        generator = torch.Generator().manual_seed(0)
+        patches, length = self.visual.patch_embed, self.text.pos_embed.shape[1]
+        images = torch.randn(count, patches.in_chans, patches.img_size, patches.img_size, generator=generator)
+        words = torch.randint(1, self.text.token_embed.num_embeddings - 1, (count, length), generator=generator)
+        return {"images": images, "text": words}
 
     def weight_decay_too(self) -> set[str]:
         """The official code decays the scale: where it is clipped, and so has no gradient, this brings it back."""
@@ -384,22 +392,27 @@ class FLIPPretraining(BaseModule):
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
-    def _evaluate(self, batch: Mapping[str, Any], split: str) -> None:
+    def _evaluate(self, batch: Mapping[str, Any], split: str) -> dict[str, Tensor]:
+        """Logs a batch's numbers; where it tells classes their logits (B, K) and losses (B,), for callbacks."""
+        found: dict[str, Tensor] = {}
         image = self.network.encode_image(batch["image"]).float()
         if self._classes is not None and "label" in batch:
             logits = image @ self._classes.float().T
             hits = logits.topk(min(5, logits.shape[1])).indices == batch["label"][:, None]
             self.tally(f"{split}/top1", hits[:, 0])
             self.tally(f"{split}/top5", hits.any(dim=1))
+            scaled = logits * self.network.scale.float()
+            found = {"logits": scaled, "loss": cross_entropy(scaled, batch["label"], reduction="none")}
         if "text" in batch:
             text = self.network.encode_text(batch["text"]).float()
             self.retrieval[split].update(image, batch["index"], text, batch["owner"])  # type: ignore[operator]
+        return found
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "val")
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "test")
 
     def _report(self, split: str) -> None:
         metric: Any = self.retrieval[split]

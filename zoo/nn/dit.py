@@ -346,6 +346,16 @@ class DiT(nn.Module):
         """(C, S, S) of what a sample starts from."""
         return self.in_chans, self.img_size, self.img_size
 
+    def example_inputs(self, count: int) -> dict[str, Any]:
+        """Arguments of forward for so many samples, for an export."""
+        generator = torch.Generator().manual_seed(0)
+        times = [torch.rand(count, generator=generator) for _ in self.times]
+        found = {
+            "x": torch.randn(count, *self.noise_shape, generator=generator),
+            "times": times[0] if len(times) == 1 else times,
+        }
+        return {**found, "labels": torch.arange(count) % self.num_classes} if self.num_classes else found
+
     @property
     def time_embedders(self) -> list[Any]:
         """In the order of `times`."""

@@ -539,6 +539,7 @@ class VideoNetwork(nn.Module):
     """
 
     head: PooledHead3d | RoIHead3d
+    clip_shape: tuple[int, int, int, int]  # (C, T, S, S) of a training clip
     grad_checkpointing = False
 
     @property
@@ -559,6 +560,15 @@ class VideoNetwork(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs for the backward pass, and compute the rest again."""
         self.grad_checkpointing = enable
+
+    @property
+    def export_part(self) -> str:
+        """What an export holds: boxes come in any number, so that of a network for detection it is its features."""
+        return "forward" if isinstance(self.head, PooledHead3d) else "forward_features"
+
+    def example_inputs(self, count: int) -> dict[str, Tensor]:
+        """Arguments of forward for so many clips, for an export."""
+        return {"video": torch.randn(count, *self.clip_shape, generator=torch.Generator().manual_seed(0))}
 
     def forward_features(self, video: Any) -> list[Tensor]:
         raise NotImplementedError
@@ -606,6 +616,7 @@ class ResNet3d(VideoNetwork):
     ) -> None:
         super().__init__()
         self.grad_checkpointing = grad_checkpointing
+        self.clip_shape = (pathway.get("in_chans", 3), num_frames, crop_size, crop_size)
         self.pathway = Pathway3d(**pathway)
         frames = num_frames // self.pathway.temporal_pool
         self.head = make_head(

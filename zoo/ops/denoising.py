@@ -276,7 +276,7 @@ def sample_path(
     rate = min(sampling.churn / sampling.steps, math.sqrt(2) - 1)
 
     def r(x: Tensor, t: Tensor) -> Tensor:
-        return predict(x * formulation.scale(t), t.expand(len(x)))
+        return predict(x * formulation.scale(t), t.expand(x.shape[0]))
 
     x = noise * formulation.state(times[0])[1]
     for index, (t, after) in enumerate(pairwise(times)):

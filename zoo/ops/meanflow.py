@@ -116,7 +116,7 @@ class Conditions(NamedTuple):
     def of(cls, omega: float, interval: Sequence[float], like: Tensor) -> Conditions:
         """The same for every sample of a batch `like` (B, ...)."""
         numbers = (omega, *interval)
-        return cls(*(torch.full((len(like),), value, dtype=like.dtype, device=like.device) for value in numbers))
+        return cls(*(torch.full((like.shape[0],), value, dtype=like.dtype, device=like.device) for value in numbers))
 
 
 def power_law(uniform: Tensor, greatest: float, beta: float = 1.0) -> Tensor:
@@ -179,6 +179,6 @@ def flow_steps(
     """The states (B, ...) after each step z - (t - r) u(z, t, r), from noise z over falling `times`; with two times
     there is one step, one evaluation."""
     for t, r in pairwise(times):
-        now, then = (torch.full((len(z),), value, dtype=z.dtype, device=z.device) for value in (t, r))
+        now, then = (torch.full((z.shape[0],), value, dtype=z.dtype, device=z.device) for value in (t, r))
         z = z - (t - r) * average_velocity(z, now, then)
         yield z

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 
 import numpy as np
@@ -29,11 +30,17 @@ def titled_sheet(columns: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([_titles(list(columns), width, gap), sheet], dim=1)
 
 
+def drawable(text: str) -> str:
+    """`text` in letters that Pillow's own font has: without accents, and with ? for those of other scripts."""
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(letters).encode("ascii", "replace").decode()
+
+
 def _titles(titles: list[str], width: int, gap: int) -> Tensor:
     """A white strip (3, h, W) with each title in the middle of its column, in the largest type that all fit in."""
     from PIL import Image, ImageDraw, ImageFont
 
-    size = max(6, width // 9)
+    titles, size = [drawable(title) for title in titles], max(6, width // 9)
     font = ImageFont.load_default(size)
     while size > 6 and max(font.getlength(title) for title in titles) > width:
         font = ImageFont.load_default(size := size - 1)

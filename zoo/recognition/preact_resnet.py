@@ -410,6 +410,7 @@ class PreActResNetClassification(Classification):
         mixup, cutmix: Beta parameters, 0 for none.
         label_smoothing: of the training targets.
         channels_last: keep activations in the order (B, H, W, C).
+        init_from: weights to start from, all but the classifier: the name of published ones, or a file.
         optim: optimiser and schedule.
         network: of :class:`PreActResNet`.
     """
@@ -422,11 +423,12 @@ class PreActResNetClassification(Classification):
         cutmix: float = 0.0,
         label_smoothing: float = 0.0,
         channels_last: bool = True,
+        init_from: str | None = None,
         optim: Optim = Optim(name="sgd", lr=0.1, nesterov=True, weight_decay=1e-4, no_decay="none"),  # noqa: B008
         **network: Any,
     ) -> None:
         net = PreActResNet(**network)
-        super().__init__(net, optim, net.num_classes, mixup, cutmix, label_smoothing, channels_last=channels_last)
+        super().__init__(net, optim, net.num_classes, mixup, cutmix, label_smoothing, init_from, channels_last)
         self.save_hyperparameters()
 
 

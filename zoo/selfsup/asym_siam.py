@@ -93,6 +93,8 @@ class AsymSiam(MoCoV2):
         ZooError: an unknown name, or a number out of range.
     """
 
+    export_part = "features"
+
     def __init__(
         self,
         source_views: int = 1,

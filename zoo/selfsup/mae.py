@@ -89,6 +89,8 @@ class MaskedAutoencoder(nn.Module):
         grad_checkpointing: recompute activations in the backward pass, for H/14 on small memory.
     """
 
+    export_part = "forward_features"
+
     def __init__(
         self,
         img_size: int = 224,
@@ -163,7 +165,7 @@ class MaskedAutoencoder(nn.Module):
     def _encode(self, patches: Tensor, positions: Tensor) -> Tensor:
         """Patches (B, K, P) with their rows of the position table (B or 1, K, D) to latent tokens (B, 1 + K, D)."""
         x = self.patch_embed.embed_patches(patches) + positions
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = run_blocks(self.blocks, torch.cat([cls, x], dim=1), self.grad_checkpointing)
         return self.norm(x)
 

@@ -43,7 +43,7 @@ from zoo.nn.resnet import detectron2_trunk, resnet, torchvision_trunk
 from zoo.ops.collective import from_first, gather, world
 from zoo.ops.momentum import move_towards
 from zoo.training import BaseModule, Optim
-from zoo.training.trunks import ResNetLinearProbe
+from zoo.training.trunks import ResNetFineTuning, ResNetLinearProbe
 
 __all__ = [
     "EXPORTS",
@@ -123,6 +123,8 @@ class MoCo(nn.Module):
     Raises:
         ZooError: an unknown architecture, or a number out of range.
     """
+
+    export_part = "features"
 
     queue: Tensor
     queue_ptr: Tensor
@@ -241,6 +243,7 @@ _V1 = Optim(
 )
 _V2 = replace(_V1, schedule="cosine", milestones=())
 _PROBE = replace(_V1, lr=30.0, weight_decay=0.0, milestones=(60, 80))
+_FINETUNE = replace(_V1, lr=0.025, milestones=(70, 90))
 
 
 class MoCoTask(BaseModule):
@@ -387,6 +390,23 @@ class MoCoLinearProbe(ResNetLinearProbe):
     """
 
     def __init__(self, optim: Optim = _PROBE, **options: Any) -> None:
+        super().__init__(optim=optim, **options)
+
+    @staticmethod
+    def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return convert_trunk(state_dict)
+
+
+class MoCoFineTuning(ResNetFineTuning):
+    """End-to-end training of the trunk with a new classifier, as on iNaturalist 2018 (appendix A.6): 100 epochs at
+    0.025, a tenth of it from epochs 70 and 90.
+
+    Args:
+        optim: optimiser and schedule.
+        options: of :class:`~zoo.training.trunks.ResNetFineTuning`.
+    """
+
+    def __init__(self, optim: Optim = _FINETUNE, **options: Any) -> None:
         super().__init__(optim=optim, **options)
 
     @staticmethod

@@ -246,6 +246,8 @@ class MoCoV3(nn.Module):
         ZooError: an unknown name, or a number out of range.
     """
 
+    export_part = "features"
+
     def __init__(
         self,
         arch: str = "vit_base",

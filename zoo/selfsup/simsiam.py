@@ -119,6 +119,8 @@ class SimSiam(nn.Module):
         ZooError: an unknown name, or a number out of range.
     """
 
+    export_part = "features"
+
     def __init__(
         self,
         dim: int = 2048,

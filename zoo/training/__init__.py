@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from zoo.training.base import BaseModule, seed_position
-from zoo.training.callbacks import NonFiniteGuard, Pictures, PreciseBN, Timing, default_callbacks
+from zoo.training.callbacks import Freeze, NonFiniteGuard, Pictures, PreciseBN, Timing, default_callbacks
 from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from zoo.training.classification import Classification, LinearClassification
 from zoo.training.ema import EMA, choose_average, evaluation_weights, half_life_decay
+from zoo.training.error_analysis import ErrorAnalysis
 from zoo.training.lars import LARC, LARS
 from zoo.training.measures import FactorAccuracy, GivenBoxMasks, GradientSpread, Instability, UnitDeletion, ViewVariance
 from zoo.training.muon import Muon, NAdam
@@ -24,7 +25,9 @@ __all__ = [
     "BaseModule",
     "BestCheckpoint",
     "Classification",
+    "ErrorAnalysis",
     "FactorAccuracy",
+    "Freeze",
     "GivenBoxMasks",
     "GradientSpread",
     "Instability",

@@ -16,11 +16,14 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from zoo.data.base import SeededDataModule
 from zoo.data.shapes import hash64
 from zoo.errors import ZooError
+from zoo.machine import versions
 from zoo.ops.collective import gather, gather_objects
 from zoo.training.checkpoints import settle, take_up
 from zoo.training.optim import Optim, build
+from zoo.training.sharding import shard
 
 # Lightning says of every run with a data module that the hooks which read batches are the module's own.
 warnings.filterwarnings("ignore", message="You have overridden `on_(before|after)_batch_transfer` in `LightningModule`")
@@ -109,7 +112,7 @@ class BaseModule(L.LightningModule):
     - With `batch_keys`, batches are read by :func:`read_batch`: a key that a step misses is named.
     - `train/loss` and `train/lr` are logged from what `training_step` returns.
     - A checkpoint with non-finite weights is refused, and holds plain types only (it loads with weights_only=True);
-      `zoo_task` names the task's class.
+      `zoo_task` names the task's class, `zoo_model` says what a user of the weights must know (:meth:`model_facts`).
 
     - A task with an attribute `init_from` starts from the weights named there, which it loads in :meth:`load_initial`.
 
@@ -130,6 +133,9 @@ class BaseModule(L.LightningModule):
         self._in_batch = False
 
     init_from: str | None = None
+
+    # The name and the settings of the recipe that is run, in plain types; the command line sets it.
+    recipe: Mapping[str, Any] | None = None
 
     # Keys of the batches that the task reads; without any it takes batches as they come.
     batch_keys: Sequence[str] = ()
@@ -157,6 +163,11 @@ class BaseModule(L.LightningModule):
         if self.init_from is not None and (self._trainer is None or self.trainer.ckpt_path is None):
             self.load_initial(self.init_from)
             self.init_from = None
+
+    def configure_model(self) -> None:
+        """Shards the task where the strategy has a mesh of devices (``--trainer.strategy fsdp2``)."""
+        if self._trainer is not None and self.device_mesh is not None:
+            shard(self, self.device_mesh["data_parallel"])
 
     def trainable(self) -> nn.Module:
         """The module whose parameters are optimised; its names are those that layer decay and exclusions see."""
@@ -282,7 +293,11 @@ class BaseModule(L.LightningModule):
                 f"non-finite weights at step {self.trainer.global_step} ({broken[0]}, {len(broken)} tensors in all);"
                 " nothing was saved and the last good checkpoint is kept"
             )
-        checkpoint["zoo_task"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        kind = next(
+            one for one in type(self).__mro__ if not one.__module__.startswith("torch.")
+        )  # a shard's is torch's
+        checkpoint["zoo_task"] = f"{kind.__module__}.{kind.__qualname__}"
+        checkpoint["zoo_model"] = _plain(self.model_facts())
         if self.trainer.state.fn == TrainerFn.FITTING:
             if "zoo_run" not in checkpoint:
                 checkpoint["zoo_run"] = settle(self.trainer, checkpoint)
@@ -291,6 +306,15 @@ class BaseModule(L.LightningModule):
         for key in checkpoint:
             if key.endswith("hyper_parameters"):
                 checkpoint[key] = _plain(checkpoint[key])
+
+    def model_facts(self) -> dict[str, Any]:
+        """What a checkpoint says beside its weights, so that it can be used as a model: {"classes", "preprocess",
+        "data"} of the data module (:meth:`zoo.data.base.SeededDataModule.facts`), {"recipe", "versions"}."""
+        data = getattr(self._trainer, "datamodule", None)
+        facts = data.facts() if isinstance(data, SeededDataModule) else {}
+        return {"classes": None, "preprocess": None, "data": None, **facts, "recipe": self.recipe} | {
+            "versions": dict(versions())
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes up the sums of the epoch begun.

@@ -1,10 +1,12 @@
-"""Callbacks: times, the non-finite guard, pictures, precise statistics of batch normalisation."""
+"""Callbacks: times and throughput, the non-finite guard, pictures, precise statistics of batch normalisation."""
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +16,77 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from zoo import files
-from zoo.errors import ZooError
+from zoo.errors import ZooError, unknown
+from zoo.machine import peak_memory
 from zoo.nn.batchnorm import BATCH_NORMS
-from zoo.training.base import seed_position
+from zoo.training.base import batch_length, seed_position
 from zoo.training.ema import evaluation_weights
+
+# How the names begin of what is logged of the machine and not of the training.
+OF_THE_MACHINE = ("time/", "speed/", "memory/")
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """How fast training goes: `samples_per_s` over all processes, the `waiting` share of the time that goes by until
+    the next batch is there, `seconds_left` of the run (None: it has no end) and the peak memory in MiB (None: not
+    known here)."""
+
+    samples_per_s: float
+    waiting: float
+    seconds_left: float | None
+    peak_mib: float | None
 
 
 class Timing(L.Callback):
-    """Logs `time/data` and `time/compute`: seconds per epoch that the loop waited for batches and spent on them.
+    """Logs an epoch's `time/data` and `time/compute`, seconds that the loop waited for batches and spent on them;
+    `speed/samples_per_s`, the samples of all processes over both; and `memory/peak_mib`, the most memory that the first
+    process has held so far, of its GPU or else of the machine.
 
     As the host sees it: on a GPU the queue hides compute behind the next wait. Validation and the writing of
-    checkpoints count in neither.
+    checkpoints count in neither. A sample is a picture, a clip, a pair: an entry of a batch.
     """
 
     def __init__(self) -> None:
         self._data = self._compute = 0.0
-        self._begin = 0.0
+        self._samples = 0
+        self._begin = self._started = self._waited = 0.0
         self._idle: float | None = None
+        self._batches = 0
+        self._recent: deque[tuple[float, float, int]] = deque(maxlen=50)  # waited, computed, samples
 
     def state_dict(self) -> dict[str, Any]:
-        return {"data": self._data, "compute": self._compute}
+        return {"data": self._data, "compute": self._compute, "samples": self._samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._data, self._compute = state_dict["data"], state_dict["compute"]
+        self._samples = state_dict.get("samples", 0)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._batches, self._started = 0, time.monotonic()
+        self._recent.clear()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._data = self._compute = 0.0
+        self._samples = 0
         self._idle = time.perf_counter()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._begin = time.perf_counter()
-        if self._idle is not None:
-            self._data += self._begin - self._idle
+        self._waited = 0.0 if self._idle is None else self._begin - self._idle
+        self._data += self._waited
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._idle = time.perf_counter()
-        self._compute += self._idle - self._begin
+        computed, samples = self._idle - self._begin, batch_length(batch) * trainer.world_size
+        self._compute += computed
+        self._samples += samples
+        self._batches += 1
+        self._recent.append((self._waited, computed, samples))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._idle = time.perf_counter()
@@ -62,7 +95,38 @@ class Timing(L.Callback):
         self._idle = None  # the next wait would count the writing
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pl_module.log_dict({"time/data": self._data, "time/compute": self._compute})
+        found = {"time/data": self._data, "time/compute": self._compute}
+        if (seconds := self._data + self._compute) > 0:
+            found["speed/samples_per_s"] = self._samples / seconds
+        if (peak := peak_memory(pl_module.device)) is not None:
+            found["memory/peak_mib"] = peak / 2**20
+        pl_module.log_dict(found)
+
+    def throughput(self, trainer: L.Trainer) -> Throughput | None:
+        """Of the last fifty batches; None before the first one's end."""
+        waited, computed, samples = (sum(one[k] for one in self._recent) for k in range(3))
+        if not samples or waited + computed <= 0:
+            return None
+        left, peak = _batches_left(trainer), peak_memory(trainer.strategy.root_device)
+        spent = time.monotonic() - self._started  # with validation and checkpoints, which come again
+        return Throughput(
+            samples / (waited + computed),
+            waited / (waited + computed),
+            None if left is None else left * spent / max(1, self._batches),
+            None if peak is None else peak / 2**20,
+        )
+
+
+def _batches_left(trainer: L.Trainer) -> float | None:
+    """Training batches that are still to come; None where the run has no end."""
+    found: list[float] = []
+    if trainer.max_steps not in (None, -1):
+        found.append(float((trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches))
+    per_epoch = trainer.num_training_batches
+    if trainer.max_epochs not in (None, -1) and per_epoch != float("inf"):
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        found.append((trainer.max_epochs - trainer.current_epoch) * per_epoch - done)
+    return max(0, min(found)) if found else None
 
 
 class NonFiniteGuard(L.Callback):
@@ -181,6 +245,44 @@ def _first(batch: Any, count: int) -> Any:
     if isinstance(batch, list | tuple) or (isinstance(batch, Tensor) and batch.ndim):
         return batch[:count]
     return batch
+
+
+class Freeze(L.Callback):
+    """Trains some parts of a task's network only: all the others take no gradient and stay in evaluation mode, so that
+    no running statistic of theirs moves.
+
+    Args:
+        but: the names of the parts that train, such as "head" or "roi_heads.box_predictor".
+
+    Raises:
+        ZooError: the network has no part of one of these names.
+    """
+
+    def __init__(self, but: list[str]) -> None:
+        if not but:
+            raise ZooError("Freeze wants the names of the parts that train")
+        self.but = list(but)
+
+    def _trains(self, name: str) -> bool:
+        return any(f"{name}.".startswith(f"{part}.") for part in self.but)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        network = pl_module.get_submodule("network")
+        known = [name for name, _ in network.named_modules()]
+        if wrong := [part for part in self.but if part not in known]:
+            raise unknown(f"part of {type(network).__name__}", wrong[0], known)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(self._trains(name) and parameter.requires_grad)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        for name, part in pl_module.get_submodule("network").named_modules():
+            inside = any(f"{kept}.".startswith(f"{name}.") for kept in self.but) or not name
+            if part.training and not self._trains(name) and not inside:
+                part.eval()
 
 
 class PreciseBN(L.Callback):

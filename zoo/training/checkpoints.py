@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from zoo import files
 from zoo.errors import ZooError
 from zoo.weights.files import read_checkpoint
+from zoo.weights.runs import read_sharded
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -29,7 +30,8 @@ class SafeCheckpointIO(CheckpointIO):
     def peek(self, path: Any) -> dict[str, Any]:
         """The content of a checkpoint that is about to be loaded; the loading does not read it again."""
         if self._read is None or self._read[0] != local(path):
-            self._read = (local(path), read_checkpoint(local(path)))
+            read = read_sharded if is_sharded(local(path)) else read_checkpoint
+            self._read = (local(path), read(local(path)))
         return self._read[1]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -323,7 +325,8 @@ class LastCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self.metrics = standing(checkpoint)["metrics"]
-            self._resumed = len(checkpoint["optimizer_states"]), len(checkpoint["lr_schedulers"])
+            if "optimizer_states" in checkpoint:  # those of a sharded one lie beside it
+                self._resumed = len(checkpoint["optimizer_states"]), len(checkpoint["lr_schedulers"])
             take_up(trainer, checkpoint)
 
 

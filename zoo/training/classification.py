@@ -6,6 +6,7 @@ builds its network and says where an encoder may come from.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -85,6 +86,21 @@ class Classification(BaseModule):
             check_classes(getattr(self.trainer, "datamodule", None), self.num_classes)
         super().setup(stage)
 
+    def load_initial(self, source: str) -> None:
+        """Fill all of the network but its classifier, as the paper's `convert_official` reads the weights."""
+        from zoo.weights.pretrained import fill, read_source
+
+        convert = getattr(sys.modules[type(self).__module__], "convert_official", dict)
+        network: Any = self.network
+        last = network.get_classifier()
+        name = next((name for name, part in network.named_modules() if part is last), "")
+
+        def wanted(key: str) -> bool:
+            return not name or not key.startswith(f"{name}.")
+
+        state = {key: value for key, value in convert(read_source(source)).items() if wanted(key)}
+        fill(self.network, state, source, wanted)
+
     def trainable(self) -> nn.Module:
         return self.network
 
@@ -106,19 +122,22 @@ class Classification(BaseModule):
             return cross_entropy(self(batch["image"]), batch["label"])
         return cross_entropy(self(batch["image"]), batch["label"], label_smoothing=self.label_smoothing)
 
-    def _evaluate(self, batch: Mapping[str, Any], split: str) -> None:
+    def _evaluate(self, batch: Mapping[str, Any], split: str) -> dict[str, Tensor]:
+        """Logs a batch's numbers; its logits (B, num_classes) and losses (B,), for callbacks."""
         logits, label = self.predict_logits(batch), batch["label"]
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
         hits &= ~logits.isnan().any(dim=1, keepdim=True)  # NaN would be the largest
         self.tally(f"{split}/top1", hits[:, 0])
         self.tally(f"{split}/top5", hits.any(dim=1))
-        self.tally(f"{split}/loss", cross_entropy(logits, label, reduction="none"))
+        loss = cross_entropy(logits, label, reduction="none")
+        self.tally(f"{split}/loss", loss)
+        return {"logits": logits, "loss": loss}
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "val")
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "test")
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Class probabilities (B, num_classes)."""

@@ -69,8 +69,16 @@ class Detection(BaseModule):
             if parameter.grad is not None:
                 clip_grad_norm_(parameter, self.clip_each)
 
-    def _evaluate(self, batch: Mapping[str, Any], metric: CocoAP) -> None:
-        metric.update(self.network(batch), batch["target"])
+    def _evaluate(self, batch: Mapping[str, Any], metric: CocoAP) -> dict[str, Any]:
+        """Hands a batch to the metric; what was found, for callbacks."""
+        found = self.network(batch)
+        metric.update(found, batch["target"])
+        return {"detections": found}
+
+    def judged(self, split: str) -> dict[str, Any]:
+        """The AP of each class in the last evaluation of a split; see :class:`~zoo.training.ErrorAnalysis`."""
+        metric = self.val_metric if split == "val" else self.test_metric
+        return {"ap": {NAMES.get(kind, kind): scores for kind, scores in metric.by_class.items()}}
 
     def _report(self, metric: CocoAP, split: str) -> None:
         for name, value in metric.compute().items():
@@ -78,15 +86,15 @@ class Detection(BaseModule):
             self.log(f"{split}/{NAMES.get(kind, kind)}/{number}", value, prog_bar=split == "val" and number == "AP")
         metric.reset()
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metric)
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        return self._evaluate(batch, self.val_metric)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         self._report(self.val_metric, "val")
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metric)
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        return self._evaluate(batch, self.test_metric)
 
     def on_test_epoch_end(self) -> None:
         super().on_test_epoch_end()

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from zoo.errors import ZooError, unknown
 from zoo.training.optim import Optim, effective_batch
+from zoo.training.sharding import is_sharded, share_like, whole
 
 RAW = "raw"  # what the weights themselves are called where an average is chosen by name
 
@@ -90,6 +91,7 @@ class EMA(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._seen = trainer.global_step
+        self.start(pl_module)  # once more: sharded training takes checkpoints up after the fit's start
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -112,16 +114,16 @@ class EMA(L.Callback):
     @torch.no_grad()
     def update(self, pl_module: L.LightningModule) -> None:
         """Moves the average one step towards the module's weights."""
-        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        groups: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
         for name, value in pl_module.state_dict().items():
             average = self.weights[name]
             if value.is_floating_point():
-                averages, values = by_dtype.setdefault(average.dtype, ([], []))
+                averages, values = groups.setdefault((average.dtype, is_sharded(average)), ([], []))
                 averages.append(average)
                 values.append(value.detach().to(average.dtype))
             else:
                 average.copy_(value)
-        for averages, values in by_dtype.values():
+        for averages, values in groups.values():
             self._average(averages, values, None)
 
     @contextmanager
@@ -157,7 +159,7 @@ class EMA(L.Callback):
         if state.keys() != self.weights.keys():
             odd = sorted(state.keys() ^ self.weights.keys())
             raise ZooError(f"the averaged weights do not belong to this model: {odd[0]!r} is in one of them only")
-        self.weights = {name: self.weights[name].to(value.device) for name, value in state.items()}
+        self.weights = {name: share_like(self.weights[name], value) for name, value in state.items()}
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _evaluated(trainer) is self:
@@ -183,7 +185,7 @@ class EMA(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self.weights:
             return
-        checkpoint[self.key] = dict(self.weights)
+        checkpoint[self.key] = {name: whole(value) for name, value in self.weights.items()}
         checkpoint[f"{self.name}_steps"] = self.steps
         if self._raw is not None:  # saved from within an evaluation
             checkpoint["state_dict"] = dict(self._raw)

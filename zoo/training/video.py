@@ -99,10 +99,20 @@ class VideoClassification(BaseModule):
         """Hands a batch of views to the metric."""
         metric.update(self.probabilities(logits), batch["label"], batch["video_id"], batch["view"])
 
-    def _evaluate(self, batch: Mapping[str, Any], metrics: Any) -> None:
+    def _evaluate(self, batch: Mapping[str, Any], metrics: Any) -> dict[str, Tensor]:
+        """Hands a batch to the metrics; its logits and losses, for callbacks."""
         logits = self.predict_logits(batch)
-        metrics["loss"].update(self.losses(logits, batch))
+        loss = self.losses(logits, batch)
+        metrics["loss"].update(loss)
         self.update_metric(metrics["score"], logits, batch)
+        return {"logits": logits, "loss": loss}
+
+    def judged(self, split: str) -> dict[str, Any]:
+        """What the last evaluation of a split says of single classes; see :class:`~zoo.training.ErrorAnalysis`."""
+        score: Any = (self.val_metrics if split == "val" else self.test_metrics)["score"]
+        if isinstance(score, MultiViewAccuracy):
+            return {} if score.joined is None else {"pairs": score.joined}
+        return {"ap": {"video" if isinstance(score, MultiLabelMAP) else "box": score.by_class}}
 
     def _log_scores(self, metrics: Any, split: str) -> None:
         scores = {**metrics["score"].compute(), "loss": metrics["loss"].compute()}
@@ -111,15 +121,15 @@ class VideoClassification(BaseModule):
         for metric in metrics.values():
             metric.reset()
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics)
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, self.val_metrics)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         self._log_scores(self.val_metrics, "val")
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics)
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, self.test_metrics)
 
     def on_test_epoch_end(self) -> None:
         super().on_test_epoch_end()

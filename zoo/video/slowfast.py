@@ -223,6 +223,7 @@ class SlowFast(VideoNetwork):
         if num_frames % alpha:
             raise ZooError(f"num_frames {num_frames} is no multiple of alpha {alpha}")
         self.alpha, self.grad_checkpointing = alpha, grad_checkpointing
+        self.clip_shape = (in_chans, num_frames, crop_size, crop_size)
         common: dict[str, Any] = {
             "depth": depth,
             "block": block,

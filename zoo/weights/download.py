@@ -247,6 +247,18 @@ def _from_disk(source: str) -> Path:
     return path
 
 
+def from_hub(source: str) -> Path:
+    """A file of a hub, ``hf://org/repo/file`` or ``hf://org/repo@revision/file``, in the hub's own cache.
+
+    Raises:
+        ZooError: it cannot be had.
+    """
+    try:
+        return _from_hub(source)
+    except _Failed as error:
+        raise ZooError(f"cannot fetch {source}: {error}") from error
+
+
 def _from_hub(source: str) -> Path:
     address = source.removeprefix("hf://")
     org, _, rest = address.partition("/")

@@ -43,6 +43,7 @@ from zoo.formats import pytorch
 from zoo.paths import cache_dir
 from zoo.weights import download
 from zoo.weights.files import read_safetensors, read_state_dict
+from zoo.weights.runs import is_run, open_run
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2
@@ -57,11 +58,12 @@ def create_model(
     use_ema: bool | str | None = None,
     **overrides: Any,
 ) -> nn.Module:
-    """A model of the catalog.
+    """A model of the catalog, or of a run.
 
     Args:
         name: a model (``vit_base_patch16``), or a model with the tag of published weights
-            (``vit_base_patch16.mae_in1k_1600ep_ft_in1k``).
+            (``vit_base_patch16.mae_in1k_1600ep_ft_in1k``); or a run of yours with its weights: its folder, a
+            checkpoint, ``runs:last``, ``runs:mae/pocket:best`` (:mod:`zoo.weights.runs`).
         pretrained: load the published weights; without a tag, the model must have exactly one set of them.
         weights: load these instead: the name of published weights, a path, an http(s) address or a hub id
             (``hf://org/repo/file``), in the official layout or in ours.
@@ -74,6 +76,11 @@ def create_model(
     Raises:
         ZooError: unknown names or options; weights that cannot be had, are not what was published, or do not match.
     """
+    if is_run(name):
+        if weights is not None or overrides:
+            given = "other weights" if weights is not None else f"an option {next(iter(overrides))!r}"
+            raise ZooError(f"{name} is a run, whose network is taken as it was trained: it takes not {given}")
+        return open_run(name, use_ema).network
     if weights is not None and os.fspath(weights) in catalog.list_weights():
         if catalog.weight(os.fspath(weights))[1].model != catalog.model(name)[1].name:
             raise ZooError(f"weights {os.fspath(weights)!r} are of another model than {name!r}")
@@ -105,13 +112,16 @@ def create_model(
     return net
 
 
-def create_preprocess(name: str, size: int | None = None) -> v2.Compose:
+def create_preprocess(name: str, size: int | None = None) -> Callable[[Any], Any]:
     """The transform that weights expect: a picture to float (..., 3, size, size). It takes the path of a file, its
     bytes, a PIL image, or a uint8 tensor (..., 3, H, W); pictures are turned upright as their EXIF orientation says.
 
     A detector's keeps the picture's proportions: (3, H, W) to (3, h, w). `size` replaces the published size, for a
-    model created with another ``img_size``. For a model named without tag, all its weights must agree.
+    model created with another ``img_size``. For a model named without tag, all its weights must agree. For a run it is
+    that of its evaluation (:meth:`zoo.weights.runs.RunModel.preprocess`).
     """
+    if is_run(name):
+        return open_run(name).preprocess(size)
     if "." in name:
         facts = catalog.weight(name)[1].preprocess
     else:
@@ -141,13 +151,13 @@ def _transform(facts: Preprocess, size: int) -> v2.Compose:
     else:
         short_side = int(size / facts.crop_pct + 1e-6)
         sized = [v2.Resize(short_side, v2.InterpolationMode(facts.interpolation), antialias=True), v2.CenterCrop(size)]
-    steps: list[Any] = [_Picture(), *sized, v2.ToDtype(torch.float32, scale=True)]
+    steps: list[Any] = [Picture(), *sized, v2.ToDtype(torch.float32, scale=True)]
     if facts.channels == "bgr":
         steps.append(_FlipChannels())
     return v2.Compose([*steps, v2.Normalize(facts.mean, facts.std), v2.ToPureTensor()])
 
 
-class _Picture(nn.Module):
+class Picture(nn.Module):
     """What users have at hand as an image tensor, RGB."""
 
     def forward(self, picture: Any) -> Tensor:
@@ -204,7 +214,7 @@ def fetch_weights(name: str) -> Path:
         if not copy.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
             state = _convert(card, read_state_dict(held.path, entry.use_ema), name, entry.converter)
-            _write_safetensors(state, copy)
+            write_safetensors(state, copy)
         return copy
     with download.lock(converted):
         if _is_right(converted, card, entry):  # another process was first
@@ -218,7 +228,7 @@ def fetch_weights(name: str) -> Path:
             if not entry.sha256:  # what was recorded at first use is no checkpoint: do not hold on to it
                 download.forget(folder / _file_name(entry))
             raise
-        _write_safetensors(state, converted)
+        write_safetensors(state, converted)
         with download.replacing(folder / "converted.json") as file:
             facts = {"source_sha256": original.sha256, "converter": _converter(card), "sha256": _sha256(converted)}
             file.write_text(json.dumps(facts, indent=1))
@@ -277,7 +287,7 @@ def convert_weights(
     """Writes published weights, or those of a checkpoint of a task of ours, for use elsewhere; returns the path.
 
     Args:
-        name: published weights, or (with `to`) a checkpoint file of ours, whose task tells the paper.
+        name: published weights, or a run or checkpoint of ours, whose task tells the paper.
         out: the file, ``.safetensors``. With `to` also ``.pth``, or ``.pkl`` with NumPy arrays, as in detectron2's
             model zoo; these two can hold more than tensors by name.
         to: a format among the EXPORTS of the paper's module; None: our own layout.
@@ -291,7 +301,13 @@ def convert_weights(
     if path.suffix not in (".safetensors", ".pth", ".pkl")[: None if to else 1]:
         kinds = ".safetensors, .pth or .pkl" if to else ".safetensors"
         raise ZooError(f"{os.fspath(out)!r}: converted weights are written as {kinds}")
-    if Path(name).is_file():
+    if is_run(name):
+        model = open_run(name, use_ema)
+        prefix = "network."
+        whole = model.state()
+        state = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)} or whole
+        module = importlib.import_module(model.task_class.__module__)
+    elif Path(name).is_file():
         module, state = _module_of_checkpoint(Path(name)), read_state_dict(name, use_ema)
     else:
         if use_ema is not None:
@@ -326,7 +342,7 @@ def _write_content(content: Mapping[str, Any], path: Path) -> None:
     if path.suffix == ".safetensors":
         if not all(isinstance(value, Tensor) for value in content.values()):
             raise ZooError(f"{path}: this format holds more than tensors by name; write .pkl or .pth")
-        _write_safetensors(content, path)
+        write_safetensors(content, path)
         return
     with download.replacing(path) as file:
         if path.suffix == ".pth":
@@ -561,7 +577,7 @@ def _check_pictures(entry: Weight, data: Any) -> None:
             raise ZooError(f"{entry.name} expects pictures of {key} {theirs}; the recipe's data give {given}")
 
 
-def _write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
+def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     seen: set[int] = set()

@@ -51,6 +51,9 @@ class RCNN(nn.Module):
         roi_heads: maps and proposals to detections.
     """
 
+    export_part = "backbone"
+    not_exported = "gives as many detections as it finds"
+
     def __init__(self, backbone: nn.Module, rpn: RPN, roi_heads: RoIHeads) -> None:
         super().__init__()
         self.backbone, self.rpn, self.roi_heads = backbone, rpn, roi_heads
