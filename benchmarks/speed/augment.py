@@ -36,13 +36,19 @@ MODELS = {
     "crop_flip": Recipe("pad, crop and flip"),
     "resized_crop": Recipe("random resized crop and flip"),
     "two_views": Recipe("two views of MoCo v2 (crop, jitter, gray, blur, flip)", 2),
+    "moco_v3_views": Recipe("the two views of MoCo v3 (crop, jitter, gray, blur always and seldom, solarize, flip)", 2),
 }
 DEFAULT_MODEL = "two_views"
 
 
 def _ours(model: str) -> Any:
     from zoo.data import transforms as T
+    from zoo.data.views import Views
 
+    if model == "moco_v3_views":
+        kinds: list[dict[str, Any]] = [{"blur_prob": 1.0}, {"blur_prob": 0.1, "solarize_prob": 0.2}]
+        v3: dict[str, Any] = {"scale": (0.08, 1.0), "jitter": (0.4, 0.4, 0.2, 0.1)}
+        return Views([T.ContrastiveAugment(**v3, **kind) for kind in kinds])
     made = {"crop_flip": T.PadCropTrain, "resized_crop": T.MAEPretrain, "two_views": T.ContrastiveAugment}[model]()
     return T.TwoViews(made) if MODELS[model].views == 2 else made
 
@@ -51,35 +57,38 @@ def _first(batch: dict[str, Any]) -> Tensor:
     return batch["views"][0] if "views" in batch else batch["image"]
 
 
-def _theirs(model: str, package: Any, mean: tuple[float, ...], std: tuple[float, ...], tensor: list[Any]) -> Any:
-    """The same augmentation of torchvision's `transforms` or `transforms.v2`; `tensor` makes floats of the picture."""
-    bilinear = package.InterpolationMode.BILINEAR
-    jitter = package.RandomApply([package.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-    blur = package.RandomApply([package.GaussianBlur(9, (0.1, 2.0))], p=0.5)
-    steps = {
-        "crop_flip": [package.RandomCrop(SIDE, padding=4)],
-        "resized_crop": [package.RandomResizedCrop(SIDE, (0.2, 1.0), interpolation=package.InterpolationMode.BICUBIC)],
-        "two_views": [
-            package.RandomResizedCrop(SIDE, (0.2, 1.0), interpolation=bilinear),
-            jitter,
-            package.RandomGrayscale(0.2),
-            blur,
-        ],
+def _theirs(model: str, package: Any, mean: tuple[float, ...], std: tuple[float, ...], tensor: list[Any]) -> list[Any]:
+    """The same views of torchvision's `transforms` or `transforms.v2`; `tensor` makes floats of the picture."""
+    bilinear, sometimes = package.InterpolationMode.BILINEAR, package.RandomApply
+
+    def view(scale: float, jitter: tuple[float, ...], blur: float, *more: Any) -> list[Any]:
+        crop = package.RandomResizedCrop(SIDE, (scale, 1.0), interpolation=bilinear)
+        colours = [sometimes([package.ColorJitter(*jitter)], p=0.8), package.RandomGrayscale(0.2)]
+        return [crop, *colours, sometimes([package.GaussianBlur(9, (0.1, 2.0))], p=blur), *more]
+
+    v3 = (0.08, (0.4, 0.4, 0.2, 0.1))
+    bicubic = package.InterpolationMode.BICUBIC
+    views = {
+        "crop_flip": [[package.RandomCrop(SIDE, padding=4)]],
+        "resized_crop": [[package.RandomResizedCrop(SIDE, (0.2, 1.0), interpolation=bicubic)]],
+        "two_views": [view(0.2, (0.4, 0.4, 0.4, 0.1), 0.5)] * 2,
+        "moco_v3_views": [view(*v3, 1.0), view(*v3, 0.1, package.RandomSolarize(128, p=0.2))],
     }[model]
-    return package.Compose([*steps, package.RandomHorizontalFlip(), *tensor, package.Normalize(mean, std)])
+    ends = [package.RandomHorizontalFlip(), *tensor, package.Normalize(mean, std)]
+    return [package.Compose([*steps, *ends]) for steps in views]
 
 
 class _OneByOne(Dataset):
     """Pictures in memory, each changed when it is asked for."""
 
-    def __init__(self, pictures: list[Any], transform: Callable[[Any], Tensor], views: int) -> None:
-        self.pictures, self.transform, self.views = pictures, transform, views
+    def __init__(self, pictures: list[Any], views: list[Callable[[Any], Tensor]]) -> None:
+        self.pictures, self.views = pictures, views
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        return [self.transform(self.pictures[index]) for _ in range(self.views)]
+        return [view(self.pictures[index]) for view in self.views]
 
 
 @contextlib.contextmanager
@@ -115,8 +124,7 @@ def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
         ("torchvision v1", v1, [v1.ToTensor()], [to_pil_image(p) for p in pictures], "transforms on Pillow's pictures"),
     )
     for name, package, tensor, held, about in peers:
-        transform = _theirs(setting.model, package, module.mean, module.std, tensor)
-        data = _OneByOne(held, transform, recipe.views)
+        data = _OneByOne(held, _theirs(setting.model, package, module.mean, module.std, tensor))
         loader = DataLoader(data, batch_size=setting.batch, shuffle=True, drop_last=True)
         version = package_version("torchvision") or torchvision.__version__
         found.append(Loader(name, version, forever(loader, lambda views: views[0]), about))

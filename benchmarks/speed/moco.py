@@ -9,27 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
-import tempfile
 from collections.abc import Iterator
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 import torchvision
-from PIL import ImageFilter
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchvision import transforms
 
 from benchmarks.environment import package_version
 from benchmarks.speed import harness
 from benchmarks.speed.harness import Loader, Setting, Trainer, Work
+from benchmarks.speed.shared import siamese
 
 RECIPE = "moco_v2/pretrain_imagenet1k"
 SGD = {"lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4}
-PACKAGES, LOADING_BATCH = ("lightly",), 32
+PACKAGES = ("lightly",)
 _V2 = {"dim": 128, "momentum": 0.999, "temperature": 0.2, "small_images": False}
 _DEMO = {"momentum": 0.99, "temperature": 0.1, "small_images": True}  # without the splits of BatchNorm of its notebook
 MODELS: dict[str, dict[str, Any]] = {
@@ -56,15 +51,12 @@ def _backbone(size: dict[str, Any], **options: Any) -> Any:
 def official(size: dict[str, Any], setting: Setting) -> Trainer:
     assert setting.official is not None
     module = harness.import_from(setting.official, "moco.builder")
-    if not dist.is_initialized():  # the official code talks to a process group; one of this process alone, for everyone
-        store = dist.FileStore(os.path.join(tempfile.mkdtemp(), "group"), 1)
-        backend = "nccl" if setting.device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    siamese.group_of_one(setting)
     numbers = [size[name] for name in ("dim", "queue_size", "momentum", "temperature")]
     network = module.MoCo(lambda **options: _backbone(size, **options), *numbers, mlp=True).to(setting.device)
 
     def loss(views: Tensor) -> Tensor:
-        with patch.object(Tensor, "cuda", lambda self, *_, **__: self.to(setting.device)):
+        with siamese.cuda_is(setting.device):
             logits, labels = network(views[0], views[1])
         return cross_entropy(logits, labels)
 
@@ -109,8 +101,7 @@ def trainers(setting: Setting) -> list[Trainer]:
 
 def images(setting: Setting) -> Tensor:
     """Noise (2,B,3,H,W), the two views."""
-    side = MODELS[setting.model]["img_size"]
-    return harness.noise(setting, 2, setting.batch, 3, side, side)
+    return siamese.images(setting, MODELS[setting.model]["img_size"])
 
 
 def work(setting: Setting) -> Work:
@@ -126,24 +117,9 @@ def work(setting: Setting) -> Work:
     return Work(setting.batch, 0, harness.count_flops(loss), {"queue_size": size["queue_size"], "views": 2})
 
 
-def _blurred(image: Any) -> Any:
-    """The blur of the official script: Pillow's, with a random radius."""
-    return image.filter(ImageFilter.GaussianBlur(radius=float(torch.empty(()).uniform_(0.1, 2.0))))
-
-
 @contextlib.contextmanager
 def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
     """The pipelines from JPEG files to a batch of two views, in this process (no workers), ours first."""
-    side, batch = MODELS[setting.model]["img_size"], LOADING_BATCH
-    jitter, gray = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1), transforms.RandomGrayscale(p=0.2)
-    sometimes, blur = transforms.RandomApply, transforms.Lambda(_blurred)
-    steps = (sometimes([jitter], p=0.8), gray, sometimes([blur], p=0.5))
-    bilinear = transforms.InterpolationMode.BILINEAR
-    theirs = harness.pil_crop(side, *steps, scale=(0.2, 1.0), interpolation=bilinear)
-    with harness.photos(setting, 4 * batch) as (folder, name):
-        options, how = {"data.image_size": side}, "JPEG decoding, and two views augmented on uint8 tensors"
-        found = [harness.data_from_recipe(RECIPE, options, folder, batch, lambda b: b["views"][0], how)]
-        data = torchvision.datasets.ImageFolder(str(folder), lambda image: [theirs(image), theirs(image)])
-        about = "torchvision ImageFolder and the PIL transforms of the official script's --aug-plus"
-        found.append(harness.peer_loader("official", "torchvision", data, batch, about, lambda b: b[0][0]))
-        yield found, Work(batch, detail={"data": name, "crop": side, "views": 2})
+    side = MODELS[setting.model]["img_size"]
+    with siamese.two_view_loaders(RECIPE, {}, setting, side, [siamese.pil_view(side)] * 2, "'s --aug-plus") as found:
+        yield found

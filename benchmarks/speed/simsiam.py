@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 import torchvision
-from PIL import ImageFilter
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from torchvision import transforms
 
 from benchmarks.environment import package_version
 from benchmarks.speed import harness
 from benchmarks.speed.harness import Loader, Setting, Trainer, Work
+from benchmarks.speed.shared import siamese
 
 RECIPE = "simsiam/pretrain_imagenet1k"
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
-PACKAGES, LOADING_BATCH = ("lightly",), 32
+PACKAGES = ("lightly",)
 MODELS: dict[str, dict[str, Any]] = {
     "resnet50": {"arch": "resnet50", "dim": 2048, "pred_dim": 512, "img_size": 224},
     "resnet18": {"arch": "resnet18", "dim": 2048, "pred_dim": 512, "img_size": 32},
@@ -85,8 +84,7 @@ def trainers(setting: Setting) -> list[Trainer]:
 
 def images(setting: Setting) -> Tensor:
     """Noise (2,B,3,H,W), the two views."""
-    side = MODELS[setting.model]["img_size"]
-    return harness.noise(setting, 2, setting.batch, 3, side, side)
+    return siamese.images(setting, MODELS[setting.model]["img_size"])
 
 
 def work(setting: Setting) -> Work:
@@ -101,24 +99,9 @@ def work(setting: Setting) -> Work:
     return Work(setting.batch, 0, harness.count_flops(loss), {"views": 2})
 
 
-def _blurred(image: Any) -> Any:
-    """The blur of the official script: Pillow's, with a random radius."""
-    return image.filter(ImageFilter.GaussianBlur(radius=float(torch.empty(()).uniform_(0.1, 2.0))))
-
-
 @contextlib.contextmanager
 def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
     """The pipelines from JPEG files to a batch of two views, in this process (no workers), ours first."""
-    side, batch = MODELS[setting.model]["img_size"], LOADING_BATCH
-    jitter, gray = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1), transforms.RandomGrayscale(p=0.2)
-    sometimes, blur = transforms.RandomApply, transforms.Lambda(_blurred)
-    steps = (sometimes([jitter], p=0.8), gray, sometimes([blur], p=0.5))
-    bilinear = transforms.InterpolationMode.BILINEAR
-    theirs = harness.pil_crop(side, *steps, scale=(0.2, 1.0), interpolation=bilinear)
-    with harness.photos(setting, 4 * batch) as (folder, name):
-        options, how = {"data.image_size": side}, "JPEG decoding, and two views augmented on uint8 tensors"
-        found = [harness.data_from_recipe(RECIPE, options, folder, batch, lambda b: b["views"][0], how)]
-        data = torchvision.datasets.ImageFolder(str(folder), lambda image: [theirs(image), theirs(image)])
-        about = "torchvision ImageFolder and the PIL transforms of the official script"
-        found.append(harness.peer_loader("official", "torchvision", data, batch, about, lambda b: b[0][0]))
-        yield found, Work(batch, detail={"data": name, "crop": side, "views": 2})
+    side = MODELS[setting.model]["img_size"]
+    with siamese.two_view_loaders(RECIPE, {}, setting, side, [siamese.pil_view(side)] * 2, "") as found:
+        yield found

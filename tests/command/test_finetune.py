@@ -14,7 +14,7 @@ import zoo
 from tests.command.runs_of_all import folder_with
 from tests.data.test_detection_data import content, write_set
 from zoo.command.cli import main
-from zoo.command.finetune import _from_card
+from zoo.command.finetune import from_card
 from zoo.data import ImageDataModule
 from zoo.errors import ZooError
 from zoo.training import Freeze
@@ -144,7 +144,7 @@ def test_from_a_file_of_weights(here: Path) -> None:
     ],
 )
 def test_published_weights_find_their_task(name: str, task: str, options: dict[str, object]) -> None:
-    start = _from_card(name, None)
+    start = from_card(name, None)
     assert start.task.__name__ == task
     assert start.source == name
     assert {key: start.options[key] for key in options} == options

@@ -23,6 +23,7 @@ from zoo.data import ImageDataModule, VideoDataModule
 from zoo.data.arc import read_tasks
 from zoo.data.detection import DetectionDataModule
 from zoo.errors import ZooError
+from zoo.video import slowfast
 from zoo.weights.runs import find_checkpoint, is_run, open_run
 
 KINDS = ("preact_resnet", "mae", "moco", "mask_rcnn", "slowfast", "flip", "meanflow", "varc")
@@ -229,6 +230,32 @@ def test_every_field_draws_what_it_makes(here: Path, capsys: pytest.CaptureFixtu
     assert "zoo embed" in _line(capsys)
     assert main(["predict", "runs:preact_resnet", "photos/0.png", "--labels", "a,b"]) == 2
     assert "classes of its own" in _line(capsys)
+
+
+def test_a_published_model_of_clips(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes the views that its own row is tested with: here 10 clips of 8 frames at 3 places."""
+    from safetensors.torch import save_file
+
+    from zoo.command import finetune, picture
+
+    small = {"depth": 18, "width": 4, "crop_size": 32}
+    save_file(slowfast.slow_r50_8x8(**small).state_dict(), tmp_path / "small.safetensors")
+    start = finetune.from_card("slow_r50_8x8.k400", None)
+    assert (start.data["num_frames"], start.data["clips"], start.data["crops"]) == (8, 10, 3)
+    start.data |= {"image_size": 32, "eval_transform": None, "clips": 2}
+    monkeypatch.setattr(finetune, "from_card", lambda name, weights: start)
+    built = slowfast.slow_r50_8x8
+    monkeypatch.setattr(slowfast, "slow_r50_8x8", lambda **options: built(**{**small, **options}))
+    seen: list[tuple[int, ...]] = []
+    ask = picture._over_views
+    monkeypatch.setattr(picture, "_over_views", lambda f: lambda x: (seen.append(tuple(x.shape)), ask(f)(x))[1])
+    write_video(tmp_path / "film.mp4", np.random.default_rng(0).integers(0, 255, (70, 24, 32, 3), np.uint8))
+    words = ["predict", "slow_r50_8x8", str(tmp_path / "film.mp4"), "--weights", str(tmp_path / "small.safetensors")]
+    assert main([*words, "--top", "2", "--json"]) == 0
+    assert [row["label"][:6] for row in _said(capsys)[0]["top"]] == ["class "] * 2
+    assert seen == [(6, 3, 8, 32, 32)]
 
 
 def test_grids(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,6 +150,7 @@ def test_what_is_broken_or_missing_is_left_out(name: str, spoil: Callable[[Path]
     [
         ("result.json", {"metrics": [1], "protocol": 7, "command": 3, "verdict": {"verdict": 1}, "versions": []}),
         ("result.json", {"verdict": {"verdict": "worse", "row": EVIL, "measured": "x"}}),
+        ("config.yaml", {"model": 7, "trainer": [EVIL], "data": None}),
         ("errors_val.json", {"confusion": [[0, 1, 0], [1, "x", 2], 3], "ap": {"box": {"a": None}}, "worst": [1, {}]}),
     ],
 )
@@ -179,7 +180,7 @@ def test_runs_are_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> No
     ("words", "said"),
     [
         (["nowhere"], "no run 'nowhere'"),
-        (["runs:last"], "no run"),
+        (["runs:last"], "under runs"),
         (["toy.yaml"], "not a run's folder"),
         (["."], "not a run's folder"),
         (["run", "-o", "x.pdf"], "-o FILE.html"),

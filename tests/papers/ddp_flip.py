@@ -57,7 +57,7 @@ class Gradients(L.Callback):
         self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
 
 
-def trainer(devices: int, callbacks: list[L.Callback], precision: Any) -> L.Trainer:
+def trainer(devices: int, callbacks: list[L.Callback], precision: Any, *plugins: Any) -> L.Trainer:
     strategy: Any = DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto"
     return L.Trainer(
         accelerator="cpu",
@@ -66,6 +66,7 @@ def trainer(devices: int, callbacks: list[L.Callback], precision: Any) -> L.Trai
         max_epochs=1,
         precision=precision,
         callbacks=callbacks,
+        plugins=list(plugins),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.conftest import ROOT
+from tests.papers import ddp_siamese
+from tests.processes import in_processes
 
 
 def _run(what: str, devices: int, out: Path, script: str) -> Path:
@@ -47,3 +50,12 @@ def test_flip_gradients_are_the_same_in_one_and_two_processes(tmp_path: Path) ->
     assert {name for step in one["gradients"] for name in step} == one["state"].keys() - {"visual.pos_embed"}
     for other in others:
         torch.testing.assert_close(other, one, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("paper", sorted(ddp_siamese.TASKS))
+def test_siamese_gradients_are_the_same_in_one_and_two_processes(paper: str) -> None:
+    """BatchNorm sees both batches, and queries meet the keys of both, however they were shuffled."""
+    one, two = ddp_siamese.fit(paper, 1), in_processes(2, ddp_siamese.fit, paper, 2)[0]
+    assert len(one["gradients"]) == 3
+    assert all(gradient.abs().max() > 0 for gradient in one["gradients"][-1].values())
+    torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-9)

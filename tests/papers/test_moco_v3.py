@@ -25,12 +25,8 @@ from zoo.training import LARS, Instability, KNNProbe, Optim, param_groups
 from zoo.training.optim import make_optimizer
 
 VIT: dict[str, Any] = {
-    "arch": "vit_small",
-    "img_size": 32,
-    "patch_size": 16,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 4,
+    **{"arch": "vit_small", "img_size": 32, "patch_size": 16},
+    **{"embed_dim": 32, "depth": 2, "num_heads": 4},
 }
 RESNET: dict[str, Any] = {"arch": "resnet18", "layers": [1, 1, 1, 1], "width": 8}
 HEADS: dict[str, Any] = {"dim": 16, "mlp_dim": 24}
@@ -137,9 +133,8 @@ def test_what_a_vit_keeps_as_it_starts(options: dict[str, Any], frozen: set[str]
     assert {name for name, p in encoder.named_parameters() if not p.requires_grad} == frozen
     qkv, proj = encoder.blocks[0].attn.qkv, encoder.blocks[0].attn.proj
     assert qkv.weight.abs().max() <= (6 / 64) ** 0.5
-    assert proj.weight.std().item() == pytest.approx(
-        qkv.weight.std().item(), rel=0.1
-    )  # q, k and v are matrices of their own
+    spreads = [part.weight.std().item() for part in (qkv, proj)]  # q, k and v are matrices of their own
+    assert spreads[0] == pytest.approx(spreads[1], rel=0.1)
     assert encoder.cls_token.abs().max() < 1e-5
     if options.get("positions") == "none":
         assert not encoder.pos_embed.any()

@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
     """Adds the command to those of `zoo`."""
     one = commands.add_parser(
         "benchmark",
-        help="samples a second: zoo benchmark MODEL|RECIPE|RUN [forward|train|data]",
+        help="samples a second of a model, recipe or run",
         description="Time a network's forward pass, a recipe's training step, or its data alone, after a warm-up.",
         epilog=EXAMPLE,
     )

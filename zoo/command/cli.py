@@ -96,20 +96,30 @@ def _split(words: list[str]) -> tuple[list[str], str | None, list[str]]:
 
 
 def _parser() -> tuple[Parser, list[str]]:
-    parser = Parser(prog="zoo", description="A model zoo: recipes, published weights, leaderboards, parity.")
+    parser = Parser(
+        prog="zoo",
+        usage="zoo COMMAND ...",
+        description="A model zoo: recipes, published weights, leaderboards, parity. zoo COMMAND --help says more.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=100),
+    )
     parser.add_argument("--version", action="version", version=f"zoo {_version()}")
-    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    commands = parser.add_subparsers(title="commands", metavar="", prog="zoo", parser_class=Parser)
     for name, text in {
-        "fit": "train a recipe or a leaderboard row: zoo fit mae/pocket [--trainer.max_epochs 1 ...]",
+        "fit": "train a recipe or a leaderboard row: zoo fit mae/pocket",
         "validate": "a recipe's validation: zoo validate RECIPE --ckpt_path last",
-        "test": "a recipe's, row's or run's test: zoo test RECIPE --ckpt_path last; PAPER:ROW; runs:last",
-        "predict": "what a model or run makes of files: zoo predict runs:last photo.jpg; or a recipe's predictions",
-        "finetune": "train a model on a folder of yours: zoo finetune MODEL FOLDER [--epochs 10 --freeze]",
-        "embed": "features of pictures, videos or texts: zoo embed MODEL FOLDER -o FILE.npz",
+        "test": "a recipe's, a row's or a run's test: zoo test runs:last",
+        "predict": "what a model or run makes of files: zoo predict runs:last photo.jpg",
+        "finetune": "train a model on a folder of yours: zoo finetune MODEL FOLDER",
+        "embed": "features of pictures, videos or texts: zoo embed MODEL FOLDER -o F.npz",
     }.items():
         commands.add_parser(name, help=text, add_help=False)
 
-    one = commands.add_parser("list", help="what there is", description="What there is, as a table.")
+    one = commands.add_parser(
+        "list",
+        help="what there is: papers, models, weights, recipes, datasets",
+        description="What there is, as a table.",
+        epilog="example: zoo list weights 'mae*'",
+    )
     one.add_argument("kind", nargs="?", default="papers", metavar="|".join(KINDS))
     one.add_argument("pattern", nargs="?", default="*", help="a part of the name, or a pattern with *")
     one.add_argument("--licence", help="weights only: those of this licence")
@@ -118,20 +128,31 @@ def _parser() -> tuple[Parser, list[str]]:
     form.add_argument("--json", action="store_true")
     one.set_defaults(do=_list)
 
-    one = commands.add_parser("show", help="one paper, model, weight, recipe, dataset or row of a leaderboard")
+    one = commands.add_parser(
+        "show",
+        help="one paper, model, weight, recipe, dataset, run or PAPER:ROW",
+        epilog="example: zoo show mae; zoo show mae:finetune_vit_b; zoo show runs:last",
+    )
     one.add_argument("name", help="a name, or PAPER:ROW")
     one.add_argument("--json", action="store_true")
     one.set_defaults(do=_show)
 
-    for name, module in (("leaderboard", leaderboard), ("report", report), ("preview", preview)):
-        one = commands.add_parser(name, help=module.HELP, description=module.HELP, epilog=module.EXAMPLE)
-        module.add_options(one)
+    for module in (leaderboard, report, preview):
+        module.add(commands)
 
-    one = commands.add_parser("claim", help="a paper's central claim in miniature: shown, or run in minutes on a CPU")
+    one = commands.add_parser(
+        "claim",
+        help="a paper's central claim in miniature: shown, or run on a CPU",
+        epilog="example: zoo claim mae; zoo claim mae --run --seeds 3; zoo claim mae -o claim.png",
+    )
     _claim_options(one)
     one.set_defaults(do=_claim)
 
-    one = commands.add_parser("parity", help="replay cases of the official code on this machine")
+    one = commands.add_parser(
+        "parity",
+        help="replay cases of the official code on this machine",
+        epilog="example: zoo parity mae --dtype float32",
+    )
     one.add_argument("paper", nargs="?")
     one.add_argument("--dtype", choices=["float64", "float32", "bfloat16", "float16"], help="default: the case's own")
     one.add_argument("--device", default="cpu")
@@ -140,7 +161,11 @@ def _parser() -> tuple[Parser, list[str]]:
     one.add_argument("-o", "--out", metavar="FILE", help="--make PAPER: where the script is written")
     one.set_defaults(do=_parity)
 
-    one = commands.add_parser("weights", help="published weights: get, verify, convert")
+    one = commands.add_parser(
+        "weights",
+        help="published weights: get, verify, convert",
+        epilog="example: zoo weights get NAME; zoo weights convert runs:last -o net.safetensors",
+    )
     one.add_argument("what", choices=["get", "verify", "convert"])
     one.add_argument("name", help="published weights; convert --to: also a checkpoint of yours")
     one.add_argument("-o", "--out", metavar="FILE", help="convert: the file, .safetensors, .pth or .pkl")
@@ -153,24 +178,36 @@ def _parser() -> tuple[Parser, list[str]]:
         module.add(commands)
 
     one = commands.add_parser(
-        "data", help="look a dataset over before a run; make its latents, statistics or patch axes"
+        "data",
+        help="look a dataset over before a run; make its latents, statistics or patch axes",
+        epilog="example: zoo data check ./my_folder",
     )
     _data_parsers(one)
 
-    one = commands.add_parser("explain", help="why two numbers differ: rows of a leaderboard, runs or result files")
+    one = commands.add_parser(
+        "explain",
+        help="why two numbers differ: rows of a leaderboard, runs or result files",
+        epilog="example: zoo explain mae:finetune_vit_b mae:finetune_vit_l",
+    )
     one.add_argument("a", metavar="A")
     one.add_argument("b", metavar="B")
     one.add_argument("--json", action="store_true")
     one.set_defaults(do=_explain)
 
-    one = commands.add_parser("new", help="the files of a new paper to fill in: zoo new my_paper --field recognition")
+    one = commands.add_parser(
+        "new",
+        help="the files of a new paper to fill in",
+        epilog="example: zoo new my_paper --field recognition --title 'My Paper'",
+    )
     one.add_argument("paper", nargs="?", help="its name: small letters, digits, underscores")
     one.add_argument("--card_fields", action="store_true", help="print what a card may say, and write nothing")
     one.add_argument("--field", help="recognition, selfsup, detection, video, multimodal, ...")
     one.add_argument("--title", help="the paper's title")
     one.set_defaults(do=_new)
 
-    one = commands.add_parser("completion", help='a completion script: eval "$(zoo completion bash)"')
+    one = commands.add_parser(
+        "completion", help="a completion script for bash, zsh or fish", epilog='example: eval "$(zoo completion bash)"'
+    )
     one.add_argument("shell", choices=["bash", "zsh", "fish"])
     one.set_defaults(do=_completion)
     return parser, list(commands.choices)

@@ -143,7 +143,7 @@ def _start(model: str, weights: str | None) -> Start:
         if weights is not None:
             raise ZooError("--weights goes with a published model; a run has weights of its own")
         return _from_run(open_run(model))
-    return _from_card(model, weights)
+    return from_card(model, weights)
 
 
 def _kind(task: type[Any]) -> str | None:
@@ -240,7 +240,7 @@ _COSINE = {
 # ------------------------------------------------------------------------------------------------------ published ones
 
 
-def _from_card(name: str, weights: str | None) -> Start:
+def from_card(name: str, weights: str | None) -> Start:
     """The task, of those that the paper's recipes and rows run, whose network the published one fits best."""
     card, model = catalog.model(name)
     entry = catalog.weight(name)[1] if "." in name else next((w for w in card.weights if w.model == model.name), None)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from zoo import files
 from zoo.command.common import print_json
 from zoo.errors import ZooError
 
-HELP = "published and measured numbers side by side, also as pages"
-EXAMPLE = "example: zoo leaderboard mae; zoo leaderboard --html board, then open board/index.html"
+_HELP = "published and measured numbers side by side, also as pages"
+_ABOUT = "Published and measured numbers side by side: on the terminal, as Markdown, or as pages of all that is known."
+_EXAMPLE = "example: zoo leaderboard mae; zoo leaderboard --html board, then open board/index.html"
 
 
-def add_options(one: argparse.ArgumentParser) -> None:
+def add(commands: Any) -> None:
+    """Adds the command to those of `zoo`."""
+    one = commands.add_parser("leaderboard", help=_HELP, description=_ABOUT, epilog=_EXAMPLE)
     one.add_argument("paper", nargs="?", help="only this one's rows")
     one.add_argument("--results", metavar="FOLDER", help="show your own tests of rows that lie there too: runs")
     form = one.add_mutually_exclusive_group()

@@ -21,9 +21,9 @@ from zoo.data.text import WordPiece, prompts
 from zoo.errors import ZooError
 from zoo.metrics.zero_shot import class_features
 from zoo.weights.pretrained import create_model, create_preprocess
-from zoo.weights.runs import RunModel, is_run, open_run
+from zoo.weights.runs import RunModel, is_run, open_run, preparation
 
-_TOGETHER = 16  # pictures that go through a network at a time
+_TOGETHER, _VIEWS = 16, 4  # pictures, and views of a video, that go through a network at a time
 
 
 @dataclass
@@ -139,6 +139,10 @@ def _published(model: str, weights: str | None, use_ema: bool | str | None, labe
     kind = published.kind
     if kind == "full":
         model = published.name
+    if catalog.model(model)[0].field == "video":
+        if labels is not None:
+            raise ZooError(f"{model} has classes of its own: labels are for models that take any names")
+        return _published_clips(model, weights, use_ema)
     if kind == "encoder" and ("." in model and weights is None):
         raise ZooError(f"{model} is an encoder without a head: it neither draws nor classifies")
     prepare = create_preprocess(model)
@@ -158,6 +162,30 @@ def _published(model: str, weights: str | None, use_ema: bool | str | None, labe
         names = list(labels) if labels is not None else prompts("imagenet1k")[0]
         return Subject(model, model, "classes", lambda batch: net.zero_shot(batch, names), prepare, names)
     return Subject(model, model, "classes", lambda batch: _softmax(net(batch), model), prepare, _IMAGENET)
+
+
+def _published_clips(model: str, weights: str | None, use_ema: bool | str | None) -> Subject:
+    """A published classifier of clips, which takes the views that the tests of its own recipe or row take."""
+    from zoo.command.finetune import from_card
+
+    start = from_card(model, weights)
+    cut = (start.data.get("eval_transform") or {}).get("init_args") or {}
+    facts: dict[str, Any] = {"short_side": 1.0, "crop": True, "num_frames": 32, "sampling_rate": 2, "target_fps": 30.0}
+    facts |= {"sampling": "window", "clips": 1, "crops": 1, "mean": [0.45] * 3, "std": [0.225] * 3}
+    facts |= {key: start.data[key] for key in facts if key in start.data} | {
+        key: cut[key] for key in facts if key in cut
+    }
+    facts |= {"kind": "clip", "size": cut.get("size") or start.data.get("image_size") or 224}
+    net: Any = create_model(model, pretrained=weights is None, weights=weights, use_ema=use_ema).eval()
+    about: dict[str, Any] = {"mean": facts["mean"], "std": facts["std"]}
+    return Subject(
+        model, model, "clips", _over_views(lambda views: net(views).softmax(-1)), preparation(facts), **about
+    )
+
+
+def _over_views(ask: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The mean (1, K) over the views (V, C, T, H, W) of a video, a few of them at a time."""
+    return lambda views: torch.cat([ask(some) for some in views.split(_VIEWS)]).mean(dim=0, keepdim=True)
 
 
 def _softmax(logits: Any, model: str) -> Tensor:
@@ -186,9 +214,8 @@ def _of_run(run: RunModel, labels: Sequence[str] | None) -> Subject:
     if isinstance(task, ActionDetection):
         raise ZooError(f"{run.name} classifies boxes of a key frame, which a video alone does not give; use zoo test")
     if isinstance(task, VideoClassification):
-        ask = lambda views: task.probabilities(task.predict_logits({"video": views})).sum(0, keepdim=True)  # noqa: E731
-        count = facts["clips"] * facts["crops"]
-        return Subject(does="clips", ask=lambda views: ask(views) / count, prepare=prepare, **about)
+        ask = _over_views(lambda views: task.probabilities(task.predict_logits({"video": views})))
+        return Subject(does="clips", ask=ask, prepare=prepare, **about)
     if facts.get("kind") == "objects":
         return Subject(does="objects", ask=net, prepare=prepare, **about)
     if callable(getattr(net, "picture", None)):

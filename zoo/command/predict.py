@@ -59,7 +59,7 @@ def main(words: Sequence[str], model: str | None = None) -> int:
     if arguments.images:
         if arguments.count or arguments.classes:
             raise ZooError("--count and --classes are of samples, which want no pictures")
-        endings: tuple[str, ...] = (*PICTURES, *VIDEOS, ".json") if is_run(name) else PICTURES
+        endings: tuple[str, ...] = (*PICTURES, *VIDEOS, ".json") if is_run(name) else (*PICTURES, *VIDEOS)
         if is_run(name) and any(path.is_dir() for path in arguments.images):
             endings = _endings(name)
         results = picture.predict(

@@ -5,15 +5,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from zoo.errors import ZooError
 
-HELP = "draw what a model will see: samples before and after augmentation"
-EXAMPLE = "example: zoo preview mae/pocket --data.dataset ./my_folder -o seen.png"
+_HELP = "draw what a model will see, before and after augmentation"
+_ABOUT = (
+    "Draws samples of a recipe's data as they are stored, as training changes them and as evaluation takes them, with"
+    " labels, boxes, masks, keypoints and captions; views, clips and grids too. Seeded; no model is built."
+)
+_EXAMPLE = "example: zoo preview mae/pocket --data.dataset ./my_folder -o seen.png"
 
 
-def add_options(one: argparse.ArgumentParser) -> None:
-    one.add_argument("recipe", metavar="RECIPE", help="a recipe or row; all its options may follow")
+def add(commands: Any) -> None:
+    """Adds the command to those of `zoo`."""
+    one = commands.add_parser("preview", help=_HELP, description=_ABOUT, epilog=_EXAMPLE)
+    one.add_argument("recipe", metavar="RECIPE", help="a recipe or row; its options may follow (zoo fit RECIPE --help)")
     one.add_argument("-o", "--out", metavar="FILE", type=Path, help="a .png; default: preview_RECIPE.png here")
     one.add_argument("--count", type=int, default=6, help="samples (6)")
     one.add_argument("--split", default="train", choices=["train", "val", "test", "predict"], help="of which split")

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-HELP = "a run's page made anew, or several runs compared on a page"
-EXAMPLE = "example: zoo report runs:last; zoo report runs/mae/pocket/A runs/mae/pocket/B -o compared.html"
+_HELP = "a run's page made anew, or several runs compared on a page"
+_ABOUT = (
+    "Writes the page that a fit or test ends in: curves, costs, what errs most, pictures, settings, commands. Several"
+    " runs are compared on one page. One file, no network."
+)
+_EXAMPLE = "example: zoo report runs:last; zoo report runs/mae/pocket/A runs/mae/pocket/B -o compared.html"
 
 
-def add_options(one: argparse.ArgumentParser) -> None:
+def add(commands: Any) -> None:
+    """Adds the command to those of `zoo`."""
+    one = commands.add_parser("report", help=_HELP, description=_ABOUT, epilog=_EXAMPLE)
     one.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, a checkpoint in it, or runs:last")
     one.add_argument(
         "-o", "--out", metavar="FILE", type=Path, help="default: RUN/report.html; several: comparison.html"

@@ -1,4 +1,4 @@
-"""Batch normalisation whose statistics are those of a part of the batch."""
+"""Batch normalisation whose statistics are those of a part of the batch, or of the batches of several processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
 from zoo.errors import ZooError
-from zoo.ops.collective import gather_with_grad, world
+from zoo.ops.collective import gather_with_grad, sum_with_grad, world
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -129,3 +129,61 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"
+
+
+def _over_processes(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> Tensor:
+    """Training's BatchNorm of features (N, C, ...) over the batches of all processes, which may differ in length."""
+    axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    sums = sum_with_grad(torch.cat([wide.sum(axes), wide.new_tensor([x.numel() / x.shape[1]])]))
+    count = sums[-1].detach()
+    mean = sums[:-1] / count
+    centred = wide - mean.view(shape)
+    var = sum_with_grad(centred.square().sum(axes)) / count
+    y = centred * (var + norm.eps).rsqrt().view(shape)
+    if norm.affine:
+        y = y * norm.weight.view(shape) + norm.bias.view(shape)
+    if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+            share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+            norm.running_var.lerp_((var * count / (count - 1)).to(norm.running_var.dtype), share)
+    return y.to(x.dtype)
+
+
+class ReducedBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm1d over the batches of all processes, on any device: what torch's SyncBatchNorm is on GPUs. Two sums are
+    exchanged, of the features and of their squared distances to the mean."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, C, ...), normalised."""
+        return _over_processes(self, x) if self.training and world()[1] > 1 else super().forward(x)
+
+
+class ReducedBatchNorm2d(nn.BatchNorm2d):
+    """As :class:`ReducedBatchNorm1d`, of maps (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, C, H, W), normalised."""
+        return _over_processes(self, x) if self.training and world()[1] > 1 else super().forward(x)
+
+
+_REDUCED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: ReducedBatchNorm1d,
+    nn.BatchNorm2d: ReducedBatchNorm2d,
+}
+
+
+def reduce_batch_norms(network: nn.Module) -> None:
+    """Makes every BatchNorm1d and 2d inside `network` one over all processes, in place: the same module under another
+    class. Those of a part of the batch (:class:`SplitBatchNorm`, :class:`GatheredBatchNorm1d`) stay."""
+    for module in network.modules():
+        module.__class__ = _REDUCED.get(type(module), type(module))
+
+
+def restore_batch_norms(network: nn.Module) -> None:
+    """Takes :func:`reduce_batch_norms` back."""
+    plain = {reduced: kind for kind, reduced in _REDUCED.items()}
+    for module in network.modules():
+        module.__class__ = plain.get(type(module), type(module))

@@ -1,6 +1,6 @@
 """What processes tell each other; with one process (or none declared) everything is the identity.
 
-Only :func:`gather_with_grad` carries a gradient.
+Only :func:`gather_with_grad` and :func:`sum_with_grad` carry a gradient.
 """
 
 from __future__ import annotations
@@ -69,6 +69,24 @@ def gather_with_grad(x: Tensor) -> Tensor:
     which the mean over processes of data-parallel training makes right.
     """
     return x if world()[1] == 1 else _Gather.apply(x)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradients[0])
+
+
+def sum_with_grad(x: Tensor) -> Tensor:
+    """The sum of the tensors of all processes, on every process, with the gradient, which is the sum of what the losses
+    of all send back (see :func:`gather_with_grad`)."""
+    return x if world()[1] == 1 else _Sum.apply(x)
 
 
 @torch.no_grad()

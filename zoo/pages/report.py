@@ -78,12 +78,15 @@ def _verdict(found: Any) -> Markup | None:
 
 def _facts(run: Run) -> list[tuple[str, Any]]:
     """The tiles: final numbers, then what they cost."""
-    found = [(name, number(value)) for name, value in _telling(run.metrics).items()]
+    classes = run.protocol.get("num_classes")
+    few = isinstance(classes, int) and classes <= 5  # then the top five are all
+    told = {name: value for name, value in run.metrics.items() if not (few and name.endswith("top5"))}
+    found = [(name, number(value)) for name, value in _telling(told).items()]
     if isinstance(seconds := run.result.get("seconds"), int | float):
         found.append(("time", duration(float(seconds))))
     data, compute = (sum(y for _, y in run.series.get(f"time/{one}", [])) for one in ("data", "compute"))
-    if (rate := _rate(run)) is not None:
-        found.append(("samples/s", f"{rate:,.4g}"))
+    if rates := sorted(y for _, y in run.series.get("speed/samples_per_s", [])):
+        found.append(("samples/s", f"{rates[len(rates) // 2]:,.4g}"))
     if data + compute > 0:
         found.append(("waiting for data", f"{data / (data + compute):.0%}"))
     if peak := run.series.get("memory/peak_mib"):
@@ -105,24 +108,6 @@ def _rank(name: str) -> tuple[int, int]:
     first = ("loss", "top1", "AP", "mAP", "exact_match", "probe_top1", "knn_top1")
     details = re.fullmatch(r"(AP|AR)(\d+|[sml])", plain) is not None
     return (first.index(plain) if plain in first else 20 if details else 10, len(head))
-
-
-def _rate(run: Run) -> float | None:
-    """Samples a second: logged, or from the times of the epochs and the number of samples."""
-    if logged := [y for _, y in run.series.get("speed/samples_per_s", [])]:
-        return sorted(logged)[len(logged) // 2]
-    samples = (run.result.get("protocol") or {}).get("samples.train")
-    data, compute = (run.series.get(f"time/{one}", []) for one in ("data", "compute"))
-    seconds = sum(y for _, y in [*data, *compute])
-    whole = not any((run.config.get("trainer") or {}).get(k) for k in ("limit_train_batches", "overfit_batches"))
-    if (
-        not whole
-        or not isinstance(samples, int)
-        or seconds <= 0
-        or run.config.get("trainer", {}).get("max_steps", -1) > 0
-    ):
-        return None
-    return samples * len(compute) / seconds
 
 
 def duration(seconds: float) -> str:
@@ -161,7 +146,10 @@ def _curves(named: Mapping[str, Run]) -> Markup:
         lines = {}
         for label, run in named.items():
             for metric in metrics:
-                if points := run.series.get(metric):
+                points = run.series.get(metric, [])
+                if len(points) < 2:  # a short run logs few steps
+                    points = run.series.get(metric.removesuffix("_step") + "_epoch", []) or points
+                if points:
                     split = metric.partition("/")[0] if "/" in metric else metric
                     lines[" ".join(filter(None, [label, split if len(metrics) > 1 or not label else ""]))] = points
         if all(len(points) < 2 for points in lines.values()):
@@ -215,7 +203,8 @@ def _errors(split: str, found: Mapping[str, Any]) -> Markup:
     worst = _worst(found.get("worst"))
     where = {"val": "validation", "test": "test"}[split]
     samples = found.get("samples")
-    counted = el("p", f"{samples:,} samples, step {found.get('step')}", class_="faint") if samples else None
+    step = f", step {found['step']}" if found.get("step") else ""
+    counted = el("p", f"{number(samples)} samples{step}", class_="faint") if samples else None
     return markup(
         section(f"Where it errs: {where}", counted, *parts) if any(parts) else None,
         section(f"Worst samples: {where}", worst),
@@ -359,9 +348,8 @@ def _what(run: Run) -> Markup:
     if run.config:
         text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
         parts.append(folded("the resolved recipe (config.yaml)", el("pre", el("code", text))))
-    protocol = run.result.get("protocol")
-    if isinstance(protocol, dict):
-        rows = [[el("code", key), value_text(value)] for key, value in protocol.items() if value is not None]
+    if run.protocol:
+        rows = [[el("code", key), value_text(value)] for key, value in run.protocol.items() if value is not None]
         parts.append(folded("protocol of the result", table(["", ""], rows)))
     if isinstance(versions := run.result.get("versions"), dict):
         parts.append(el("p", ", ".join(f"{name} {version}" for name, version in versions.items()), class_="faint"))
@@ -448,8 +436,7 @@ def flat_settings(run: Run) -> dict[str, Any]:
     """The settings of a run by dotted key: its config's, or of a test its protocol's."""
     if run.config:
         return {key: value for key, value in runs.flat(run.config).items() if key != "ckpt_path"}
-    protocol = run.result.get("protocol")
-    return dict(protocol) if isinstance(protocol, dict) else {}
+    return run.protocol
 
 
 def _listed(named: Mapping[str, Run]) -> Markup:

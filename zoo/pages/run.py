@@ -47,6 +47,12 @@ class Run:
         return f"{self.recipe} {self.folder.name}".strip()
 
     @property
+    def protocol(self) -> dict[str, Any]:
+        """How the result was measured, as far as it is told."""
+        stated = self.result.get("protocol")
+        return stated if isinstance(stated, dict) else {}
+
+    @property
     def metrics(self) -> dict[str, float]:
         """The final numbers; of a run that was stopped the last that were logged."""
         stated = self.result.get("metrics")

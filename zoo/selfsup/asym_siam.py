@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -36,11 +35,12 @@ from torch.nn.functional import normalize
 from zoo.errors import ZooError, unknown
 from zoo.nn.batchnorm import GatheredBatchNorm1d, SplitBatchNorm1d
 from zoo.nn.projector import mlp_head
-from zoo.nn.resnet import detectron2_trunk, resnet, torchvision_trunk
+from zoo.nn.resnet import resnet
 from zoo.ops.collective import world
 from zoo.selfsup.moco import MoCoTask, MoCoV2, info_nce
 from zoo.training import Optim
 from zoo.training.trunks import ResNetFineTuning, ResNetLinearProbe
+from zoo.weights.layouts import AFFINE, BATCH_NORM, RESNET, one_network, renamed, resnet_exports
 
 __all__ = [
     "EXPORTS",
@@ -173,8 +173,6 @@ def _dealt(views: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tens
 # ----------------------------------------------------------------------------------------------------------- 3. tasks
 
 _PRETRAIN = Optim(name="sgd", lr=0.03, weight_decay=1e-4, no_decay="none", schedule="cosine", interval="epoch")
-_PROBE = replace(_PRETRAIN, name="larc", lr=None, base_lr=0.1, weight_decay=0.0)
-_FINETUNE = replace(_PRETRAIN, lr=0.025, schedule="step", milestones=(70, 90))
 
 
 class AsymSiamPretraining(MoCoTask):
@@ -214,35 +212,13 @@ class AsymSiamPretraining(MoCoTask):
 
 
 class AsymSiamLinearProbe(ResNetLinearProbe):
-    """Linear classification of frozen features: LARC, base rate 0.1, batch 4096, as SimSiam's.
+    """Linear classification of frozen features (official README): LARC, base rate 0.1, batch 4096, as SimSiam's."""
 
-    Args:
-        optim: optimiser and schedule.
-        options: of :class:`~zoo.training.trunks.ResNetLinearProbe`.
-    """
-
-    def __init__(self, optim: Optim = _PROBE, **options: Any) -> None:
-        super().__init__(optim=optim, **options)
-
-    @staticmethod
-    def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return convert_trunk(state_dict)
+    published = Optim(name="larc", base_lr=0.1, weight_decay=0.0, no_decay="none", schedule="cosine", interval="epoch")
 
 
 class AsymSiamFineTuning(ResNetFineTuning):
-    """End-to-end training from a pre-training; the official code has none, so the settings are MoCo's on iNaturalist.
-
-    Args:
-        optim: optimiser and schedule.
-        options: of :class:`~zoo.training.trunks.ResNetFineTuning`.
-    """
-
-    def __init__(self, optim: Optim = _FINETUNE, **options: Any) -> None:
-        super().__init__(optim=optim, **options)
-
-    @staticmethod
-    def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return convert_trunk(state_dict)
+    """End-to-end training from a pre-training. The official code has none."""
 
 
 # ---------------------------------------------------------------------------------------------------------- 4. models
@@ -260,12 +236,8 @@ def asym_siam_resnet50_trunk(num_classes: int = 0, **overrides: Any) -> ResNet:
 
 # ------------------------------------------------------------------------------------------------ 5. official weights
 
-_BN = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
 _OFFICIAL = re.compile(
-    r"(?:module\.)?((?:encoder_[qk]\.)?(?:conv1\.weight|bn1\.BN|fc\.[0135]\.BN|layer\d\.\d+\."
-    r"(?:conv\d\.weight|bn\d\.BN|downsample\.(?:0\.weight|1\.BN)))|queue|queue_ptr|fc\.(?:weight|bias))".replace(
-        "BN", _BN
-    )
+    rf"(?:module\.)?((?:encoder_[qk]\.)?{RESNET}|(?:encoder_[qk]\.)?fc\.[0135]\.{BATCH_NORM}|queue|queue_ptr|fc\.{AFFINE})"
 )
 
 
@@ -276,13 +248,7 @@ def convert_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ZooError: a key that belongs to neither.
     """
-    converted = {}
-    for key, value in state_dict.items():
-        match = _OFFICIAL.fullmatch(key)
-        if match is None:
-            raise ZooError(f"not an Asym-Siam checkpoint: unknown key {key!r}")
-        converted[match[1]] = value
-    return converted
+    return renamed(state_dict, _OFFICIAL, "an Asym-Siam checkpoint")
 
 
 def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -291,17 +257,9 @@ def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ZooError: it holds no source encoder.
     """
-    state = convert_official(state_dict)
-    if any(key.startswith("encoder_q.") for key in state):
-        state = {key.removeprefix("encoder_q."): v for key, v in state.items() if key.startswith("encoder_q.")}
-    if "conv1.weight" not in state:
-        raise ZooError("not an Asym-Siam checkpoint: it holds no source encoder")
-    return torchvision_trunk(state)
+    return one_network(
+        convert_official(state_dict), "encoder_q", "not an Asym-Siam checkpoint: it holds no source encoder"
+    )
 
 
-def _to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {"model": detectron2_trunk(convert_trunk(state)), "__author__": "Asym-Siam", "matching_heuristics": True}
-
-
-# Formats of `zoo weights convert NAME --to FORMAT`: from our state dict to what the file holds.
-EXPORTS = {"detectron2": _to_detectron2, "torchvision": convert_trunk}
+EXPORTS = resnet_exports("Asym-Siam", convert_trunk)

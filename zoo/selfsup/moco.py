@@ -37,17 +37,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from zoo.errors import ZooError
-from zoo.metrics.spread import Spread
 from zoo.nn.batchnorm import SplitBatchNorm
-from zoo.nn.resnet import detectron2_trunk, resnet, torchvision_trunk
+from zoo.nn.resnet import resnet
 from zoo.ops.collective import from_first, gather, world
 from zoo.ops.momentum import move_towards
-from zoo.training import BaseModule, Optim
+from zoo.training import Optim
+from zoo.training.siamese import EmbeddingTask
 from zoo.training.trunks import ResNetFineTuning, ResNetLinearProbe
+from zoo.weights.layouts import AFFINE, RESNET, one_network, resnet_exports
 
 __all__ = [
     "EXPORTS",
     "MoCo",
+    "MoCoFineTuning",
     "MoCoLinearProbe",
     "MoCoPretraining",
     "MoCoTask",
@@ -217,6 +219,10 @@ class MoCo(nn.Module):
         """Pooled features (N, D) of the query encoder, before its head."""
         return self.encoder_q.forward_head(self.encoder_q.forward_features(images), pre_logits=True)
 
+    def project(self, features: Tensor) -> Tensor:
+        """What the head makes (N, C) of pooled features (N, D), of any length."""
+        return self.encoder_q.fc(features)
+
 
 class MoCoV2(MoCo):
     """MoCo with a two-layer MLP for a head, and the temperature that suits it (v2, section 3). Arguments as MoCo's."""
@@ -242,11 +248,9 @@ _V1 = Optim(
     milestones=(120, 160),
 )
 _V2 = replace(_V1, schedule="cosine", milestones=())
-_PROBE = replace(_V1, lr=30.0, weight_decay=0.0, milestones=(60, 80))
-_FINETUNE = replace(_V1, lr=0.025, milestones=(70, 90))
 
 
-class MoCoTask(BaseModule):
+class MoCoTask(EmbeddingTask):
     """What the tasks share that train a :class:`MoCo`: a step, its queue, evaluation and features.
 
     Evaluation batches hold `image`; logged is `{val,test}/spread`, the mean deviation of the embeddings' channels in
@@ -259,15 +263,12 @@ class MoCoTask(BaseModule):
         optim: optimiser and schedule.
     """
 
-    batch_keys = ("views", "image")
+    network: MoCo
     meets = True
     views = 2  # of each image
 
     def __init__(self, network: MoCo, feature: Literal["trunk", "embedding"], optim: Optim) -> None:
-        super().__init__(optim)
-        self.network, self.feature = network, feature
-        dim = self.network.queue.shape[0]
-        self.val_spread, self.test_spread = Spread(dim), Spread(dim)
+        super().__init__(network, network.queue.shape[0], feature, optim)
         self._waiting: list[Tensor] = []  # keys of an accumulation window that is still open
 
     def trainable(self) -> nn.Module:
@@ -304,31 +305,6 @@ class MoCoTask(BaseModule):
         """The loss of a batch of `views`, the logits (M, 1 + K) that `train/acc1` is of, and the keys (R * N, C) to
         enter the queue, in order."""
         raise NotImplementedError
-
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.val_spread.update(self.network(batch["image"]))
-
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.test_spread.update(self.network(batch["image"]))
-
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        self.log("val/spread", self.val_spread.compute().float(), prog_bar=True)
-        self.val_spread.reset()
-
-    def on_test_epoch_end(self) -> None:
-        super().on_test_epoch_end()
-        self.log("test/spread", self.test_spread.compute().float())
-        self.test_spread.reset()
-
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """The `features` (N, D) and the `embedding` (N, C) of images."""
-        features = self.network.features(batch["image"])
-        return {"features": features, "embedding": normalize(self.network.encoder_q.fc(features), dim=1)}
-
-    def features(self, images: Tensor) -> Tensor:
-        """Frozen features (N, D), or embeddings (N, C), of images (N, 3, S, S)."""
-        return self.network.features(images) if self.feature == "trunk" else self.network(images)
 
 
 class MoCoPretraining(MoCoTask):
@@ -382,36 +358,13 @@ class MoCoV2Pretraining(MoCoPretraining):
 
 
 class MoCoLinearProbe(ResNetLinearProbe):
-    """Linear classification of frozen features (section 4.1): SGD without decay, lr 30, the trunk in eval mode.
+    """Linear classification of frozen features (section 4.1): SGD without decay, lr 30, the trunk in eval mode."""
 
-    Args:
-        optim: optimiser and schedule.
-        options: of :class:`~zoo.training.trunks.ResNetLinearProbe`.
-    """
-
-    def __init__(self, optim: Optim = _PROBE, **options: Any) -> None:
-        super().__init__(optim=optim, **options)
-
-    @staticmethod
-    def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return convert_trunk(state_dict)
+    published = replace(_V1, lr=30.0, weight_decay=0.0, milestones=(60, 80))
 
 
 class MoCoFineTuning(ResNetFineTuning):
-    """End-to-end training of the trunk with a new classifier, as on iNaturalist 2018 (appendix A.6): 100 epochs at
-    0.025, a tenth of it from epochs 70 and 90.
-
-    Args:
-        optim: optimiser and schedule.
-        options: of :class:`~zoo.training.trunks.ResNetFineTuning`.
-    """
-
-    def __init__(self, optim: Optim = _FINETUNE, **options: Any) -> None:
-        super().__init__(optim=optim, **options)
-
-    @staticmethod
-    def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return convert_trunk(state_dict)
+    """End-to-end training (appendix A.6, on iNaturalist 2018)."""
 
 
 # ---------------------------------------------------------------------------------------------------------- 4. models
@@ -439,11 +392,7 @@ def moco_v2_resnet50_trunk(num_classes: int = 0, **overrides: Any) -> ResNet:
 
 # ------------------------------------------------------------------------------------------------ 5. official weights
 
-_BN = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
-_ENCODER = re.compile(
-    rf"conv1\.weight|bn1\.{_BN}|layer\d\.\d+\.(?:conv\d\.weight|bn\d\.{_BN}|downsample\.(?:0\.weight|1\.{_BN}))"
-    r"|fc(?:\.[02])?\.(?:weight|bias)"
-)
+_ENCODER = re.compile(rf"{RESNET}|fc(?:\.[02])?\.{AFFINE}")
 _OFFICIAL = re.compile(r"(?:module\.)?(encoder_[qk]\.)?(?:net\.(\d)\.)?(.*)")
 # The CIFAR-10 demo keeps the network's parts in a Sequential called net.
 _DEMO = {"0": "conv1", "1": "bn1", "3": "layer1", "4": "layer2", "5": "layer3", "6": "layer4", "9": "fc"}
@@ -475,17 +424,7 @@ def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ZooError: it holds no query encoder.
     """
-    state = convert_official(state_dict)
-    if any(key.startswith("encoder_q.") for key in state):
-        state = {key.removeprefix("encoder_q."): v for key, v in state.items() if key.startswith("encoder_q.")}
-    if "conv1.weight" not in state:
-        raise ZooError("not a MoCo checkpoint: it holds no query encoder")
-    return torchvision_trunk(state)
+    return one_network(convert_official(state_dict), "encoder_q", "not a MoCo checkpoint: it holds no query encoder")
 
 
-def _to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {"model": detectron2_trunk(convert_trunk(state)), "__author__": "MoCo", "matching_heuristics": True}
-
-
-# Formats of `zoo weights convert NAME --to FORMAT`: from our state dict to what the file holds.
-EXPORTS = {"detectron2": _to_detectron2, "torchvision": convert_trunk}
+EXPORTS = resnet_exports("MoCo", convert_trunk)

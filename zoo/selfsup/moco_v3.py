@@ -23,6 +23,7 @@ import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -31,15 +32,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from zoo.errors import ZooError, unknown
-from zoo.metrics.spread import Spread, channel_deviation
+from zoo.metrics.spread import channel_deviation
 from zoo.nn.projector import mlp_head
-from zoo.nn.resnet import RESNETS, detectron2_trunk, resnet
+from zoo.nn.resnet import RESNETS, resnet
 from zoo.nn.vit import VisionTransformer, init_as_linear
 from zoo.ops.collective import gather, world
 from zoo.ops.momentum import cosine_momentum, move_towards
 from zoo.ops.pos_embed import resize_pos_embed, sincos_2d
-from zoo.training import BaseModule, Classification, LinearClassification, Optim, run_position
-from zoo.training.trunks import ResNetFineTuning, ResNetLinearProbe
+from zoo.training import Classification, LinearClassification, Optim, run_position
+from zoo.training.siamese import EmbeddingTask
+from zoo.training.trunks import ResNetFineTuning, ResNetLinearProbe, new_classifier
+from zoo.weights.layouts import AFFINE, BATCH_NORM, RESNET, one_network, renamed, resnet_exports
 from zoo.weights.pretrained import fill, read_source
 
 __all__ = [
@@ -313,19 +316,19 @@ class MoCoV3(nn.Module):
         """Pooled features (N, D) of the query encoder, before its projector."""
         return self.base_encoder.forward_head(self.base_encoder.forward_features(images), pre_logits=True)
 
+    def project(self, features: Tensor) -> Tensor:
+        """Projections (N, C) of pooled features (N, D)."""
+        return self.base_encoder.get_submodule(self.head_name)(features)
+
 
 # ----------------------------------------------------------------------------------------------------------- 3. tasks
 
-_VIT = Optim(base_lr=1.5e-4, weight_decay=0.1, betas=(0.9, 0.999), no_decay="none", warmup_epochs=40)
+_PRETRAIN = Optim(base_lr=1.5e-4, weight_decay=0.1, betas=(0.9, 0.999), no_decay="none", warmup_epochs=40)
 _PROBE = Optim(name="sgd", base_lr=3.0, weight_decay=0.0, no_decay="none", schedule="cosine", interval="epoch")
-_RESNET_PROBE = Optim(name="sgd", base_lr=0.1, weight_decay=0.0, no_decay="none", schedule="cosine", interval="epoch")
 _FINETUNE = Optim(base_lr=2.5e-4, betas=(0.9, 0.999), warmup_epochs=5, warmup_start_lr=1e-6, min_lr=1e-5)
-_RESNET_FINETUNE = Optim(
-    name="sgd", lr=0.025, weight_decay=1e-4, no_decay="none", schedule="step", interval="epoch", milestones=(70, 90)
-)
 
 
-class MoCoV3Pretraining(BaseModule):
+class MoCoV3Pretraining(EmbeddingTask):
     """Pre-training (Algorithm 1).
 
     Training batches hold `views`, two of (N, 3, S, S); evaluation batches hold `image`. Logged are `train/momentum`,
@@ -343,7 +346,7 @@ class MoCoV3Pretraining(BaseModule):
         ZooError: `momentum` lies outside [0, 1].
     """
 
-    batch_keys = ("views", "image")
+    network: MoCoV3
     meets = True
 
     def __init__(
@@ -351,19 +354,15 @@ class MoCoV3Pretraining(BaseModule):
         momentum: float = 0.99,
         momentum_cosine: bool = True,
         feature: Literal["trunk", "embedding"] = "trunk",
-        optim: Optim = _VIT,
+        optim: Optim = _PRETRAIN,
         **network: Any,
     ) -> None:
-        super().__init__(optim)
+        whole = MoCoV3(**network)
+        super().__init__(whole, whole.dim, feature, optim)
         self.save_hyperparameters()
         if not 0 <= momentum <= 1:
             raise ZooError(f"momentum must be in [0, 1], not {momentum}")
-        self.network = MoCoV3(**network)
-        self.momentum, self.momentum_cosine, self.feature = momentum, momentum_cosine, feature
-        self.val_spread, self.test_spread = Spread(self.network.dim), Spread(self.network.dim)
-
-    def trainable(self) -> nn.Module:
-        return self.network
+        self.momentum, self.momentum_cosine = momentum, momentum_cosine
 
     def momentum_now(self) -> float:
         """m of the current update."""
@@ -387,32 +386,6 @@ class MoCoV3Pretraining(BaseModule):
             spread = channel_deviation(queries[0].detach().float()) * self.network.dim**0.5
             self.log_dict({"train/momentum": momentum, "train/spread": spread}, batch_size=len(views[0]))
         return symmetric_loss(queries, keys, self.network.temperature)
-
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.val_spread.update(normalize(self.network(batch["image"]), dim=1))
-
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.test_spread.update(normalize(self.network(batch["image"]), dim=1))
-
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        self.log("val/spread", self.val_spread.compute().float(), prog_bar=True)
-        self.val_spread.reset()
-
-    def on_test_epoch_end(self) -> None:
-        super().on_test_epoch_end()
-        self.log("test/spread", self.test_spread.compute().float())
-        self.test_spread.reset()
-
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """The `features` (N, D) and the `embedding` (N, C), of unit length, of images."""
-        features = self.network.features(batch["image"])
-        projector = self.network.base_encoder.get_submodule(self.network.head_name)
-        return {"features": features, "embedding": normalize(projector(features), dim=1)}
-
-    def features(self, images: Tensor) -> Tensor:
-        """Frozen features (N, D), or projections (N, C), of images (N, 3, S, S)."""
-        return self.network.features(images) if self.feature == "trunk" else self.network(images)
 
     def sides(self, views: Sequence[Tensor]) -> dict[str, Tensor]:
         """Queries of first views, the source, and keys of second ones, the target: (N, C) each."""
@@ -450,9 +423,7 @@ class MoCoV3LinearProbe(LinearClassification):
         **network: Any,
     ) -> None:
         trunk = MoCoV3ViT(arch=arch, num_classes=num_classes, **network)
-        head = nn.Linear(trunk.embed_dim, num_classes)
-        nn.init.normal_(head.weight, std=0.01)
-        nn.init.zeros_(head.bias)
+        head = new_classifier(nn.Linear(trunk.embed_dim, num_classes))
         super().__init__(trunk, head, "head", optim, num_classes, init_from)
         self.save_hyperparameters()
 
@@ -493,35 +464,13 @@ class MoCoV3FineTuning(Classification):
 
 
 class MoCoV3ResNetLinearProbe(ResNetLinearProbe):
-    """Linear classification of a frozen ResNet's features (official README): SGD, base rate 0.1, batch 1024.
+    """Linear classification of a frozen ResNet's features (official README): SGD, base rate 0.1, batch 1024."""
 
-    Args:
-        optim: optimiser and schedule.
-        options: of :class:`~zoo.training.trunks.ResNetLinearProbe`.
-    """
-
-    def __init__(self, optim: Optim = _RESNET_PROBE, **options: Any) -> None:
-        super().__init__(optim=optim, **options)
-
-    @staticmethod
-    def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return convert_trunk(state_dict)
+    published = replace(_PROBE, base_lr=0.1)
 
 
 class MoCoV3ResNetFineTuning(ResNetFineTuning):
-    """End-to-end training of a ResNet; the paper has none, so the settings are MoCo's on iNaturalist.
-
-    Args:
-        optim: optimiser and schedule.
-        options: of :class:`~zoo.training.trunks.ResNetFineTuning`.
-    """
-
-    def __init__(self, optim: Optim = _RESNET_FINETUNE, **options: Any) -> None:
-        super().__init__(optim=optim, **options)
-
-    @staticmethod
-    def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return convert_trunk(state_dict)
+    """End-to-end training of a ResNet. The paper has none."""
 
 
 # ---------------------------------------------------------------------------------------------------------- 4. models
@@ -579,16 +528,13 @@ def moco_v3_resnet50_trunk(num_classes: int = 0, **overrides: Any) -> ResNet:
 
 # ------------------------------------------------------------------------------------------------ 5. official weights
 
-_BN = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
-_WB = r"(?:weight|bias)"
-_RESNET = rf"conv1\.weight|bn1\.{_BN}|layer\d\.\d+\.(?:conv\d\.weight|bn\d\.{_BN}|downsample\.(?:0\.weight|1\.{_BN}))"
-_VIT_KEYS = (
-    rf"cls_token|pos_embed|patch_embed\.proj\.(?:{_WB}|\d+\.{_BN})|norm\.{_WB}"
-    rf"|blocks\.\d+\.(?:(?:norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.{_WB}|norm2\.norm\.{_BN})"
+_VIT = (
+    rf"(?:cls_token|pos_embed|patch_embed\.proj\.(?:{AFFINE}|\d+\.{BATCH_NORM})|norm\.{AFFINE}"
+    rf"|blocks\.\d+\.(?:(?:norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.{AFFINE}|norm2\.norm\.{BATCH_NORM}))"
 )
 _OFFICIAL = re.compile(
-    rf"(?:module\.)?((?:base_encoder\.|momentum_encoder\.)(?:{_RESNET}|{_VIT_KEYS}|(?:fc|head)\.\d\.{_BN})"
-    rf"|predictor\.\d\.{_BN}|{_RESNET}|{_VIT_KEYS}|(?:fc|head)\.{_WB})"
+    rf"(?:module\.)?((?:base_encoder\.|momentum_encoder\.)(?:{RESNET}|{_VIT}|(?:fc|head)\.\d\.{BATCH_NORM})"
+    rf"|predictor\.\d\.{BATCH_NORM}|{RESNET}|{_VIT}|(?:fc|head)\.{AFFINE})"
 )
 
 
@@ -602,13 +548,7 @@ def convert_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ZooError: a key that belongs to none of these layouts.
     """
-    converted = {}
-    for key, value in state_dict.items():
-        match = _OFFICIAL.fullmatch(key)
-        if match is None:
-            raise ZooError(f"not a MoCo v3 checkpoint: unknown key {key!r}")
-        converted[match[1]] = value
-    return converted
+    return renamed(state_dict, _OFFICIAL, "a MoCo v3 checkpoint")
 
 
 def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -617,12 +557,8 @@ def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ZooError: it holds no query encoder.
     """
-    state = convert_official(state_dict)
-    if any(key.startswith("base_encoder.") for key in state):
-        state = {key.removeprefix("base_encoder."): v for key, v in state.items() if key.startswith("base_encoder.")}
-    if not state.keys() & {"conv1.weight", "cls_token"}:
-        raise ZooError("not a MoCo v3 checkpoint: it holds no query encoder")
-    return {key: value for key, value in state.items() if not key.startswith(("fc.", "head."))}
+    lacking = "not a MoCo v3 checkpoint: it holds no query encoder"
+    return one_network(convert_official(state_dict), "base_encoder", lacking, ("conv1.weight", "cls_token"))
 
 
 def _resnet_trunk(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -632,10 +568,6 @@ def _resnet_trunk(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return trunk
 
 
-def _to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {"model": detectron2_trunk(_resnet_trunk(state)), "__author__": "MoCo v3", "matching_heuristics": True}
-
-
 def _to_deit(state: Mapping[str, Tensor]) -> dict[str, Any]:
     trunk = convert_trunk(state)
     if "cls_token" not in trunk:
@@ -643,5 +575,4 @@ def _to_deit(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"model": trunk}
 
 
-# Formats of `zoo weights convert NAME --to FORMAT`: from our state dict to what the file holds.
-EXPORTS = {"deit": _to_deit, "detectron2": _to_detectron2, "torchvision": _resnet_trunk}
+EXPORTS = {"deit": _to_deit, **resnet_exports("MoCo v3", _resnet_trunk)}

@@ -29,15 +29,17 @@ from typing import Any, Literal
 import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity
 
 from zoo.errors import ZooError, unknown
-from zoo.metrics.spread import Spread, channel_deviation
+from zoo.metrics.spread import channel_deviation
 from zoo.nn.projector import mlp_head
-from zoo.nn.resnet import detectron2_trunk, resnet, torchvision_trunk
+from zoo.nn.resnet import resnet
 from zoo.ops.collective import gather
-from zoo.training import BaseModule, Optim
+from zoo.training import Optim
+from zoo.training.siamese import EmbeddingTask
 from zoo.training.trunks import ResNetFineTuning, ResNetLinearProbe
+from zoo.weights.layouts import AFFINE, BATCH_NORM, RESNET, one_network, renamed, resnet_exports
 
 __all__ = [
     "EXPORTS",
@@ -168,6 +170,10 @@ class SimSiam(nn.Module):
         """Pooled features (N, D) of images, before the projector."""
         return self.encoder.forward_head(self.encoder.forward_features(images), pre_logits=True)
 
+    def project(self, features: Tensor) -> Tensor:
+        """Embeddings (N, d) of pooled features (N, D)."""
+        return self.encoder.fc(features)
+
 
 # ----------------------------------------------------------------------------------------------------------- 3. tasks
 
@@ -180,13 +186,9 @@ _PRETRAIN = Optim(
     interval="epoch",
     constant_lr=("predictor",),
 )
-_PROBE = Optim(name="larc", base_lr=0.1, weight_decay=0.0, no_decay="none", schedule="cosine", interval="epoch")
-_FINETUNE = Optim(
-    name="sgd", lr=0.025, weight_decay=1e-4, no_decay="none", schedule="step", interval="epoch", milestones=(70, 90)
-)
 
 
-class SimSiamPretraining(BaseModule):
+class SimSiamPretraining(EmbeddingTask):
     """Pre-training (Algorithm 1).
 
     Training batches hold `views`, two of (N, 3, S, S), or four and more of which each two are a pair (the asymmetric
@@ -210,7 +212,7 @@ class SimSiamPretraining(BaseModule):
         ZooError: an unknown name, or options that exclude each other.
     """
 
-    batch_keys = ("views", "image")
+    network: SimSiam
     memory: Tensor
 
     def __init__(
@@ -224,7 +226,8 @@ class SimSiamPretraining(BaseModule):
         optim: Optim = _PRETRAIN,
         **network: Any,
     ) -> None:
-        super().__init__(optim)
+        whole = SimSiam(**network)
+        super().__init__(whole, whole.dim, feature, optim)
         self.save_hyperparameters()
         if similarity not in SIMILARITIES:
             raise unknown("similarity", similarity, SIMILARITIES)
@@ -237,18 +240,13 @@ class SimSiamPretraining(BaseModule):
             raise ZooError(
                 "alternation, target_momentum and stop_gradient false are three kinds of targets: choose one"
             )
-        self.network = SimSiam(**network)
         self.stop_gradient, self.symmetric, self.similarity = stop_gradient, symmetric, similarity
-        self.alternation, self.target_momentum, self.feature = alternation, target_momentum, feature
+        self.alternation, self.target_momentum = alternation, target_momentum
         self.target: ResNet | None = None
         if alternation != 1:
             self.target = copy.deepcopy(self.network.encoder).requires_grad_(False)
         if target_momentum is not None:
             self.register_buffer("memory", torch.zeros(0, self.network.dim))
-        self.val_spread, self.test_spread = Spread(self.network.dim), Spread(self.network.dim)
-
-    def trainable(self) -> nn.Module:
-        return self.network
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -325,66 +323,19 @@ class SimSiamPretraining(BaseModule):
             self.memory[gather(index)] = gather(kept)
             return [moving_targets(old, z, self.target_momentum) for z in found]
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.val_spread.update(normalize(self.network(batch["image"]), dim=1))
-
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.test_spread.update(normalize(self.network(batch["image"]), dim=1))
-
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        self.log("val/spread", self.val_spread.compute().float(), prog_bar=True)
-        self.val_spread.reset()
-
-    def on_test_epoch_end(self) -> None:
-        super().on_test_epoch_end()
-        self.log("test/spread", self.test_spread.compute().float())
-        self.test_spread.reset()
-
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """The `features` (N, D) and the `embedding` (N, d), of unit length, of images."""
-        features = self.network.features(batch["image"])
-        return {"features": features, "embedding": normalize(self.network.encoder.fc(features), dim=1)}
-
-    def features(self, images: Tensor) -> Tensor:
-        """Frozen features (N, D), or embeddings (N, d), of images (N, 3, S, S)."""
-        return self.network.features(images) if self.feature == "trunk" else self.network(images)
-
     def sides(self, views: Sequence[Tensor]) -> dict[str, Tensor]:
         """Predictions of first views, the source, and embeddings of second ones, the target: (N, d) each."""
         return {"source": self.network.predictor(self.network(views[0])), "target": self.network(views[1])}
 
 
 class SimSiamLinearProbe(ResNetLinearProbe):
-    """Linear classification of frozen features (Appendix A): LARC, base rate 0.1, batch 4096.
+    """Linear classification of frozen features (Appendix A): LARC, base rate 0.1, batch 4096."""
 
-    Args:
-        optim: optimiser and schedule.
-        options: of :class:`~zoo.training.trunks.ResNetLinearProbe`.
-    """
-
-    def __init__(self, optim: Optim = _PROBE, **options: Any) -> None:
-        super().__init__(optim=optim, **options)
-
-    @staticmethod
-    def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return convert_trunk(state_dict)
+    published = Optim(name="larc", base_lr=0.1, weight_decay=0.0, no_decay="none", schedule="cosine", interval="epoch")
 
 
 class SimSiamFineTuning(ResNetFineTuning):
-    """End-to-end training from a pre-training; the paper has none, so the settings are MoCo's on iNaturalist.
-
-    Args:
-        optim: optimiser and schedule.
-        options: of :class:`~zoo.training.trunks.ResNetFineTuning`.
-    """
-
-    def __init__(self, optim: Optim = _FINETUNE, **options: Any) -> None:
-        super().__init__(optim=optim, **options)
-
-    @staticmethod
-    def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return convert_trunk(state_dict)
+    """End-to-end training from a pre-training. The paper has none."""
 
 
 # ---------------------------------------------------------------------------------------------------------- 4. models
@@ -402,10 +353,8 @@ def simsiam_resnet50_trunk(num_classes: int = 0, **overrides: Any) -> ResNet:
 
 # ------------------------------------------------------------------------------------------------ 5. official weights
 
-_BN = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
-_TRUNK = rf"conv1\.weight|bn1\.{_BN}|layer\d\.\d+\.(?:conv\d\.weight|bn\d\.{_BN}|downsample\.(?:0\.weight|1\.{_BN}))"
 _OFFICIAL = re.compile(
-    rf"(?:module\.)?((?:encoder\.)?(?:{_TRUNK})|encoder\.fc\.\d\.{_BN}|predictor\.\d\.{_BN}|fc\.(?:weight|bias))"
+    rf"(?:module\.)?((?:encoder\.)?{RESNET}|encoder\.fc\.\d\.{BATCH_NORM}|predictor\.\d\.{BATCH_NORM}|fc\.{AFFINE})"
 )
 
 
@@ -417,13 +366,7 @@ def convert_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ZooError: a key that belongs to neither.
     """
-    converted = {}
-    for key, value in state_dict.items():
-        match = _OFFICIAL.fullmatch(key)
-        if match is None:
-            raise ZooError(f"not a SimSiam checkpoint: unknown key {key!r}")
-        converted[match[1]] = value
-    return converted
+    return renamed(state_dict, _OFFICIAL, "a SimSiam checkpoint")
 
 
 def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -432,17 +375,7 @@ def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ZooError: it holds no encoder.
     """
-    state = convert_official(state_dict)
-    if any(key.startswith("encoder.") for key in state):
-        state = {key.removeprefix("encoder."): v for key, v in state.items() if key.startswith("encoder.")}
-    if "conv1.weight" not in state:
-        raise ZooError("not a SimSiam checkpoint: it holds no encoder")
-    return torchvision_trunk(state)
+    return one_network(convert_official(state_dict), "encoder", "not a SimSiam checkpoint: it holds no encoder")
 
 
-def _to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {"model": detectron2_trunk(convert_trunk(state)), "__author__": "SimSiam", "matching_heuristics": True}
-
-
-# Formats of `zoo weights convert NAME --to FORMAT`: from our state dict to what the file holds.
-EXPORTS = {"detectron2": _to_detectron2, "torchvision": convert_trunk}
+EXPORTS = resnet_exports("SimSiam", convert_trunk)

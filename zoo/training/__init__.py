@@ -15,6 +15,7 @@ from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_opti
 from zoo.training.plane import PlaneEvaluation
 from zoo.training.probe import KNNProbe, LinearProbe, extract_features, fit_probe, gather_samples, probe_head
 from zoo.training.sampling import SampleGrid, SamplingEvaluation
+from zoo.training.sync import SyncBatchNorm
 from zoo.training.video import ActionDetection, MultiLabelVideoClassification, VideoClassification
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "PreciseBN",
     "SampleGrid",
     "SamplingEvaluation",
+    "SyncBatchNorm",
     "Timing",
     "UnitDeletion",
     "VideoClassification",

@@ -34,7 +34,7 @@ def is_sharded(value: Any) -> bool:
 
 def whole(value: Tensor) -> Tensor:
     """`value` in full; call it on every process."""
-    return value.full_tensor() if is_sharded(value) else value  # type: ignore[operator]
+    return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
 
 
 def share_like(value: Tensor, like: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from zoo.files import module_from
 from zoo.formats import pytorch
 from zoo.paths import cache_dir
 from zoo.weights import download
-from zoo.weights.files import read_safetensors, read_state_dict
+from zoo.weights.files import read_checkpoint, read_safetensors, read_state_dict
 from zoo.weights.runs import is_run, open_run
 
 if TYPE_CHECKING:
@@ -496,15 +496,28 @@ def fill(
     """Loads `state` into the entries of `net` whose names are `wanted`: into all of these, and with nothing left over.
 
     Raises:
-        ZooError: a key or shape differs; the first difference is named.
+        ZooError: a key or shape differs; the first differences are named, and the sizes that a checkpoint of ours
+            was trained with.
     """
     from lightning.pytorch.utilities import rank_zero_info
 
     own = {key: value.shape for key, value in net.state_dict().items() if wanted(key)}
     if report := mismatch(state, own):
-        raise ZooError(f"init_from: {os.fspath(source)} does not fit the model: {report}")
+        raise ZooError(f"init_from: {os.fspath(source)} does not fit the model: {report}{_trained_with(source)}")
     net.load_state_dict(state, strict=False)
     rank_zero_info(f"encoder from {os.fspath(source)}: {len(state)} tensors")
+
+
+# Options of encoders by which a checkpoint and a model may differ in shape.
+_SIZES = ("arch", "layers", "width", "small_images", "img_size", "patch_size", "embed_dim", "depth", "num_heads")
+
+
+def _trained_with(source: str | os.PathLike[str]) -> str:
+    if Path(source).suffix != ".ckpt":
+        return ""
+    options = read_checkpoint(source).get("hyper_parameters", {})
+    told = [f"model.{name} {options[name]}" for name in _SIZES if options.get(name) is not None]
+    return f"; it was trained with {', '.join(told)}" if told else ""
 
 
 def load_published(

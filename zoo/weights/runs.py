@@ -218,7 +218,7 @@ class RunModel:
             "options": {str(key): value for key, value in (content.get("hyper_parameters") or {}).items()},
             **{key: known.get(key) for key in ("classes", "preprocess", "data", "recipe", "versions")},
             "steps": content.get("global_step"),
-            "epochs": standing.get("epochs", content.get("epoch"))
+            "epochs": (standing.get("epochs", content.get("epoch")) or 0)
             + bool(standing.get("ended") and standing.get("whole")),
             "metrics": dict(standing.get("metrics") or {}),
             "averages": [key.removesuffix("_steps") for key in content if self._is_average(str(key))],
