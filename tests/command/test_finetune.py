@@ -148,3 +148,20 @@ def test_published_weights_find_their_task(name: str, task: str, options: dict[s
     assert start.task.__name__ == task
     assert start.source == name
     assert {key: start.options[key] for key in options} == options
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pets/cat", "--epochs", "1"], "has no classes"),
+        (["alone"], "one class alone, 'dog'"),
+        (["pets", "--lr", "inf"], "--lr is a number above 0"),
+        (["pets", "--name", "../../x"], "cannot name a folder under runs/"),
+    ],
+)
+def test_what_trains_nothing(words: list[str], said: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "alone" / "dog").mkdir(parents=True, exist_ok=True)
+    for n in range(4):
+        write_png(torch.zeros(3, 32, 32, dtype=torch.uint8), str(here / "alone" / "dog" / f"{n}.png"))
+    assert main(["finetune", "runs:preact_resnet", *words]) == 2
+    assert said in capsys.readouterr().err

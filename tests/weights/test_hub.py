@@ -82,7 +82,7 @@ def test_a_folder_holds_all_that_is_needed(run: Path, tmp_path: Path, monkeypatc
         (["RUN", "hf://me/x@main"], "a model on the hub is hf://org/name"),
         (["RUN", "."], "holds other things already"),
         (["RUN", "x", "--private"], "--private is of a repository on the hub"),
-        (["runs:last", "x"], "no run"),
+        (["runs:last", "x"], "no last.ckpt under runs"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -120,6 +120,20 @@ def test_what_someone_else_wrote_is_checked(facts: dict[str, Any], line: str, ru
     with pytest.raises(ZooError, match=line) as told:
         zoo.create_model(str(folder))
     assert "\n" not in str(told.value)
+
+
+def test_nan_is_refused_and_shown_commands_name_the_folder(run: Path, tmp_path: Path, capsys: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = hub.write(open_run(str(run)), tmp_path / "my model")
+    assert main(["show", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert f"zoo predict '{folder}'" in shown
+    assert "zoo test" not in shown  # it has no data
+    state = load_file(folder / hub.WEIGHTS)
+    save_file({name: value * float("nan") for name, value in state.items()}, folder / hub.WEIGHTS)
+    with pytest.raises(ZooError, match="holds NaN"):
+        zoo.create_model(str(folder))
 
 
 class _Hub(BaseHTTPRequestHandler):

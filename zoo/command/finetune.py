@@ -26,7 +26,7 @@ from zoo.training import Classification, LinearClassification
 from zoo.training.detection import Detection
 from zoo.training.video import ActionDetection, MultiLabelVideoClassification, VideoClassification
 from zoo.weights.pretrained import Architecture, paper_module, shapes
-from zoo.weights.runs import RunModel, check_class_paths, is_run, open_run
+from zoo.weights.runs import RunModel, check_class_paths, is_run, open_run, strangers_settings
 
 # Settings of a recipe's data that are about its own set, or are said anew.
 _OF_DATASET = {"dataset", "data_dir", "options", "train_samples", "batch_size", "num_workers", "seed", "epoch_samples"}
@@ -68,18 +68,21 @@ def main(words: Sequence[str], debug: bool = False) -> int:
     own, further = _split(words)
     given = parser().parse_args(own)
     for name in ("epochs", "lr", "batch"):
-        if (value := getattr(given, name)) is not None and not value > 0:
+        if (value := getattr(given, name)) is not None and not 0 < value < math.inf:
             raise ZooError(f"--{name} is a number above 0, not {value}")
     start = _start(given.model, given.weights)
     data = _count(given.folder, given.data_dir, start, further)
     recipe, said = _recipe(start, data, given)
-    name = safe_name(f"finetune/{given.name or _label(given.model, given.folder)}", "finetune/run")
+    name = safe_name(f"finetune/{given.name or _label(given.model, given.folder)}", "")
+    if not name:
+        raise ZooError(f"--name {given.name}: cannot name a folder under runs/")
     print("\n".join(said), flush=True)
     with tempfile.TemporaryDirectory(prefix="zoo-") as place:
         path = Path(place) / "recipe.yaml"
         text = yaml.safe_dump(recipe, sort_keys=False)
         path.write_text(f"# recipe: {name}\n{text}", encoding="utf-8")
-        code = recipes.run("fit", str(path), further, debug)
+        with strangers_settings(*further):
+            code = recipes.run("fit", str(path), further, debug)
     if code == 0 and not any(word.startswith("--trainer.fast_dev_run") for word in further):
         print(f"the recipe is the run's config.yaml; use it as runs:{name}: zoo predict runs:{name} FILE -o OUT.png")
     return code
@@ -413,6 +416,8 @@ def _count(folder: str, data_dir: str | None, start: Start, further: Sequence[st
         train = min(train, int(limit))
     if not names:
         raise ZooError(f"{folder}: has no classes; a folder a class gives them")
+    if len(names) == 1 and start.kind != "objects":
+        raise ZooError(f"{folder}: has one class alone, {names[0]!r}: there is nothing to tell apart")
     return Data(dataset, data_dir, train, held, len(names), any(part != "train" and part != "all" for part in parts))
 
 
