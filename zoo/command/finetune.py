@@ -47,7 +47,7 @@ def parser() -> Parser:
         prog="zoo finetune",
         description="Trains a model on a folder of yours, from published weights or from a run.",
         epilog="zoo finetune runs:mae ./flowers --epochs 20; zoo finetune mask_rcnn_r50_fpn.coco_3x ./coco_like."
-        " Further options go to the recipe: --trainer.devices 4 --data.num_workers 2 --model.label_smoothing 0",
+        " Further options go to the recipe: --trainer.devices 4 --data.num_workers 2 --logger csv",
     )
     found.add_argument("model", help="published weights, a model's name, or a run: runs/..., runs:RECIPE, a checkpoint")
     found.add_argument(
@@ -88,8 +88,11 @@ def main(words: Sequence[str], debug: bool = False) -> int:
     return code
 
 
+_OF_FIT = ("--seed_everything", "--config", "--average", "--logger", "--report", "--ckpt_path", "--new_run")
+
+
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our own words, and those of the recipe: options with a dot in them, with their values."""
+    """Our own words, and those of the recipe: options with a dot in them and those of a fit, with their values."""
     own: list[str] = []
     further: list[str] = []
     position = 0
@@ -97,7 +100,7 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
         word = words[position]
         position += 1
         key, equals, _ = word.partition("=")
-        if key.startswith("--") and ("." in key or key in ("--seed_everything", "--config", "--average")):
+        if key.startswith("--") and ("." in key or key in _OF_FIT):
             further.append(word)
             if not equals and position < len(words) and not words[position].startswith("--"):
                 further.append(words[position])
@@ -406,8 +409,13 @@ def _count(folder: str, data_dir: str | None, start: Start, further: Sequence[st
         train, held = (len(open_part(layout, split)) for split in ("train", "val"))
         names, parts = layout.class_names, list(layout.parts)
     else:
+        from zoo.data.check import coco_of
         from zoo.data.sources import describe, open_source, split_names
 
+        if path.is_dir() and coco_of(dataset, None, carded=False) is not None:
+            raise ZooError(
+                f"{folder} is a set of {_WHAT['objects']}; {start.task.__name__} learns from {_WHAT['image']}"
+            )
         names = describe(dataset, data_dir).class_names
         train, held = (len(open_source(dataset, split, data_dir)) for split in ("train", "val"))
         parts = split_names(dataset, data_dir)

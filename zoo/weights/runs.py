@@ -415,7 +415,7 @@ def check_class_paths(settings: Any, where: Any) -> None:
 
 @contextlib.contextmanager
 def strangers_settings(*further: str) -> Iterator[None]:
-    """While the block lasts, settings that a parser reads may name classes of the zoo (none of those that fetch), of the
+    """While the block lasts, settings that a parser reads may name classes of the zoo (none of those that fetch), of
     papers in ``ZOO_PAPERS``, of Lightning's callbacks and of torchvision's transforms; and what the words `further` of
     the user name. A string may be a class path too, or a file that holds one, which :func:`check_class_paths` cannot
     know."""
