@@ -234,12 +234,18 @@ def _claim_options(one: argparse.ArgumentParser) -> None:
 
 def _data_parsers(data: argparse.ArgumentParser) -> None:
     kinds = data.add_subparsers(metavar="check|latents|stats", required=True)
-    for name, text, do in (
-        ("check", "count and read every sample", _data_check),
-        ("latents", "encode the pictures of a dataset by an autoencoder, once", _data_latents),
-        ("stats", "the statistics of a dataset's pictures that FID compares with", _data_stats),
+    for name, text, do, example in (
+        ("check", "count and read every sample", _data_check, "./my_folder"),
+        (
+            "latents",
+            "encode the pictures of a dataset by an autoencoder, once",
+            _data_latents,
+            "./my_folder -o latents",
+        ),
+        ("stats", "the statistics of a dataset's pictures that FID compares with", _data_stats, "cifar10 -o stats.npz"),
     ):
-        one = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        epilog = f"example: zoo data {name} {example}"
+        one = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=epilog)
         one.add_argument("dataset", help="a dataset's name or a folder")
         one.add_argument("--data_dir", help="where the named dataset lies")
         one.set_defaults(do=do)

@@ -138,8 +138,10 @@ def _newest(recipe: str, which: str) -> Path:
         newest += [path for path in (next(filter(None, found), None),) if path is not None]
     if newest:
         return max(newest, key=lambda path: path.stat().st_mtime)
-    of = f" of {recipe}" if recipe else ""
-    raise ZooError(f"no {_WHICH[which][0]}{of} under {under}; run `zoo fit {recipe or 'RECIPE'}` first")
+    of, first = f" of {recipe}" if recipe else "", ""
+    if not recipe or any(one.startswith(recipe) for one in [*catalog.list_recipes("*"), *catalog.list_rows()]):
+        first = f"; run `zoo fit {recipe or 'RECIPE'}` first"
+    raise ZooError(f"no {_WHICH[which][0]}{of} under {under}{first}")
 
 
 # ------------------------------------------------------------------------------------------------------------- opening
