@@ -30,6 +30,7 @@ from zoo.data.loader import EpochSampler
 from zoo.errors import ZooError
 from zoo.training import EMA
 from zoo.training.callbacks import OF_THE_MACHINE
+from zoo.weights import export
 
 POCKETS = catalog.list_recipes("*/pocket*")
 EPOCHS, STEPS, BATCH = 2, 2, 4
@@ -152,34 +153,23 @@ def test_a_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert _same(_state(resumed), _state(whole)) == []
     scores = whole.scores()
     assert any(math.isfinite(value) for value in scores.values()), scores
-    called: list[Any] = []
-    network = whole.module.network
-    with network.register_forward_pre_hook(
-        lambda _, inputs, options: called.append((inputs, options)), with_kwargs=True
-    ):
-        assert len(whole.run("predict")) == 2
-    if not whole.module.not_exported:
-        network.float().eval()
-        inputs, options = _copied(
-            called[0] if called else _wanted(network, next(iter(whole.data.predict_dataloader())))
-        )
-        exported = torch.export.export(network, inputs, options).module()
-        torch.testing.assert_close(exported(*inputs, **options), network(*inputs, **options))
+    assert len(whole.run("predict")) == 2
+    _is_exported(whole)
 
 
-def _wanted(network: Any, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a network's forward takes of a batch, by the names of its arguments."""
-    names = [n for n, p in inspect.signature(network.forward).parameters.items() if p.default is p.empty]
-    return tuple(batch[name if name in batch else name.removesuffix("s")] for name in names), {}
-
-
-def _copied(value: Any) -> Any:
-    """Tensors of inference mode as others, in float32."""
-    if isinstance(value, Tensor):
-        return value.clone().float() if value.is_floating_point() else value.clone()
-    if isinstance(value, dict):
-        return {key: _copied(entry) for key, entry in value.items()}
-    return type(value)(_copied(entry) for entry in value) if isinstance(value, list | tuple) else value
+def _is_exported(recipe: Recipe) -> None:
+    """torch.export takes what `zoo export` writes of its network, with any number of samples."""
+    network, size = recipe.module.network.float(), getattr(recipe.data, "image_size", None)
+    chosen = {"size": size if isinstance(size, int) else 64, "refused": recipe.module.not_exported}
+    if recipe.module.not_exported and not hasattr(network, "export_part"):
+        with pytest.raises(ZooError, match="cannot be exported"):
+            export.subject(network, **chosen)
+        return
+    subject = export.subject(network, **chosen)
+    program = export.trace(subject, subject.make(2), dynamic=True).module()
+    for count in (1, 3):
+        inputs = subject.make(count)
+        torch.testing.assert_close(program(**inputs), subject.module(**inputs))
 
 
 class Dealt(EpochSampler):

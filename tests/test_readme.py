@@ -22,7 +22,9 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [line.partition("  #")[0] for block in BLOCKS[2:] for line in block.splitlines() if line.startswith("zoo ")]
 RUNS = [words for command in COMMANDS if (words := shlex.split(command)[1:])[0] in ("fit", "validate", "test")]
 PREDICTIONS = [words for command in COMMANDS if (words := shlex.split(command)[1:])[0] == "predict"]
-_OTHERS = ("fit", "validate", "test", "predict", "parity")
+_OF_RUNS = ("preview", "finetune", "embed", "report", "export", "push", "benchmark")  # tests/command drives them
+JOURNEY = [words for command in COMMANDS if (words := shlex.split(command)[1:])[0] in _OF_RUNS]
+_OTHERS = ("fit", "validate", "test", "predict", "parity", *_OF_RUNS)
 LOOKS = [words for command in COMMANDS if (words := shlex.split(command)[1:])[0] not in _OTHERS]
 
 
@@ -83,10 +85,24 @@ def test_a_run_takes_its_options(
 def test_a_prediction_names_weights_and_asks_for_its_picture(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert {words[1]} & {*zoo.list_models(), *zoo.list_weights()}
+    assert words[1].startswith("runs:") or {words[1]} & {*zoo.list_models(), *zoo.list_weights()}
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
     assert words[2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", JOURNEY, ids=" ".join)
+def test_a_step_of_the_journey_is_read(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With no run and no folder there, the first thing that is missing is named."""
+    monkeypatch.chdir(tmp_path)
+    if words[0] == "benchmark":
+        words = [*words, "--batch", "2", "--repeats", "1", "--warmup", "0", "--json"]
+        assert main(words) == 0
+        return
+    assert main(words) == 2
+    assert re.search(r"no (run|last\.ckpt)|flowers", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("words", LOOKS, ids=" ".join)

@@ -16,6 +16,7 @@ import zoo
 from zoo import catalog
 from zoo.command.reading import command_line, recipe_name
 from zoo.command.recipes import RecipeCLI, newest_checkpoint
+from zoo.nn.autoencoder import PIXELS
 from zoo.paths import share
 from zoo.weights.pretrained import Architecture, mismatch
 
@@ -116,7 +117,8 @@ def _check(module: Any, data: Any) -> None:
     assert all(parameter.is_meta for parameter in parameters)
     assert any(parameter.requires_grad for parameter in parameters)
     network = getattr(module, "network", module)
-    if hasattr(network, "patch_embed"):
+    encoded = getattr(getattr(module, "autoencoder", None), "source", PIXELS) != PIXELS  # then it is of latents
+    if hasattr(network, "patch_embed") and not encoded:
         assert network.patch_embed.img_size == data.image_size
 
 

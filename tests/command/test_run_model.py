@@ -103,6 +103,8 @@ def test_samples_are_prepared_as_in_evaluation(here: Path, tmp_path: Path) -> No
     assert zoo.create_preprocess("runs:preact_resnet")(picture).equal(samples[0]["image"])
     assert run.preprocess(24)(read_image(str(picture))).shape == (3, 24, 24)
     scenes = DetectionDataModule(options={"size": 64, "max_objects": 3, "clutter": 0.2}).samples("test")
+    facts = open_run("runs:mask_rcnn").facts["preprocess"]
+    assert (facts["size"], facts["longest"]) == (64, 106)  # a photo of any size comes as the drawn ones
     prepared = open_run("runs:mask_rcnn").preprocess()(scenes.source.read_many([0])[0].image)
     assert prepared.equal(scenes[0]["image"][0])
     frames = tmp_path / "films" / "film"

@@ -14,7 +14,7 @@ from zoo import catalog
 from zoo.errors import ZooError
 from zoo.weights.files import read_checkpoint
 
-PAPERS = ("mae", "moco", "moco_v2", "moco_v3", "simsiam", "asym_siam")
+PAPERS = ("mae", "diffmae", "moco", "moco_v2", "moco_v3", "simsiam", "asym_siam")
 SIZES = ("arch", "layers", "width", "small_images", "patch_size", "embed_dim", "depth", "num_heads")
 QUIET: dict[str, Any] = {
     **{"trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.logger": False, "trainer.max_steps": 1},

@@ -43,13 +43,16 @@ def _fit(folder: str, world: int, epochs: int, strategy: str, ckpt_path: str | N
         "trainer.gradient_clip_val": 1.0,
     }
     task, data, trainer = zoo.load_recipe("meanflow/pocket", options)
-    data.train_sampler = lambda samples: Dealt(len(samples), data.seed, data.repeats, **data._place())
+    if ckpt_path is None:
+        data.train_sampler = lambda samples: Dealt(len(samples), data.seed, data.repeats, **data._place())
     ema = EMA(0.5)
     trainer.callbacks += [ema, LastCheckpoint(folder)]  # type: ignore[attr-defined]
     trainer.fit(task, datamodule=data, ckpt_path=ckpt_path)
     weights = {name: whole(value).detach().clone() for name, value in task.state_dict().items()}
     averages = {f"ema {name}": whole(value).clone() for name, value in ema.weights.items()}
-    return {**weights, **averages, "steps": torch.tensor(trainer.global_step)}
+    last = Path(folder, "last.ckpt")
+    content = torch.load(last / "meta.pt" if last.is_dir() else last, weights_only=True)
+    return {**weights, **averages, "steps": torch.tensor([trainer.global_step, content["zoo_run"]["steps"]])}
 
 
 def _close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -61,9 +64,10 @@ def _close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 def test_two_processes_to_one(tmp_path: Path) -> None:
-    plain = _fit(str(tmp_path / "plain"), 1, 2, "auto")
+    plain = _fit(str(tmp_path / "plain"), 1, 1, "auto")
     first, second = in_processes(2, _fit, str(tmp_path / "two"), 2, 1, "fsdp2")
     _close(first, second)
+    _close(plain, first)
     shards = tmp_path / "two" / "last.ckpt"
     assert len(list(shards.glob("*.distcp"))) == 2
 
@@ -75,7 +79,8 @@ def test_two_processes_to_one(tmp_path: Path) -> None:
     )
 
     (resumed,) = in_processes(1, _fit, str(tmp_path / "one"), 1, 2, "fsdp2", str(shards))
-    _close(plain, resumed)
+    _close(_fit(str(tmp_path / "more"), 1, 2, "auto", str(tmp_path / "plain" / "last.ckpt")), resumed)
+    assert resumed["steps"].tolist() == [4, 4]
     assert list((tmp_path / "one" / "last.ckpt").glob("*.distcp"))
 
 

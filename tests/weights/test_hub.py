@@ -82,7 +82,7 @@ def test_a_folder_holds_all_that_is_needed(run: Path, tmp_path: Path, monkeypatc
         (["RUN", "hf://me/x@main"], "a model on the hub is hf://org/name"),
         (["RUN", "."], "holds other things already"),
         (["RUN", "x", "--private"], "--private is of a repository on the hub"),
-        (["runs:last", "x"], "no last.ckpt under runs"),
+        (["runs:last", "x"], "`zoo fit RECIPE` first"),
     ],
 )
 def test_mistakes_are_one_line(

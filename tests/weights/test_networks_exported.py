@@ -1,4 +1,4 @@
-"""Networks as files that run without the zoo: every pocket recipe's, compared, with any number of samples."""
+"""Networks as files that run without the zoo; tests/test_contract.py exports those of all pocket recipes."""
 
 from __future__ import annotations
 
@@ -11,45 +11,36 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import zoo
 from zoo import catalog
 from zoo.command.cli import main
 from zoo.errors import ZooError
 from zoo.weights import export
+from zoo.weights.pretrained import Architecture
 
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 onnx = pytest.mark.skipif(not ONNX, reason="wants the extra: pip install 'paperzoo[export]'")
-# What a user gets of each, where it is not forward: an encoder, a backbone, a sampler of one step.
-PARTS = {
-    "mae": "forward_features",
-    "mask_rcnn": "backbone",
-    **dict.fromkeys(("moco", "moco_v2", "moco_v3", "simsiam", "asym_siam"), "features"),
-    **dict.fromkeys(("meanflow", "imf", "pmf", "drifting"), "sample"),
-}
 
 
-def _network(recipe: str) -> tuple[nn.Module, int | None]:
-    quiet = {"trainer.accelerator": "cpu", "trainer.precision": "32-true", "trainer.logger": False}
-    task, data, _ = zoo.load_recipe(recipe, quiet)
-    network, size = task.get_submodule("network"), getattr(data, "image_size", None)
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # away from the start, where gates are 0
-        for p in network.parameters():
-            p += 0.02 * torch.randn(p.shape, generator=draw)
-    return network, size if isinstance(size, int) else 64
-
-
-@pytest.mark.parametrize("paper", sorted({name.partition("/")[0] for name in catalog.list_recipes("*/pocket")}))
-def test_every_paper(paper: str) -> None:
-    """torch.export takes it with any number of samples; what that writes and reads is tested below."""
-    network, size = _network(f"{paper}/pocket")
-    subject = export.subject(network, size)
-    assert subject.part == PARTS.get(paper, "forward")
-    program = export.trace(subject, subject.make(2), dynamic=True).module()
-    for count in (1, 3):
-        given = subject.make(count)
-        with torch.no_grad():
-            torch.testing.assert_close(program(**given), subject.module(**given))
+@pytest.mark.parametrize(
+    ("model", "part"),
+    [
+        ("vit_base_patch16", "forward"),
+        ("mae_vit_base_patch16", "forward_features"),
+        ("moco_v2_resnet50", "features"),
+        ("mask_rcnn_r50_fpn", "backbone"),
+        ("slowfast_r50_8x8", "forward"),
+        ("slowfast_r50_8x8_ava", "forward_features"),
+        ("flip_base_patch16", "forward"),
+        ("varc_vit_6m", "forward"),
+        ("sit_s2", "forward"),
+    ],
+)
+def test_what_is_exported_of_a_model(model: str, part: str) -> None:
+    """On the meta device: what can be exported is tested with the pocket recipes' networks."""
+    card, entry = catalog.model(model)
+    found = export.subject(Architecture(card, entry.name, {}).on_meta())
+    assert found.part == part
+    assert all(value.shape[0] == 3 for value in found.make(3).values())
 
 
 class _Two(nn.Module):
@@ -118,7 +109,7 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path: Path, monkeyp
         (["preact_resnet20_cifar", "-o", "x.pt2", "--untrained", "--batch", "0"], "a batch is 1 or more"),
         (["preact_resnet20_cifar", "-o", "x.pt2", "--untrained", "--part", "tail"], "no part 'tail'; it has"),
         (["preact_resnet20_cifar", "-o", "x.pt2", "--untrained", "--size", "-5"], "--size is 1 or more"),
-        (["runs:last", "-o", "x.pt2"], "no last.ckpt under runs"),
+        (["runs:last", "-o", "x.pt2"], "`zoo fit RECIPE` first"),
         (["preact_resnet20", "-o", "x.pt2"], "unknown model"),
     ],
 )

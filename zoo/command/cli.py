@@ -179,7 +179,7 @@ def _parser() -> tuple[Parser, list[str]]:
 
     one = commands.add_parser(
         "data",
-        help="look a dataset over before a run; make its latents or statistics",
+        help="look a dataset over before a run; make its latents, statistics or patch axes",
         epilog="example: zoo data check ./my_folder",
     )
     _data_parsers(one)
@@ -233,18 +233,15 @@ def _claim_options(one: argparse.ArgumentParser) -> None:
 
 
 def _data_parsers(data: argparse.ArgumentParser) -> None:
-    kinds = data.add_subparsers(metavar="check|latents|stats", required=True)
-    for name, text, do, example in (
-        ("check", "count and read every sample", _data_check, "./my_folder"),
-        (
-            "latents",
-            "encode the pictures of a dataset by an autoencoder, once",
-            _data_latents,
-            "./my_folder -o latents",
-        ),
-        ("stats", "the statistics of a dataset's pictures that FID compares with", _data_stats, "cifar10 -o stats.npz"),
+    kinds = data.add_subparsers(metavar="check|latents|stats|patch_pca", required=True)
+    for name, text, do in (
+        ("check", "count and read every sample", _data_check),
+        ("latents", "encode the pictures of a dataset by an autoencoder, once", _data_latents),
+        ("stats", "the statistics of a dataset's pictures that FID compares with", _data_stats),
+        ("patch_pca", "the principal axes of the patches of a dataset's pictures", _data_patch_pca),
     ):
-        epilog = f"example: zoo data {name} {example}"
+        written = {"check": "", "latents": " -o latents", "stats": " -o stats.npz", "patch_pca": " -o axes.safetensors"}
+        epilog = f"example: zoo data {name} ./my_folder{written[name]}"
         one = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=epilog)
         one.add_argument("dataset", help="a dataset's name or a folder")
         one.add_argument("--data_dir", help="where the named dataset lies")
@@ -253,8 +250,9 @@ def _data_parsers(data: argparse.ArgumentParser) -> None:
             one.add_argument("--quick", action="store_true", help="count only; do not read every sample")
             one.add_argument("--json", action="store_true")
             continue
-        one.add_argument("-o", "--out", required=True, help="latents: the folder; stats: the .npz file")
-        one.add_argument("--image_size", type=int, default=256, help="side of the pictures in pixels, ADM's crop")
+        written = {"latents": "the folder", "stats": "the .npz file", "patch_pca": "the .safetensors file"}
+        one.add_argument("-o", "--out", required=True, help=written[name])
+        one.add_argument("--image_size", type=int, default=256, help="side of the pictures in pixels")
         one.add_argument("--batch_size", type=int, default=32)
         one.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
         if name == "latents":
@@ -263,6 +261,14 @@ def _data_parsers(data: argparse.ArgumentParser) -> None:
             one.add_argument("--no_mirror", action="store_true", help="without the pictures' mirror images")
             one.add_argument("--dtype", default="float32", help="of the moments: float32, float16, bfloat16")
             one.add_argument("--part", default="0/1", metavar="K/N", help="the K-th of N shares, for N devices at once")
+            one.add_argument("--scale", type=float, help="of the latents; default: Stable Diffusion's 0.18215")
+        elif name == "patch_pca":
+            one.add_argument("--patch_size", type=int, default=16)
+            one.add_argument(
+                "--images", type=int, default=10_000, help="so many, evenly spread over the training split"
+            )
+            one.add_argument("--uncentered", action="store_true", help="do not take the mean patch off first")
+            one.add_argument("--num_workers", type=int, help="processes that read pictures; default: by the machine")
         else:
             one.add_argument("--split", default="train")
             one.add_argument("--extractor", default="inception", help="inception, or random where it is not to be had")
@@ -586,12 +592,35 @@ def _data_latents(arguments: argparse.Namespace, extra: list[str]) -> int:
         arguments.splits,
         not arguments.no_mirror,
         arguments.dtype,
+        arguments.scale,
         device=arguments.device,
         batch_size=arguments.batch_size,
         part=(int(part[0]), int(part[1])),
     )
     counts = ", ".join(f"{count} of {split}" for split, count in facts["splits"].items())
     print(f"{arguments.out}: latents {'x'.join(map(str, facts['shape']))}, {counts}")
+    return 0
+
+
+def _data_patch_pca(arguments: argparse.Namespace, extra: list[str]) -> int:
+    from zoo.data.patch_pca import fit_patch_pca
+
+    facts = fit_patch_pca(
+        arguments.dataset,
+        arguments.out,
+        arguments.image_size,
+        arguments.patch_size,
+        arguments.images,
+        not arguments.uncentered,
+        arguments.data_dir,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+        device=arguments.device,
+    )
+    print(
+        f"{arguments.out}: axes of {facts['patches']} patches of {facts['images']} pictures; the first 16 hold"
+        f" {facts['explained_16']:.1%} of the variance"
+    )
     return 0
 
 
@@ -671,7 +700,7 @@ def _complete(words: list[str]) -> int:
     elif done[0] == "weights":
         candidates = ["get", "verify", "convert"] if len(done) == 1 else catalog.list_weights()
     elif done[0] == "data":
-        candidates = ["check", "latents", "stats"] if len(done) == 1 else catalog.list_datasets("*")
+        candidates = ["check", "latents", "stats", "patch_pca"] if len(done) == 1 else catalog.list_datasets("*")
     elif done[0] == "completion":
         candidates = list(_SCRIPTS)
     print("\n".join(name.removeprefix(typed) for name in candidates if name.startswith(prefix)))

@@ -61,6 +61,7 @@ from zoo.command.runs import (
 )
 from zoo.command.verdict import second_stage, verdict, verdict_line
 from zoo.errors import ZooError
+from zoo.formats import pytorch
 from zoo.machine import cpu_has_bfloat16
 from zoo.nn.bounded import bounded_networks
 from zoo.training import ErrorAnalysis, choose_average
@@ -208,8 +209,7 @@ class RecipeCLI(LightningCLI):
                 return
             if str(self.config["trainer"]["strategy"]).startswith(("auto", "ddp")):
                 raise ZooError(f"{path}: a sharded checkpoint goes on with --trainer.strategy fsdp2, on any devices")
-            rest = self.checkpoints.peek(local(path) / "meta.pt")
-            found = {"optimizer_states": [], **rest}  # which lie beside it
+            found = {"optimizer_states": [], **pytorch.read(local(path) / "meta.pt")}  # which lie beside it
         else:
             found = self.checkpoints.peek(path)
         if self.what == "fit":
@@ -711,6 +711,8 @@ def quiet(debug: bool = False) -> Iterator[None]:
                 ".*Experiment logs directory.*",
                 ".*callbacks used to create the checkpoint need to be provided.*",
                 ".*treespec.*",
+                ".*sync_dist=True.*",  # what is logged without it is the first process's, or the same in all
+                ".*all_gather is deprecated.*",
                 ".*in eval mode at the start of training.*",
                 ".*is not supported by the `ModelSummary`.*",
                 ".*`LightningCLI`.*args.*",

@@ -92,7 +92,7 @@ def measure(name: str, what: str | None, setting: Setting) -> dict[str, Any]:
         else:
             assert recipe is not None
             passes = _Recipe(recipe, what, setting, Path(folder))
-        batch, found, tried = _batch(passes, setting, device)
+        batch, found, tried = find_batch(passes, setting, device)
         threads = torch.get_num_threads() if device.type == "cpu" else None
     low, middle, high = np.percentile(found.seconds, [25, 50, 75])
     facts = environment()
@@ -148,7 +148,7 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _batch(
+def find_batch(
     passes: Callable[[int], Measured], setting: Setting, device: torch.device
 ) -> tuple[int, Measured, list[dict[str, Any]]]:
     """The batch, as asked for or found by doubling, what it gives, and what else was tried."""

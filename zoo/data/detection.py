@@ -367,6 +367,9 @@ class RecordSource(Protocol):
     def read_many(self, indices: Sequence[int]) -> list[Record]: ...
 
 
+DRAWN_SIDE = 128  # pixels of a drawn scene, unless said otherwise
+
+
 class ShapesScenes:
     """The embedded world as a detection set: every object with its exact box, mask and keypoints.
 
@@ -380,7 +383,7 @@ class ShapesScenes:
     """
 
     def __init__(
-        self, split: str, length: int, size: int = 128, seed: int = 0, min_visible: float = 0.25, **knobs: Any
+        self, split: str, length: int, size: int = DRAWN_SIDE, seed: int = 0, min_visible: float = 0.25, **knobs: Any
     ) -> None:
         if not 0 <= min_visible <= 1:
             raise ZooError(f"shapes: min_visible must lie in 0..1, got {min_visible}")
@@ -694,8 +697,9 @@ class DetectionDataModule(SeededDataModule):
             raise ZooError(f"{dataset} has no keypoints; for COCO set data.options.annotations to person_keypoints")
 
     def preprocess_facts(self) -> dict[str, Any] | None:
-        """Those of a resize of the shorter side (`size`, at most `longest`), or of none (`size` null); mean and
-        deviation in units of 1; `divisibility` of the padded sides."""
+        """Those of a resize of the shorter side (`size`, at most `longest`), or of none (`size` null); of drawn scenes
+        `size` is their side, so that photos come in the size that was learnt from. Mean and deviation in units of 1;
+        `divisibility` of the padded sides."""
         shared = {
             "kind": "objects",
             "mean": [value / 255 for value in self.mean],
@@ -705,7 +709,8 @@ class DetectionDataModule(SeededDataModule):
         }
         steps = self.eval_transforms or []
         if not steps:
-            return {**shared, "size": None, "longest": None}
+            side = self.options.get("size", DRAWN_SIDE) if self.dataset == "shapes" else None
+            return {**shared, "size": side, "longest": side and 5 * side // 3}
         if len(steps) == 1 and isinstance(steps[0], ResizeShortestEdge) and len(steps[0].sizes) == 1:
             return {**shared, "size": steps[0].sizes[0], "longest": steps[0].max_size}
         return {**shared, "transform": ", ".join(type(step).__qualname__ for step in steps)}

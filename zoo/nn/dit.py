@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
-from torch.nn.functional import dropout, rms_norm, silu
+from torch.nn.functional import dropout, linear, rms_norm, silu
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import ZooError
@@ -443,6 +443,30 @@ class DiT(nn.Module):
             return None
         first = self.context_tokens if without_context else 0
         return self.rope_cos[first:], self.rope_sin[first:]
+
+
+def fold_condition(state: Mapping[str, Tensor], c: Tensor, depth: int) -> dict[str, Tensor]:
+    """The first `depth` blocks of a DiT's state dict under one condition c (D,), as those of an ordinary ViT: adaLN's
+    scales and shifts become those of LayerNorm, and its gates enter the projections behind them.
+
+    For blocks with LayerNorm and shifts, whose adaLN is SiLU and one linear layer, or two with SiLU between.
+    """
+    found: dict[str, Tensor] = {}
+    for name in (f"blocks.{n}" for n in range(depth)):
+        parts = c
+        for layer in ("1", "3"):
+            if (key := f"{name}.adaLN_modulation.{layer}") + ".weight" in state:
+                parts = linear(silu(parts), state[f"{key}.weight"], state[f"{key}.bias"])
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts.chunk(6)
+        for norm, first, last, shift, scale, gate in (
+            ("norm1", "attn.qkv", "attn.proj", shift1, scale1, gate1),
+            ("norm2", "mlp.fc1", "mlp.fc2", shift2, scale2, gate2),
+        ):
+            found |= {f"{name}.{norm}.weight": 1 + scale, f"{name}.{norm}.bias": shift}
+            found |= {f"{name}.{first}.{leaf}": state[f"{name}.{first}.{leaf}"] for leaf in ("weight", "bias")}
+            found[f"{name}.{last}.weight"] = gate[:, None] * state[f"{name}.{last}.weight"]
+            found[f"{name}.{last}.bias"] = gate * state[f"{name}.{last}.bias"]
+    return found
 
 
 # -------------------------------------------------------------------------------------------------- sizes and weights

@@ -128,6 +128,46 @@ class PatchEmbed(nn.Module):
         return linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
 
 
+class SpaceTimePatchEmbed(nn.Module):
+    """Linear embedding of non-overlapping space-time patches: a convolution whose stride is its kernel,
+    (`tubelet_size`, `patch_size`, `patch_size`). `grid` is (moments, rows, columns)."""
+
+    def __init__(
+        self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, num_frames: int, tubelet_size: int = 2
+    ) -> None:
+        super().__init__()
+        if img_size % patch_size or num_frames % tubelet_size:
+            raise ZooError(
+                f"img_size {img_size} must be a multiple of patch_size {patch_size}, and num_frames {num_frames} of"
+                f" tubelet_size {tubelet_size}"
+            )
+        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
+        self.num_frames, self.tubelet_size = num_frames, tubelet_size
+        side = img_size // patch_size
+        self.grid = (num_frames // tubelet_size, side, side)
+        self.num_patches = self.grid[0] * side * side
+        kernel = (tubelet_size, patch_size, patch_size)
+        self.proj = nn.Conv3d(in_chans, embed_dim, kernel, stride=kernel)
+
+    def check(self, videos: Tensor) -> None:
+        """Raises ZooError unless videos are (B, in_chans, num_frames, img_size, img_size)."""
+        wanted = (self.in_chans, self.num_frames, self.img_size, self.img_size)
+        if tuple(videos.shape[1:]) != wanted:
+            raise ZooError(
+                f"the model takes clips of shape {wanted} (channels, frames, height, width), not"
+                f" {tuple(videos.shape[1:])}; set num_frames, img_size and in_chans, or resize"
+            )
+
+    def forward(self, videos: Tensor) -> Tensor:
+        """Clips (B, C, T, H, W) to tokens (B, L, D)."""
+        self.check(videos)
+        return self.proj(videos).flatten(2).transpose(1, 2)
+
+    def embed_patches(self, patches: Tensor) -> Tensor:
+        """Patches (B, K, u*p*p*C) as :func:`zoo.ops.patches.patchify_video` cuts them, to tokens (B, K, D)."""
+        return linear(patches, self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1), self.proj.bias)
+
+
 class VisionTransformer(nn.Module):
     """A ViT classifier with timm's protocol.
 
@@ -139,9 +179,15 @@ class VisionTransformer(nn.Module):
         drop_rate: dropout of the features before the head.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
         grad_checkpointing: recompute activations in the backward pass.
+        class_token: without it, tokens are those of the patches alone.
+        gelu: the exact activation, or its "tanh" approximation.
     """
 
-    __constants__ = ("norms_pooled", "norms_tokens")  # for TorchScript, which leaves out what is not there
+    __constants__ = (
+        "norms_pooled",
+        "norms_tokens",
+        "num_prefix_tokens",
+    )  # for TorchScript, which leaves out what is not there
 
     def __init__(
         self,
@@ -157,16 +203,23 @@ class VisionTransformer(nn.Module):
         drop_path_rate: float = 0.0,
         grad_checkpointing: bool = False,
         drop_rate: float = 0.0,
+        class_token: bool = True,
+        gelu: Literal["exact", "tanh"] = "exact",
     ) -> None:
         super().__init__()
+        if global_pool == "token" and not class_token:
+            raise ZooError("global_pool 'token' wants a class token; 'avg' does without")
+        self.num_prefix_tokens = int(class_token)
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self.grad_checkpointing, self.drop_rate = grad_checkpointing, drop_rate
         # Registered in the order of the official models, by which optimisers group parameters.
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, (img_size // patch_size) ** 2 + 1, embed_dim))
+        token: Any = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.cls_token = token
+        length = (img_size // patch_size) ** 2 + self.num_prefix_tokens
+        self.pos_embed = nn.Parameter(torch.zeros(1, length, embed_dim))
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate, gelu) for rate in rates)
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
         ]
@@ -179,7 +232,8 @@ class VisionTransformer(nn.Module):
             self.fc_norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.apply(_init_linear)
         for token in (self.cls_token, self.pos_embed):
-            nn.init.trunc_normal_(token, std=0.02)
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02)
 
     @property
     def num_layer_ids(self) -> int:
@@ -229,7 +283,9 @@ class VisionTransformer(nn.Module):
 
     def _embed(self, images: Tensor) -> Tensor:
         x = self.patch_embed(images)
-        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        return x + self.pos_embed
 
     @torch.jit.unused
     def _recomputed(self, x: Tensor) -> Tensor:
@@ -250,7 +306,7 @@ class VisionTransformer(nn.Module):
         pooling both are of every token."""
         x = tokens
         if self.global_pool == "avg":
-            x = tokens[:, 1:].mean(dim=1)
+            x = tokens[:, self.num_prefix_tokens :].mean(dim=1)
         elif self.global_pool == "token":
             x = tokens[:, 0]
         if self.norms_pooled:
@@ -294,10 +350,10 @@ class VisionTransformer(nn.Module):
             x = run_blocks(nn.ModuleList([block]), x, self.grad_checkpointing)
             if i in wanted:
                 tokens = self.norm(x) if norm and self.norms_tokens else x
-                patches = tokens[:, 1:]
+                patches = tokens[:, self.num_prefix_tokens :]
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, self.patch_embed.grid).contiguous()
-                found.append((patches, tokens[:, :1]) if return_prefix_tokens else patches)
+                found.append((patches, tokens[:, : self.num_prefix_tokens]) if return_prefix_tokens else patches)
         return found if intermediates_only else (self.norm(x) if self.norms_tokens else x, found)
 
     @torch.jit.ignore
@@ -324,7 +380,7 @@ def _init_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def init_as_linear(conv: nn.Conv2d) -> None:
+def init_as_linear(conv: nn.Conv2d | nn.Conv3d) -> None:
     """Xavier-uniform weights for a patch embedding, counted as the linear layer that it is."""
     fan_in, fan_out = conv.weight[0].numel(), conv.weight.shape[0]
     bound = math.sqrt(6 / (fan_in + fan_out))

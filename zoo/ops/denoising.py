@@ -299,11 +299,22 @@ def sample_path(
         yield x
 
 
+def _generators(noise: Tensor) -> list[torch.Generator]:
+    """One for each sample of `noise` (B, ...), seeded by its content."""
+    rows = [row.detach().float().cpu().contiguous().numpy().tobytes() for row in noise]
+    return [torch.Generator().manual_seed(zlib.crc32(row)) for row in rows]
+
+
+def noise_stream(noise: Tensor) -> Iterator[Tensor]:
+    """Endless tensors like `noise` (B, ...), each sample's a function of its noise alone; one is held at a time."""
+    generators, shape = _generators(noise), noise.shape[1:]
+    while True:
+        yield torch.stack([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators]).to(noise)
+
+
 def step_noises(noise: Tensor, count: int) -> list[Tensor]:
     """`count` tensors like `noise` (B, ...), each sample's a function of its noise alone."""
     rows = []
-    for row in noise:
-        seed = zlib.crc32(row.detach().float().cpu().contiguous().numpy().tobytes())
-        generator = torch.Generator().manual_seed(seed)
+    for row, generator in zip(noise, _generators(noise), strict=True):
         rows.append(torch.randn(count, *row.shape, generator=generator, dtype=torch.float32))
     return list(torch.stack(rows, dim=1).to(noise)) if count else []

@@ -4,7 +4,7 @@ it: z_t = sqrt(abar_t) x + sqrt(1 - abar_t) e for t = 0 ... T - 1; the noise is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -177,7 +177,7 @@ class Diffusion:
         return torch.where(t == 0, first.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
 
     def ancestral(
-        self, network: Callable[[Tensor, Tensor], Tensor], z: Tensor, noises: Sequence[Tensor], clip: bool = False
+        self, network: Callable[[Tensor, Tensor], Tensor], z: Tensor, noises: Iterable[Tensor], clip: bool = False
     ) -> Iterator[Tensor]:
         """The states of DDPM's sampler from z (B, ...), a step and a noise each; the last step adds none.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,31 @@ def random_masking(noise: Tensor, mask_ratio: float) -> Masking:
     ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)
     return Masking(ids_shuffle[:, :keep], ids_shuffle[:, keep:], ids_restore, (ids_restore >= keep).to(noise.dtype))
+
+
+def centre_masking(grid: Sequence[int], count: int, share: float = 0.5) -> Masking:
+    """Hide the middle of a `grid` (rows, columns), or of each moment of one (moments, rows, columns): round(share * n)
+    of n rows and columns, alike for `count` samples. On the CPU, `mask` in float32.
+
+    Raises:
+        ZooError: the middle is nothing, or everything.
+    """
+    rows, columns = grid[-2:]
+    tall, wide = round(rows * share), round(columns * share)
+    top, left = (rows - tall) // 2, (columns - wide) // 2
+    hidden = torch.zeros(rows, columns)
+    hidden[top : top + tall, left : left + wide] = 1
+    if not 0 < hidden.sum() < hidden.numel():
+        raise ZooError(f"the middle {share} of {rows}x{columns} patches is none, or all of them")
+    mask = hidden.expand(*grid).reshape(1, -1).repeat(count, 1)
+    order = mask.argsort(dim=1, stable=True)
+    keep = int((mask[0] == 0).sum())
+    return Masking(order[:, :keep], order[:, keep:], order.argsort(dim=1), mask)
+
+
+def put_tokens(tokens: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+    """`tokens` (B, L, D) with `values` (B, K, D) in their places at positions `ids` (B, K)."""
+    return tokens.scatter(1, ids.unsqueeze(-1).expand_as(values), values.to(tokens.dtype))
 
 
 def take_tokens(tokens: Tensor, ids: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ Deviations from the official PyTorch code, none of which changes a value:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from zoo.errors import ZooError
-from zoo.nn.vit import NORM_EPS, Block, PatchEmbed, VisionTransformer, init_as_linear, run_blocks
-from zoo.ops.masking import Masking, random_masking, take_tokens, tokens_at
+from zoo.nn.masked import MaskedEncoder
+from zoo.nn.vit import NORM_EPS, Block, VisionTransformer, init_as_linear, run_blocks
+from zoo.ops.masking import random_masking, take_tokens, tokens_at
 from zoo.ops.patches import patchify, unpatchify
-from zoo.ops.pos_embed import resize_pos_embed, sincos_2d
+from zoo.ops.pos_embed import resize_pos_embed
 from zoo.ops.sheet import titled_sheet
 from zoo.training import BaseModule, Classification, LinearClassification, Optim, probe_head
 from zoo.weights.pretrained import fill, read_source
@@ -80,7 +81,7 @@ def reconstruction_loss(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- 2. network
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(MaskedEncoder):
     """The asymmetric encoder and decoder.
 
     Args:
@@ -90,6 +91,8 @@ class MaskedAutoencoder(nn.Module):
     """
 
     export_part = "forward_features"
+    pos_embed: nn.Parameter
+    decoder_pos_embed: nn.Parameter
 
     def __init__(
         self,
@@ -106,15 +109,17 @@ class MaskedAutoencoder(nn.Module):
         norm_pix_loss: bool = True,
         grad_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        self.norm_pix_loss, self.grad_checkpointing = norm_pix_loss, grad_checkpointing
-        self.embed_dim = embed_dim
-
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
-
+        super().__init__(
+            img_size,
+            patch_size,
+            in_chans,
+            embed_dim,
+            depth,
+            num_heads,
+            mlp_ratio,
+            grad_checkpointing=grad_checkpointing,
+        )
+        self.norm_pix_loss = norm_pix_loss
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
         self.decoder_blocks = nn.ModuleList(
@@ -123,10 +128,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=NORM_EPS)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
 
-        # Fixed tables, stored as parameters because the published files hold them so.
-        grid = self.patch_embed.grid
-        self.pos_embed = nn.Parameter(sincos_2d(embed_dim, grid, num_prefix=1), requires_grad=False)
-        self.decoder_pos_embed = nn.Parameter(sincos_2d(decoder_embed_dim, grid, num_prefix=1), requires_grad=False)
+        self.add_positions("decoder_pos_embed", decoder_embed_dim)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -138,36 +140,9 @@ class MaskedAutoencoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    @property
-    def patch_size(self) -> int:
-        return self.patch_embed.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.patch_embed.num_patches
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
     def target(self, patches: Tensor) -> Tensor:
         """What the decoder is to predict for `patches` (B, L, P)."""
         return normalize_patches(patches) if self.norm_pix_loss else patches
-
-    def _mask(self, images: Tensor, mask_ratio: float, noise: Tensor | None) -> tuple[Tensor, Masking]:
-        """The patches (B, L, P) of `images` and which of them stay."""
-        self.patch_embed.check(images)
-        if noise is None:
-            noise = torch.rand(len(images), self.num_patches, device=images.device)
-        elif noise.shape != (len(images), self.num_patches):
-            raise ZooError(f"mask noise must be {(len(images), self.num_patches)}, not {tuple(noise.shape)}")
-        return patchify(images, self.patch_size), random_masking(noise, mask_ratio)
-
-    def _encode(self, patches: Tensor, positions: Tensor) -> Tensor:
-        """Patches (B, K, P) with their rows of the position table (B or 1, K, D) to latent tokens (B, 1 + K, D)."""
-        x = self.patch_embed.embed_patches(patches) + positions
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        x = run_blocks(self.blocks, torch.cat([cls, x], dim=1), self.grad_checkpointing)
-        return self.norm(x)
 
     def _decode(self, latent: Tensor, ids_shuffle: Tensor, last: int | None = None) -> Tensor:
         """Latent tokens (B, 1 + K, D) to predictions (B, 1 + L, P) in shuffled order, or of the `last` tokens only."""
@@ -223,11 +198,6 @@ class MaskedAutoencoder(nn.Module):
         pred = self._decode(latent, torch.cat([kept, masked], dim=1), last=hidden)
         target = self.target(take_tokens(patches, masked))
         return mse_loss(pred.to(target.dtype), target)
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Encoder tokens (B, 1 + L, D) of whole images, class token first, in the grid's order, normalised."""
-        self.patch_embed.check(images)
-        return self._encode(patchify(images, self.patch_size), self.pos_embed[:, 1:])
 
     @torch.no_grad()
     def reconstruct(
@@ -512,17 +482,22 @@ def convert_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def load_encoder(network: VisionTransformer, source: str | Path) -> None:
+def load_encoder(
+    network: VisionTransformer,
+    source: str | Path,
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = convert_official,
+) -> None:
     """Fill the encoder of `network` from a pre-training run; decoder and head of the source are left out.
 
     Args:
         network: any size; position embeddings are resized to its grid, its head and `fc_norm` stay as they are.
         source: a checkpoint of :class:`MAEPretraining` (.ckpt), a published file, or the name of published weights.
+        convert: puts the source's keys into our names.
 
     Raises:
         ZooError: the file is missing, or its encoder is not of this network's shape.
     """
-    state = {key: value for key, value in convert_official(read_source(source)).items() if _ENCODER.fullmatch(key)}
+    state = {key: value for key, value in convert(read_source(source)).items() if _ENCODER.fullmatch(key)}
     if network.global_pool == "avg":
         state = {key: value for key, value in state.items() if not key.startswith("norm.")}
     if "pos_embed" in state:

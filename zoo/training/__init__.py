@@ -8,6 +8,7 @@ from zoo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from zoo.training.classification import Classification, LinearClassification
 from zoo.training.ema import EMA, choose_average, evaluation_weights, half_life_decay
 from zoo.training.error_analysis import ErrorAnalysis
+from zoo.training.inpainting import Inpainting
 from zoo.training.lars import LARC, LARS
 from zoo.training.measures import FactorAccuracy, GivenBoxMasks, GradientSpread, Instability, UnitDeletion, ViewVariance
 from zoo.training.muon import Muon, NAdam
@@ -31,6 +32,7 @@ __all__ = [
     "Freeze",
     "GivenBoxMasks",
     "GradientSpread",
+    "Inpainting",
     "Instability",
     "KNNProbe",
     "LastCheckpoint",

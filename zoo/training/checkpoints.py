@@ -159,13 +159,22 @@ def _validates(trainer: L.Trainer, epoch: int, batches: int, total: int) -> bool
 
 
 def take_up(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Under `max_steps` Lightning takes every state up as one inside an epoch: puts one between two epochs so."""
+    """Under `max_steps` Lightning takes every state up as one inside an epoch: puts one between two epochs so. A state
+    behind the last batch of an epoch is put between two where another number of processes goes on from it: an epoch
+    has another number of batches there."""
     fit = (checkpoint.get("loops") or {}).get("fit_loop")
     if fit is None:
         return
     epoch, batch = fit["epoch_progress"]["current"], fit["epoch_loop.batch_progress"]
     between = len(set(epoch.values())) == 1 and batch["current"]["ready"] == batch["current"]["completed"] > 0
-    if trainer.max_steps != -1 and between:
+    loaders = [state for state in fit["state_dict"].get("combined_loader", []) if isinstance(state, dict)]
+    others = any(state.get("processes", trainer.world_size) != trainer.world_size for state in loaders)
+    if others and all(state.get("batches") == state.get("of") for state in loaders):
+        for key in ("processed", "completed"):
+            _shift(fit["epoch_progress"], epoch["started"] - epoch[key], key)
+        batch["current"] = dict.fromkeys(batch["current"], 0)
+        fit["epoch_loop.state_dict"]["_batches_that_stepped"] = standing(checkpoint)["steps"]
+    elif trainer.max_steps != -1 and between:
         _shift(batch, -1, "completed")  # so it starts the counts of the epoch anew
         batch["is_last_batch"] = False
         fit["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # and counts this one again

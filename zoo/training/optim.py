@@ -273,8 +273,14 @@ def make_optimizer(groups: list[dict[str, Any]], optim: Optim, lr: float, fused:
         kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
         return kind(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=fused or None)
     if optim.name == "sgd":
-        swing = {"momentum": optim.momentum, "dampening": optim.dampening, "nesterov": optim.nesterov}
-        return torch.optim.SGD(groups, lr=lr, **swing, fused=fused or None)
+        return torch.optim.SGD(
+            groups,
+            lr=lr,
+            momentum=optim.momentum,
+            dampening=optim.dampening,
+            nesterov=optim.nesterov,
+            fused=fused or None,
+        )
     if optim.name == "muon":
         return Muon(groups, lr=lr, betas=optim.betas, eps=optim.eps, momentum=optim.muon_momentum)
     if optim.name == "nadam":

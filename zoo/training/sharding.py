@@ -34,7 +34,8 @@ def is_sharded(value: Any) -> bool:
 
 def whole(value: Tensor) -> Tensor:
     """`value` in full; call it on every process."""
-    return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
+    shared: Any = value
+    return shared.full_tensor() if is_sharded(value) else value
 
 
 def share_like(value: Tensor, like: Tensor) -> Tensor:
