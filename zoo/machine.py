@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from zoo.errors import ZooError
+
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 
@@ -50,6 +52,29 @@ def peak_memory(device: Any = "cpu") -> int | None:
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def device_of(name: str | None) -> Any:
+    """The torch device of a name such as cpu, cuda or cuda:1; None or "auto": the GPU where there is one.
+
+    Raises:
+        ZooError: no such device here.
+    """
+    import torch
+
+    if name in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(str(name))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ZooError(f"--device is cpu, cuda or cuda:N, not {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ZooError(f"--device {name}: torch sees no GPU here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ZooError(f"--device {name}: torch sees {torch.cuda.device_count()} of them here")
+    return device
 
 
 def package_version(name: str) -> str | None:

@@ -138,3 +138,14 @@ def test_texts_clips_and_what_cannot_be_read(here: Path, capsys: pytest.CaptureF
         assert main(["embed", *words]) == 2
         assert line in capsys.readouterr().err
     assert not list(here.glob("x.npz*"))
+
+
+def test_no_such_device_and_a_spoilt_note_are_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("foo", "meta", f"cuda:{torch.cuda.device_count() + 7}"):
+        assert main(["embed", "runs:mae", "photos", "-o", "none.npz", "--device", device]) == 2
+        assert capsys.readouterr().err.startswith("zoo: --device")
+    assert not Path("none.npz.parts").exists()
+    Path("spoilt.npz.parts").mkdir()
+    Path("spoilt.npz.parts/job.json").write_text("{")
+    assert main(["embed", "runs:mae", "photos", "-o", "spoilt.npz"]) == 2
+    assert "holds parts of another job" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from torchvision.io import write_png
 import zoo
 from tests.command.runs_of_all import folder_with
 from tests.data.test_detection_data import content, write_set
+from zoo.command import finetune
 from zoo.command.cli import main
 from zoo.command.finetune import from_card
 from zoo.data import ImageDataModule
@@ -148,3 +149,40 @@ def test_published_weights_find_their_task(name: str, task: str, options: dict[s
     assert start.task.__name__ == task
     assert start.source == name
     assert {key: start.options[key] for key in options} == options
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pets/cat", "--epochs", "1"], "has no classes"),
+        (["objects"], "is a set of pictures with boxes"),
+        (["alone"], "one class alone, 'dog'"),
+        (["pets", "--lr", "inf"], "--lr is a number above 0"),
+        (["pets", "--name", "../../x"], "cannot name a folder under runs/"),
+    ],
+)
+def test_what_trains_nothing(words: list[str], said: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "alone" / "dog").mkdir(parents=True, exist_ok=True)
+    for n in range(4):
+        write_png(torch.zeros(3, 32, 32, dtype=torch.uint8), str(here / "alone" / "dog" / f"{n}.png"))
+    assert main(["finetune", "runs:preact_resnet", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_options_of_a_fit_are_handed_on() -> None:
+    words = [
+        "--logger",
+        "csv",
+        "--logger",
+        "wandb",
+        "runs:x",
+        "--trainer.devices",
+        "4",
+        "pets",
+        "--report=false",
+        "--lr",
+        "1",
+    ]
+    own, further = finetune._split(words)
+    assert own == ["runs:x", "pets", "--lr", "1"]
+    assert further == ["--logger", "csv", "--logger", "wandb", "--trainer.devices", "4", "--report=false"]

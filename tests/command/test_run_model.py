@@ -157,6 +157,121 @@ def test_what_is_refused(here: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         zoo.create_model("runs:preact_resnet", num_classes=3)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.init_args.train_transform", "foreign.Transform"),  # a string is a class path too
+        ("data.init_args.train_transform", "settings.yaml"),
+        ("data", "foreign.Transform"),
+        ("trainer.callbacks", ["foreign.Transform"]),
+        ("module", "foreign.py"),
+    ],
+)
+def test_a_strangers_settings_import_nothing(
+    key: str,
+    value: Any,
+    here: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, run, done = find_checkpoint("runs:preact_resnet"), tmp_path / "run", tmp_path / "done"
+    (run / "checkpoints").mkdir(parents=True)
+    code = f"import pathlib, torch\npathlib.Path({str(done)!r}).touch()\nclass Transform(torch.nn.Module):\n    pass\n"
+    for folder in (tmp_path, run):
+        (folder / "foreign.py").write_text(code)
+    (tmp_path / "settings.yaml").write_text("class_path: foreign.Transform\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tree = config = yaml.safe_load((path.parent.parent / "config.yaml").read_text())
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree[parent]
+    tree[last] = str(tmp_path / value) if value == "settings.yaml" else value
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    content = torch.load(path, weights_only=True)
+    bare = {name: part for name, part in content.items() if name != "zoo_model"}  # whose config is asked
+    torch.save(bare, run / "checkpoints" / "last.ckpt")
+    recipe = {**content["zoo_model"]["recipe"], "data": config["data"]}
+    torch.save({**content, "zoo_model": {**content["zoo_model"], "recipe": recipe}}, tmp_path / "other.ckpt")
+    refused = [["test", str(run)], ["fit", str(run)], ["benchmark", str(run), "train"]]
+    refused += [["test", str(tmp_path / "other.ckpt")]] if parents[:1] == ["data"] else []
+    for words in refused:
+        assert main(words) == 2
+        assert ("names a file of Python" if key == "module" else "foreign.Transform") in _line(capsys)
+    main(["finetune", str(tmp_path / "other.ckpt"), "photos"])
+    assert main(["show", str(run)]) == 0
+    assert not done.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("zoo_model", "x", "zoo_model is 'x'"),
+        ("zoo_model.recipe", "x", "zoo_model.recipe is 'x'"),
+        ("zoo_model.recipe.data", "x", "zoo_model.recipe.data is 'x'"),
+        ("zoo_model.recipe.name", 7, "zoo_model.recipe.name is '7'"),
+        ("zoo_model.classes", [{}, 2], "a name of zoo_model.classes"),
+        ("zoo_model.preprocess.size", 10**9, "at a size of 1000000000"),
+        ("zoo_model.preprocess.crop_pct", 1e-9, "at a size / crop_pct of"),
+        ("zoo_model.preprocess.mean", ["x"], "not told as it should be"),
+        ("zoo_model.preprocess.std", [0.0, 0.0, 0.0], "deviations are above 0"),
+        ("zoo_model.versions", {"zoo": {}}, "versions.zoo: "),
+        ("hyper_parameters", "x", "hyper_parameters is 'x'"),
+    ],
+)
+def test_facts_that_the_zoo_does_not_write(
+    key: str, value: Any, said: str, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(find_checkpoint("runs:preact_resnet"), weights_only=True)
+    *parents, last = key.split(".")
+    tree = content
+    for parent in parents:
+        tree = tree[parent]
+    tree[last] = value
+    torch.save(content, tmp_path / "odd.ckpt")
+    command = ["push", str(tmp_path / "folder")] if last == "versions" else ["predict", "photos/0.png"]
+    assert main([command[0], str(tmp_path / "odd.ckpt"), command[1]]) == 2
+    assert said in _line(capsys)
+
+
+def test_fewer_names_than_classes(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = torch.load(find_checkpoint("runs:preact_resnet"), weights_only=True)
+    content["zoo_model"]["classes"] = ["only\x1b[2J"]
+    torch.save(content, tmp_path / "odd.ckpt")
+    assert main(["predict", str(tmp_path / "odd.ckpt"), "photos/0.png", "--top=10"]) == 0
+    out = capsys.readouterr().out
+    assert "class 9" in out
+    assert "only [2J" in out
+
+
+def test_photos_are_turned_upright_as_in_the_data(here: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    shade = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+    for n in range(20):
+        (tmp_path / "set" / "ab"[n % 2]).mkdir(parents=True, exist_ok=True)
+        shade.save(tmp_path / "set" / "ab"[n % 2] / f"{n}.jpg", exif=exif)
+    samples: Any = ImageDataModule(str(tmp_path / "set"), image_size=32).samples("val")
+    batch = samples.__getitems__([0])["image"][0]
+    assert batch.std(dim=-1).mean() > 10 * batch.std(dim=-2).mean()  # the gradient lies on its side
+
+
+def test_to_look_at_a_strangers_run_fetches_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = yaml.safe_load((find_checkpoint("runs:preact_resnet").parent.parent / "config.yaml").read_text())
+    config["data"]["init_args"]["dataset"] = "hf://someone/set"
+    asked: list[Any] = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *words, **named: asked.append(words))
+    run = Path("fetching/checkpoints")
+    run.mkdir(parents=True)
+    Path("fetching/config.yaml").write_text(yaml.safe_dump(config))
+    content = torch.load(find_checkpoint("runs:preact_resnet"), weights_only=True)
+    torch.save({name: part for name, part in content.items() if name != "zoo_model"}, run / "last.ckpt")
+    assert open_run("fetching").facts["data"] is None
+    assert not asked
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("name", ["state_dict", "model"])  # as strategies of several devices name it
 def test_a_sharded_checkpoint(name: str, here: Path, tmp_path: Path) -> None:

@@ -152,6 +152,8 @@ def test_what_is_broken_or_missing_is_left_out(name: str, spoil: Callable[[Path]
         ("result.json", {"verdict": {"verdict": "worse", "row": EVIL, "measured": "x"}}),
         ("config.yaml", {"model": 7, "trainer": [EVIL], "data": None}),
         ("errors_val.json", {"confusion": [[0, 1, 0], [1, "x", 2], 3], "ap": {"box": {"a": None}}, "worst": [1, {}]}),
+        ("errors_val.json", {"classes": 5, "confusion": [[0, 1, 2]]}),
+        ("errors_val.json", {"ap": {"box": [1]}}),
     ],
 )
 def test_odd_contents_break_no_page(name: str, content: Any, tmp_path: Path) -> None:

@@ -122,6 +122,20 @@ def test_what_someone_else_wrote_is_checked(facts: dict[str, Any], line: str, ru
     assert "\n" not in str(told.value)
 
 
+def test_nan_is_refused_and_shown_commands_name_the_folder(run: Path, tmp_path: Path, capsys: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = hub.write(open_run(str(run)), tmp_path / "my model")
+    assert main(["show", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert f"zoo predict '{folder}'" in shown
+    assert "zoo test" not in shown  # it has no data
+    state = load_file(folder / hub.WEIGHTS)
+    save_file({name: value * float("nan") for name, value in state.items()}, folder / hub.WEIGHTS)
+    with pytest.raises(ZooError, match="holds NaN"):
+        zoo.create_model(str(folder))
+
+
 class _Hub(BaseHTTPRequestHandler):
     """The routes that a push and a download take: create, preupload, commit, resolve."""
 

@@ -108,6 +108,7 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path: Path, monkeyp
         (["preact_resnet18", "-o", "x.pt2"], "name the weights"),
         (["preact_resnet20_cifar", "-o", "x.pt2", "--untrained", "--batch", "0"], "a batch is 1 or more"),
         (["preact_resnet20_cifar", "-o", "x.pt2", "--untrained", "--part", "tail"], "no part 'tail'; it has"),
+        (["preact_resnet20_cifar", "-o", "x.pt2", "--untrained", "--size", "-5"], "--size is 1 or more"),
         (["runs:last", "-o", "x.pt2"], "`zoo fit RECIPE` first"),
         (["preact_resnet20", "-o", "x.pt2"], "unknown model"),
     ],

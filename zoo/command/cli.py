@@ -253,7 +253,9 @@ def _data_parsers(data: argparse.ArgumentParser) -> None:
         ("stats", "the statistics of a dataset's pictures that FID compares with", _data_stats),
         ("patch_pca", "the principal axes of the patches of a dataset's pictures", _data_patch_pca),
     ):
-        one = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        written = {"check": "", "latents": " -o latents", "stats": " -o stats.npz", "patch_pca": " -o axes.safetensors"}
+        epilog = f"example: zoo data {name} ./my_folder{written[name]}"
+        one = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=epilog)
         one.add_argument("dataset", help="a dataset's name or a folder")
         one.add_argument("--data_dir", help="where the named dataset lies")
         one.set_defaults(do=do)
@@ -342,7 +344,7 @@ def _run_again(command: str, name: str, words: list[str], debug: bool) -> int:
 
     rest = [word for position, word in enumerate(words) if position != words.index(name)]
     model = open_run(name)
-    with recipe_of(model) as path:
+    with recipe_of(model, rest) as path:
         return recipes.run(command, str(path), ["--ckpt_path", str(model.checkpoint), *rest], debug)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoo.data.shown import name_of
+from zoo.data.shown import strip as frames_beside
 from zoo.ops.sheet import drawable
 
 # Lines between COCO's 17 keypoints of a person.
@@ -41,7 +43,7 @@ def draw_objects(picture: Tensor, found: Mapping[str, Tensor], names: Sequence[s
     drawn = draw_bounding_boxes(drawn, found["boxes"][order], colors=[colors[n] for n in order], width=line)
     if "keypoints" in found:
         drawn = _draw_keypoints(drawn, found["keypoints"], colors, line)
-    labels = [label_name(names, int(k)) for k in found["labels"]]
+    labels = [name_of(names, int(k)) for k in found["labels"]]
     if "scores" in found:
         labels = [f"{label} {score:.0%}" for label, score in zip(labels, found["scores"], strict=True)]
     return _draw_labels(drawn, found["boxes"], labels, colors, order)
@@ -89,10 +91,6 @@ def _draw_labels(
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
 
 
-def label_name(names: Sequence[str] | None, label: int) -> str:
-    return names[label] if names is not None else f"class {label}"
-
-
 def draw_classes(picture: Tensor, rows: Sequence[Mapping[str, Any]]) -> Tensor:
     """The picture (3, H, W) uint8, small ones enlarged, and under it a bar for each of the `rows` {"label",
     "probability"}."""
@@ -121,8 +119,7 @@ def draw_classes(picture: Tensor, rows: Sequence[Mapping[str, Any]]) -> Tensor:
 
 def strip(clip: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Frames of a normalised clip (3, T, H, W) beside each other, uint8 (3, H, W')."""
-    some = torch.linspace(0, clip.shape[1] - 1, min(_FRAMES, clip.shape[1])).long()
     shift, scale = (torch.tensor(x)[:, None, None, None] for x in (mean, std))
     zoom = max(1, 96 // min(clip.shape[-2:]))
-    frames = ((clip[:, some] * scale + shift).clamp(0, 1) * 255).round().to(torch.uint8)
-    return torch.cat(list(frames.unbind(1)), dim=-1).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    frames = ((clip * scale + shift).clamp(0, 1) * 255).round().to(torch.uint8)
+    return frames_beside(frames, min(_FRAMES, clip.shape[1])).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)

@@ -25,6 +25,7 @@ from zoo.data.files import read_text
 from zoo.data.sources import EXTENSIONS as PICTURES
 from zoo.data.video_reader import EXTENSIONS as VIDEOS
 from zoo.errors import MissingPackage, ZooError
+from zoo.machine import device_of
 from zoo.weights.pretrained import create_model, create_preprocess, fetch_weights
 from zoo.weights.runs import RunModel, is_run, open_run
 
@@ -62,6 +63,7 @@ def main(words: Sequence[str]) -> int:
         raise ZooError("--batch and --processes are 1 or more")
     if given.out.suffix == ".parquet":
         _arrow()
+    device_of(given.device)
     rank, world = _place()
     if given.processes > 1 and world > 1 and _SHARE not in os.environ:
         raise ZooError("torchrun says how many processes there are: leave --processes out")
@@ -146,7 +148,10 @@ class _Job:
         """The folder of the parts is this job's; it may hold some already."""
         note = self.place / "job.json"
         if note.is_file():
-            if json.loads(note.read_text(encoding="utf-8")) != self.facts:
+            found = None
+            with contextlib.suppress(OSError, ValueError):
+                found = json.loads(note.read_text(encoding="utf-8"))
+            if found != self.facts:
                 raise ZooError(
                     f"{self.place} holds parts of another job (another model, folder or batch); remove it, or give"
                     " another -o"
@@ -176,8 +181,7 @@ class _Job:
             files.write_text(self.place / f"{rank}.done", _launch())
 
     def _make_all(self, mine: Sequence[int], total: int) -> None:
-        device = self.given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.load(device)
+        self.model.load(device_of(self.given.device))
         with progress(total, "embed") as bar:
             for n in mine:
                 self._make(n)
@@ -271,7 +275,7 @@ class _Features:
         self.fingerprint = f"{_digest(source)}{'' if use_ema is None else f' ema {use_ema}'}"
         self._call: Callable[[Any], Tensor] | None = None
         self._prepare: Callable[[Any], Any] | None = None
-        self.device = "cpu"
+        self.device = torch.device("cpu")
 
     def listed(self, folder: Path) -> tuple[list[str], list[Any]]:
         """The names of what is embedded, relative to the folder, and what is read of each."""
@@ -287,7 +291,7 @@ class _Features:
             raise ZooError(f"{folder}: holds no {self.what} ({', '.join(endings[:5])})")
         return [path.relative_to(folder).as_posix() for path in found], found
 
-    def load(self, device: str) -> None:
+    def load(self, device: torch.device) -> None:
         """Makes the network ready on a device."""
         self.device = device
         if self.run is None:

@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace, extra: list[str]) -> int:
 
     if Path(arguments.out).suffix not in (".pt2", ".onnx"):  # not after a download
         raise ZooError(f"-o writes .pt2 or .onnx, not {arguments.out!r}")
+    if arguments.size is not None and arguments.size < 1:
+        raise ZooError(f"--size is 1 or more, not {arguments.size}")
     from zoo.weights import export
     from zoo.weights.source import open_source
 

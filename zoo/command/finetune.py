@@ -26,7 +26,7 @@ from zoo.training import Classification, LinearClassification
 from zoo.training.detection import Detection
 from zoo.training.video import ActionDetection, MultiLabelVideoClassification, VideoClassification
 from zoo.weights.pretrained import Architecture, paper_module, shapes
-from zoo.weights.runs import RunModel, check_class_paths, is_run, open_run
+from zoo.weights.runs import RunModel, check_class_paths, is_run, open_run, strangers_settings
 
 # Settings of a recipe's data that are about its own set, or are said anew.
 _OF_DATASET = {"dataset", "data_dir", "options", "train_samples", "batch_size", "num_workers", "seed", "epoch_samples"}
@@ -47,7 +47,7 @@ def parser() -> Parser:
         prog="zoo finetune",
         description="Trains a model on a folder of yours, from published weights or from a run.",
         epilog="zoo finetune runs:mae ./flowers --epochs 20; zoo finetune mask_rcnn_r50_fpn.coco_3x ./coco_like."
-        " Further options go to the recipe: --trainer.devices 4 --data.num_workers 2 --model.label_smoothing 0",
+        " Further options go to the recipe: --trainer.devices 4 --data.num_workers 2 --logger csv",
     )
     found.add_argument("model", help="published weights, a model's name, or a run: runs/..., runs:RECIPE, a checkpoint")
     found.add_argument(
@@ -68,25 +68,31 @@ def main(words: Sequence[str], debug: bool = False) -> int:
     own, further = _split(words)
     given = parser().parse_args(own)
     for name in ("epochs", "lr", "batch"):
-        if (value := getattr(given, name)) is not None and not value > 0:
+        if (value := getattr(given, name)) is not None and not 0 < value < math.inf:
             raise ZooError(f"--{name} is a number above 0, not {value}")
     start = _start(given.model, given.weights)
     data = _count(given.folder, given.data_dir, start, further)
     recipe, said = _recipe(start, data, given)
-    name = safe_name(f"finetune/{given.name or _label(given.model, given.folder)}", "finetune/run")
+    name = safe_name(f"finetune/{given.name or _label(given.model, given.folder)}", "")
+    if not name:
+        raise ZooError(f"--name {given.name}: cannot name a folder under runs/")
     print("\n".join(said), flush=True)
     with tempfile.TemporaryDirectory(prefix="zoo-") as place:
         path = Path(place) / "recipe.yaml"
         text = yaml.safe_dump(recipe, sort_keys=False)
         path.write_text(f"# recipe: {name}\n{text}", encoding="utf-8")
-        code = recipes.run("fit", str(path), further, debug)
+        with strangers_settings(*further):
+            code = recipes.run("fit", str(path), further, debug)
     if code == 0 and not any(word.startswith("--trainer.fast_dev_run") for word in further):
         print(f"the recipe is the run's config.yaml; use it as runs:{name}: zoo predict runs:{name} FILE -o OUT.png")
     return code
 
 
+_OF_FIT = ("--seed_everything", "--config", "--average", "--logger", "--report", "--ckpt_path", "--new_run")
+
+
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our own words, and those of the recipe: options with a dot in them, with their values."""
+    """Our own words, and those of the recipe: options with a dot in them and those of a fit, with their values."""
     own: list[str] = []
     further: list[str] = []
     position = 0
@@ -94,7 +100,7 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
         word = words[position]
         position += 1
         key, equals, _ = word.partition("=")
-        if key.startswith("--") and ("." in key or key in ("--seed_everything", "--config", "--average")):
+        if key.startswith("--") and ("." in key or key in _OF_FIT):
             further.append(word)
             if not equals and position < len(words) and not words[position].startswith("--"):
                 further.append(words[position])
@@ -403,8 +409,13 @@ def _count(folder: str, data_dir: str | None, start: Start, further: Sequence[st
         train, held = (len(open_part(layout, split)) for split in ("train", "val"))
         names, parts = layout.class_names, list(layout.parts)
     else:
+        from zoo.data.check import coco_of
         from zoo.data.sources import describe, open_source, split_names
 
+        if path.is_dir() and coco_of(dataset, None, carded=False) is not None:
+            raise ZooError(
+                f"{folder} is a set of {_WHAT['objects']}; {start.task.__name__} learns from {_WHAT['image']}"
+            )
         names = describe(dataset, data_dir).class_names
         train, held = (len(open_source(dataset, split, data_dir)) for split in ("train", "val"))
         parts = split_names(dataset, data_dir)
@@ -413,6 +424,8 @@ def _count(folder: str, data_dir: str | None, start: Start, further: Sequence[st
         train = min(train, int(limit))
     if not names:
         raise ZooError(f"{folder}: has no classes; a folder a class gives them")
+    if len(names) == 1 and start.kind != "objects":
+        raise ZooError(f"{folder}: has one class alone, {names[0]!r}: there is nothing to tell apart")
     return Data(dataset, data_dir, train, held, len(names), any(part != "train" and part != "all" for part in parts))
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from zoo import catalog, files
 from zoo.command.common import progress
-from zoo.command.drawing import draw_classes, draw_objects, label_name, strip
+from zoo.command.drawing import draw_classes, draw_objects, strip
+from zoo.data.shown import name_of
 from zoo.data.sources import EXTENSIONS as PICTURES
 from zoo.data.sources import read_image
 from zoo.data.text import WordPiece, prompts
@@ -361,7 +362,7 @@ def _top(likely: Tensor, names: Sequence[str] | None, count: int) -> list[dict[s
     names = _class_names(len(likely)) if names is _IMAGENET else names
     best = likely.topk(min(count, len(likely)))
     return [
-        {"label": label_name(names, k), "index": k, "probability": p}
+        {"label": name_of(names, k), "index": k, "probability": p}
         for p, k in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
 
@@ -524,7 +525,7 @@ def find_objects(net: Callable[[Any], Any], picture: Tensor, prepare: Any, thres
 def _objects(found: Mapping[str, Tensor], names: Sequence[str] | None) -> list[dict[str, Any]]:
     rows = []
     for n, (label, score, box) in enumerate(zip(found["labels"], found["scores"], found["boxes"], strict=True)):
-        row: dict[str, Any] = {"label": label_name(names, int(label)), "index": int(label), "score": float(score)}
+        row: dict[str, Any] = {"label": name_of(names, int(label)), "index": int(label), "score": float(score)}
         row["box"] = [round(value, 2) for value in box.tolist()]
         if "keypoints" in found:
             row["keypoints"] = [[round(v, 2) for v in point] for point in found["keypoints"][n, :, :2].tolist()]

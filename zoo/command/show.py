@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def _describe_run(name: str) -> dict[str, Any]:
     from zoo.weights.runs import open_run
 
     run = open_run(name)
-    facts, place = dict(run.facts), str(run.folder or run.checkpoint)
+    facts, place = dict(run.facts), shlex.quote(str(run.folder or run))
     recipe, task = facts.pop("recipe") or {}, run.task_class
     kind, options = (facts["preprocess"] or {}).get("kind"), facts.pop("options")
     config = run.folder is not None and (run.folder / "config.yaml").is_file()
@@ -152,7 +153,8 @@ def _describe_run(name: str) -> dict[str, Any]:
     elif run.classes is None and not hasattr(task, "picture") and kind != "grid":
         commands = []
     commands += [f"zoo embed {place} FOLDER -o FEATURES.npz"] if hasattr(task, "features") else []
-    commands += [f"zoo {verb} {place}" for verb in ("test", *(["fit"] if config else []))]
+    tested = config or (recipe.get("model") and recipe.get("data"))
+    commands += [f"zoo {verb} {place}" for verb in ("test", "fit") if (tested if verb == "test" else config)]
     return {
         "kind": "run",
         "name": name,

@@ -19,8 +19,9 @@ from torch import nn
 
 from zoo import catalog
 from zoo.command.progress import samples_of
+from zoo.command.runs import recipe_of
 from zoo.errors import ZooError, unknown
-from zoo.machine import environment, peak_memory
+from zoo.machine import device_of, environment, peak_memory
 from zoo.nn.memory_order import to_channels_last
 from zoo.training.base import batch_length
 from zoo.weights.runs import is_run, open_run
@@ -45,15 +46,7 @@ class Setting:
 
     @property
     def place(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            raise ZooError(f"--device is cpu, cuda or cuda:N, not {self.device!r}") from None
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ZooError("--device cuda: torch sees no GPU here")
-        return device
+        return device_of(self.device)
 
 
 @dataclass
@@ -85,12 +78,15 @@ def measure(name: str, what: str | None, setting: Setting) -> dict[str, Any]:
         ZooError: unknown names, a training step of a model alone, not enough memory for one sample.
     """
     recipe = _recipe_of(name)
-    what = what or ("train" if recipe is not None and not is_run(name) else "forward")
-    if what != "forward" and recipe is None:
+    what = what or ("train" if recipe is not None else "forward")
+    run = open_run(name) if what != "forward" and is_run(name) else None
+    if what != "forward" and recipe is None and run is None:
         raise ZooError(f"{name} has no training data of its own: zoo benchmark RECIPE {what} (see zoo list recipes)")
     passes: Callable[[int], Measured]
     device = setting.place
-    with _threads(setting.threads), tempfile.TemporaryDirectory(prefix="zoo-") as folder:
+    of_run = contextlib.nullcontext() if run is None else recipe_of(run)
+    with _threads(setting.threads), tempfile.TemporaryDirectory(prefix="zoo-") as folder, of_run as stated:
+        recipe = recipe if stated is None else str(stated)
         if what == "forward":
             passes = _forward(name, recipe, setting)
         else:
@@ -127,11 +123,9 @@ def measure(name: str, what: str | None, setting: Setting) -> dict[str, Any]:
 
 
 def _recipe_of(name: str) -> str | None:
-    """The recipe that `name` means: itself, or the resolved one of a run; None where it is a model."""
+    """The recipe that `name` is; None where it is a model or a run."""
     if is_run(name):
-        folder = open_run(name).folder
-        config = folder / "config.yaml" if folder is not None else None
-        return str(config) if config is not None and config.is_file() else None
+        return None
     models = {*catalog.list_models(), *catalog.list_weights()}
     if name in models:
         return None

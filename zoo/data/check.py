@@ -176,7 +176,7 @@ def _opened(
     if card is None and (place / latents.FACTS).is_file():
         facts = latents.read_facts(place)
         return list(facts["class_names"]), lambda split: _Latents(latents.LatentSource(place, split)), facts["splits"]
-    if (coco := _coco(dataset, data_dir, objects)) is not None:
+    if (coco := coco_of(dataset, data_dir, objects)) is not None:
         return [], lambda split: _Objects(*coco.open(split)), SPLITS
     captioned = card.columns.caption is not None if card is not None else place.exists()
     if dataset != "shapes" and captioned and (card is not None or image_text.is_caption_set(place)):
@@ -203,7 +203,7 @@ def _record(dataset: str, data_dir: str | None) -> Path:
     return cache_dir() / "checked" / f"{hashlib.sha256(f'{dataset} {place}'.encode()).hexdigest()[:16]}.json"
 
 
-def _coco(dataset: str, data_dir: str | None, carded: bool) -> CocoLayout | None:
+def coco_of(dataset: str, data_dir: str | None, carded: bool) -> CocoLayout | None:
     """Where a set in COCO's format lies, if it is one."""
     from zoo.data.coco import OTHER_KINDS, find_coco
 

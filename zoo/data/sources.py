@@ -172,7 +172,9 @@ def read_image(path: str | os.PathLike[str], upright: bool = False) -> Tensor:
 
 
 class FolderSource:
-    """Picture files with their labels (-1 without)."""
+    """Picture files with their labels (-1 without); turned as their EXIF orientation says if `upright`."""
+
+    upright = False
 
     def __init__(
         self,
@@ -191,7 +193,7 @@ class FolderSource:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": read_image(str(self.paths[index])), "label": int(self.labels[index])}
+        return {"image": read_image(str(self.paths[index]), self.upright), "label": int(self.labels[index])}
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
@@ -994,8 +996,8 @@ def open_source(
         if length is not None and split != "train":  # `length` is about training; evaluation stays comparable
             length = None
         return ShapesDataset(part, _SHAPES_LENGTH[part] if length is None else length, **_shapes_options(options))
-    layout, _ = _resolve(dataset, data_dir, options)
-    return _open(layout, split)
+    layout, card = _resolve(dataset, data_dir, options)
+    return _open(layout, split, upright=card is None)
 
 
 def split_names(dataset: str, data_dir: str | os.PathLike[str] | None = None, **options: Any) -> list[str]:
@@ -1005,9 +1007,11 @@ def split_names(dataset: str, data_dir: str | os.PathLike[str] | None = None, **
     return list(_resolve(dataset, data_dir, options)[0].parts)
 
 
-def _open(layout: _Layout, split: str) -> Source:
+def _open(layout: _Layout, split: str, upright: bool) -> Source:
     part, which = choose_part(split, layout.parts, layout.name)
     source = layout.open(part)
+    if isinstance(source, FolderSource):  # a folder of one's own; published numbers were measured on pictures as stored
+        source.upright = upright
     if split != "predict" and (wrong := getattr(source, "unlabelled", "")):
         raise ZooError(wrong)
     tell(layout.name, getattr(source, "problems", {}), getattr(source, "skipped", {}))

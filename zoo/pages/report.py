@@ -198,7 +198,8 @@ def _costs(named: Mapping[str, Run]) -> Markup:
 
 def _errors(split: str, found: Mapping[str, Any]) -> Markup:
     """Confusion matrix or AP by class, and the worst samples, of a split."""
-    names = [str(name) for name in found.get("classes") or []]
+    stated = found.get("classes")
+    names = [str(name) for name in stated] if isinstance(stated, list) else []
     parts = [_confusion(found.get("confusion"), names), _by_class(found.get("ap"))]
     worst = _worst(found.get("worst"))
     where = {"val": "validation", "test": "test"}[split]
@@ -285,6 +286,8 @@ def _by_class(found: Any) -> Markup:
         return Markup()
     parts = []
     for kind, scores in found.items():
+        if not isinstance(scores, dict):
+            continue
         known = {str(k): float(v) for k, v in scores.items() if isinstance(v, int | float) and math.isfinite(v)}
         if known:
             rows = sorted(known.items(), key=lambda item: (-item[1], item[0]))

@@ -103,8 +103,8 @@ def subject(
     if len(wanted) == 1:
         return Subject(target, lambda n: {wanted[0]: pictures(n)}, named or "forward", note)
     raise ZooError(
-        f"{type(network).__name__}.{named or 'forward'} cannot be exported: nothing tells what its inputs "
-        f"{', '.join(wanted)} look like (example_inputs of the network would)"
+        f"{type(network).__name__}.{named or 'forward'} cannot be exported: nothing tells what its inputs"
+        f"{' ' * bool(wanted)}{', '.join(wanted)} look like (example_inputs of the network would)"
     )
 
 

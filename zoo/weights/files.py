@@ -78,7 +78,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
         raise ZooError(f"{path}: weights, not a checkpoint of a run: it holds no {missing[0]!r}")
     for part, state in content.items():
         if str(part).endswith("state_dict") and isinstance(state, Mapping):
-            _refuse_nan({key: value for key, value in state.items() if isinstance(value, Tensor)}, path)
+            refuse_nan({key: value for key, value in state.items() if isinstance(value, Tensor)}, path)
     return content
 
 
@@ -113,11 +113,12 @@ def read_state_dict(path: str | os.PathLike[str], use_ema: bool | str | None = N
     except Exception as error:  # the readers' own errors are told above; a spoilt file makes libraries raise anything
         problem = pickles.short(str(error), 200) or type(error).__name__
         raise ZooError(f"{path}: not a whole file of weights ({problem})") from error
-    _refuse_nan(state, path)
+    refuse_nan(state, path)
     return state
 
 
-def _refuse_nan(state: Mapping[Any, Tensor], path: Path) -> None:
+def refuse_nan(state: Mapping[Any, Tensor], path: Path) -> None:
+    """Raises a ZooError where there is NaN among the weights."""
     if spoilt := [key for key, value in state.items() if _has_nan(value)]:
         more = f" and {len(spoilt) - 1} more of {len(state)}" if spoilt[1:] else ""
         raise ZooError(f"{path}: not usable: {pickles.short(str(spoilt[0]))}{more} holds NaN")

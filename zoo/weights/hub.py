@@ -56,6 +56,13 @@ class Config(BaseModel):
     versions: dict[str, str] | None = None
 
 
+def _first(error: ValidationError) -> str:
+    """The first of what is wrong, and where."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else first["msg"]
+
+
 def open_pushed(name: str) -> PushedModel:
     """The model of a hub, which is downloaded, or of a folder.
 
@@ -90,10 +97,7 @@ class PushedModel(RunModel):
                 raise ZooError(f"{self.name}: {CONFIG} is larger than any that the zoo writes")
             return Config.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            said = f"{place}: {first['msg']}" if place else first["msg"]
-            raise ZooError(f"{self.name}: {CONFIG} is none that zoo push writes: {said}") from None
+            raise ZooError(f"{self.name}: {CONFIG} is none that zoo push writes: {_first(error)}") from None
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -104,9 +108,11 @@ class PushedModel(RunModel):
 
     def state(self) -> dict[str, Tensor]:
         """The weights of the task: those of its network, and what it has beside it as it is made anew."""
-        from zoo.weights.files import read_safetensors
+        from zoo.weights.files import read_safetensors, refuse_nan
 
-        return {f"network.{name}": value for name, value in read_safetensors(self.checkpoint).items()}
+        state = read_safetensors(self.checkpoint)
+        refuse_nan(state, self.checkpoint)
+        return {f"network.{name}": value for name, value in state.items()}
 
     def fill(self, task: Any) -> None:
         network, state = task.get_submodule("network"), self.state()
@@ -126,22 +132,25 @@ def config_of(model: RunModel, licence: str | None = None) -> Config:
         data["dataset"] = Path(str(data["dataset"])).name  # no folder of this machine
     options = {key: value for key, value in facts["options"].items() if not key.startswith("_")}
     options |= {"init_from": None} if "init_from" in options else {}
-    return Config(
-        library="paperzoo",
-        format=1,
-        task=facts["task"],
-        options=_plain(options),
-        classes=model.classes,
-        preprocess=_plain(facts["preprocess"]),
-        data=_plain(data) or None,
-        recipe=(facts["recipe"] or {}).get("name"),
-        started_from=start,
-        licence=licence or _licence_of(start),
-        metrics={key: float(value) for key, value in facts["metrics"].items() if _is_finite(value)},
-        steps=facts["steps"],
-        epochs=facts["epochs"],
-        versions=facts["versions"],
-    )
+    try:
+        return Config(
+            library="paperzoo",
+            format=1,
+            task=facts["task"],
+            options=_plain(options),
+            classes=model.classes,
+            preprocess=_plain(facts["preprocess"]),
+            data=_plain(data) or None,
+            recipe=(facts["recipe"] or {}).get("name"),
+            started_from=start,
+            licence=licence or _licence_of(start),
+            metrics={key: float(value) for key, value in facts["metrics"].items() if _is_finite(value)},
+            steps=facts["steps"],
+            epochs=facts["epochs"],
+            versions=facts["versions"],
+        )
+    except ValidationError as error:
+        raise ZooError(f"{model}: {_first(error)}, which is not what the zoo writes") from None
 
 
 def _started_from(options: Mapping[str, Any]) -> str | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 ORDER = ".order"  # in a run's folder: the how-manieth run of its recipe it is, counting each time one is gone on with
 _ROOT = "runs"
+_LARGEST = 1 << 14  # pixels of a side that samples are prepared at
 _LINKED = {"num_classes", "num_tasks", "img_size"}
 _WHICH = {"last": ("last.ckpt", "previous.ckpt"), "best": ("best.ckpt", "best*.ckpt")}
 
@@ -136,8 +138,10 @@ def _newest(recipe: str, which: str) -> Path:
         newest += [path for path in (next(filter(None, found), None),) if path is not None]
     if newest:
         return max(newest, key=lambda path: path.stat().st_mtime)
-    of = f" of {recipe}" if recipe else ""
-    raise ZooError(f"no {_WHICH[which][0]}{of} under {under}; run `zoo fit {recipe or 'RECIPE'}` first")
+    of, first = f" of {recipe}" if recipe else "", ""
+    if not recipe or any(one.startswith(recipe) for one in [*catalog.list_recipes("*"), *catalog.list_rows()]):
+        first = f"; run `zoo fit {recipe or 'RECIPE'}` first"
+    raise ZooError(f"no {_WHICH[which][0]}{of} under {under}{first}")
 
 
 # ------------------------------------------------------------------------------------------------------------- opening
@@ -209,6 +213,7 @@ class RunModel:
         "grid"), or None; "data" {"module", "dataset", "data_dir", "num_classes", "sha256"}; "recipe" {"name", "model",
         "data", "average"}; "versions"; "steps", "epochs", "metrics", and "averages", the names of averaged weights.
         """
+        self._check_plain()
         content, known = self._content, dict(self._content.get("zoo_model") or {})
         if not known.get("data") and self.folder is not None:
             known |= _of_config(self.folder / "config.yaml")
@@ -224,6 +229,26 @@ class RunModel:
             "averages": [key.removesuffix("_steps") for key in content if self._is_average(str(key))],
         }
 
+    def _check_plain(self) -> None:
+        """Refuses facts of other types than those that the zoo writes."""
+
+        def check(where: str, found: Any, kind: Any) -> Any:
+            if not isinstance(found, kind | None):
+                raise ZooError(f"{self.checkpoint}: {where} is {str(found)[:80]!r}, which is not what the zoo writes")
+            return found or {}
+
+        check("hyper_parameters", self._content.get("hyper_parameters"), Mapping)
+        standing = check("zoo_run", self._content.get("zoo_run"), Mapping)
+        check("zoo_run.metrics", standing.get("metrics"), Mapping)
+        check("zoo_run.epochs", standing.get("epochs"), int)
+        known = check("zoo_model", self._content.get("zoo_model"), Mapping)
+        for name in check("zoo_model.classes", known.get("classes"), list):
+            check("a name of zoo_model.classes", name, str)
+        for key in ("preprocess", "data", "recipe", "versions"):
+            check(f"zoo_model.{key}", known.get(key), Mapping)
+        for key, kind in (("name", str), ("model", Mapping), ("data", Mapping)):
+            check(f"zoo_model.recipe.{key}", (known.get("recipe") or {}).get(key), kind)
+
     def _is_average(self, key: str) -> bool:
         return key.endswith("_steps") and f"{key.removesuffix('_steps')}_state_dict" in self._content
 
@@ -231,7 +256,7 @@ class RunModel:
     def classes(self) -> list[str] | None:
         """The names of the classes in order; None where there are none, or numbers only."""
         names = self.facts["classes"]
-        return None if not names or names == [str(k) for k in range(len(names))] else list(names)
+        return None if not names or names == [str(k) for k in range(len(names))] else [_one_line(n) for n in names]
 
     @property
     def task_class(self) -> type[BaseModule]:
@@ -341,6 +366,11 @@ class RunModel:
         return f"{str(self.facts['data']['module']).rpartition('.')[2]} takes no files"
 
 
+def _one_line(text: str) -> str:
+    """What a stranger may have written, without what moves a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 def task_class(path: str, where: Any) -> type[BaseModule]:
     """The class of a task by its path, which someone else may have written.
 
@@ -372,16 +402,42 @@ def check_class_paths(settings: Any, where: Any) -> None:
     """Refuses settings out of a checkpoint that name classes of others, which would be imported and called.
 
     Raises:
-        ZooError: a class path that is neither the zoo's nor that of a transform of torchvision.
+        ZooError: a class path that is neither the zoo's, nor of Lightning's callbacks or torchvision's transforms.
     """
     if isinstance(settings, Mapping):
         path = settings.get("class_path")
-        if path is not None and not re.fullmatch(r"(zoo|zoo_papers_\w+|torchvision\.transforms)(\.\w+)+", str(path)):
+        ours = r"(zoo|zoo_papers_\w+|torchvision\.transforms|lightning\.pytorch\.callbacks)(\.\w+)+"
+        if path is not None and not re.fullmatch(ours, str(path)):
             raise ZooError(f"{where}: its settings name the class {str(path)[:80]!r}, which is none of the zoo's")
         settings = list(settings.values())
     if isinstance(settings, list | tuple):
         for entry in settings:
             check_class_paths(entry, where)
+
+
+@contextlib.contextmanager
+def strangers_settings(*further: str) -> Iterator[None]:
+    """While the block lasts, settings that a parser reads may name classes of the zoo (none of those that fetch), of
+    papers in ``ZOO_PAPERS``, of Lightning's callbacks and of torchvision's transforms; and what the words `further` of
+    the user name. A string may be a class path too, or a file that holds one, which :func:`check_class_paths` cannot
+    know."""
+    from jsonargparse import set_parsing_settings
+
+    from zoo import catalog
+
+    library = sorted(sys.stdlib_module_names)  # what no recipe may name either, see zoo.command.reading
+    own = [f"zoo_papers_{slug}" for slug in catalog.list_papers() if catalog.paper(slug).is_own]
+    named = [word.rpartition("=")[2] for word in further]
+    named = [path for path in named if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", path)]
+    own += [path for path in named if path.partition(".")[0] not in {*library, "jsonargparse"}]
+    set_parsing_settings(
+        import_path_denylist=["*", "zoo.command", "zoo.weights", "zoo.claims", *library],
+        import_path_allowlist=["zoo", "lightning.pytorch.callbacks", "torchvision.transforms", *own],
+    )
+    try:
+        yield
+    finally:
+        set_parsing_settings(import_path_denylist=library, import_path_allowlist=[])
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:
@@ -433,9 +489,12 @@ def _of_config(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         data = content["data"]
         check_class_paths(data, path)
+        if "://" in str(data["init_args"].get("dataset")):  # to look at a run fetches nothing
+            return {}
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(LightningDataModule, "data")
-        module = parser.instantiate_classes(parser.parse_object({"data": data})).data
+        with strangers_settings():
+            module = parser.instantiate_classes(parser.parse_object({"data": data})).data
     except Exception:  # no config, a set that has gone, settings of another version: it is only asked
         return {}
     facts = module.facts() if isinstance(module, SeededDataModule) else {}
@@ -455,9 +514,26 @@ def preparation(facts: Mapping[str, Any], size: int | None = None, where: str = 
     if name := facts.get("transform"):
         raise ZooError(f"{where}: its samples were prepared by {name}, which only its own recipe knows")
     kinds: dict[str, Any] = {"image": _Image, "objects": _Objects, "clip": _Clip, "grid": _grid}
-    if facts.get("kind") not in kinds:
-        raise ZooError(f"{where}: prepares its samples in a way that is not known ({facts.get('kind')!r})")
-    return kinds[facts["kind"]](facts, size)
+    if facts.get("kind") not in [*kinds]:
+        raise ZooError(f"{where}: prepares its samples in a way that is not known ({str(facts.get('kind'))[:80]!r})")
+    sides = {name: facts.get(name) or 1 for name in ("size", "longest")} | ({"size": size} if size else {})
+    sides["size / crop_pct"] = sides["size"]
+    if isinstance(sides["size"], int) and isinstance(crop := facts.get("crop_pct", 1.0), int | float) and crop > 0:
+        sides["size / crop_pct"] = int(min(sides["size"] / crop, 1 << 40))
+    for name, side in sides.items():
+        if not isinstance(side, int) or not 1 <= side <= _LARGEST:
+            said = str(side)[:80]
+            raise ZooError(f"{where}: prepares its samples at a {name} of {said}; 1 to {_LARGEST} pixels make sense")
+    if not all(isinstance(value, int | float) and value > 0 for value in facts.get("std") or ()):
+        raise ZooError(f"{where}: normalises its samples by {str(facts['std'])[:80]}; deviations are above 0")
+    try:
+        return kinds[facts["kind"]](facts, size)
+    except ZooError:
+        raise
+    except Exception as error:  # facts that someone else wrote
+        reason = " ".join(str(error).split()) or "nothing"
+        said = f"{type(error).__name__}: {reason[:200]}"
+        raise ZooError(f"{where}: how its samples are prepared is not told as it should be ({said})") from error
 
 
 class _Image:
