@@ -445,6 +445,20 @@ class DiT(nn.Module):
         return self.rope_cos[first:], self.rope_sin[first:]
 
 
+def time_condition(state: Mapping[str, Tensor], t: float) -> Tensor:
+    """The condition c (D,) that a DiT's state dict gives at one time t, with "no label" where it takes labels.
+
+    Raises:
+        KeyError: there is no embedding of time.
+    """
+    first, second = (f"t_embedder.mlp.{n}" for n in (0, 2))
+    c = sinusoids(torch.tensor([float(t)])).to(state[f"{first}.weight"])
+    c = linear(c, state[f"{first}.weight"], state[f"{first}.bias"])
+    c = linear(silu(c), state[f"{second}.weight"], state[f"{second}.bias"])[0]
+    table = state.get("y_embedder.embedding_table.weight")
+    return c if table is None else c + table[-1]
+
+
 def fold_condition(state: Mapping[str, Tensor], c: Tensor, depth: int) -> dict[str, Tensor]:
     """The first `depth` blocks of a DiT's state dict under one condition c (D,), as those of an ordinary ViT: adaLN's
     scales and shifts become those of LayerNorm, and its gates enter the projections behind them.

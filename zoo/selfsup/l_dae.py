@@ -21,24 +21,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
 
 from zoo.data.patch_pca import fill_tokenizer
 from zoo.errors import ZooError, unknown
 from zoo.nn.autoencoder import PIXELS, FrozenAutoencoder
-from zoo.nn.dit import DiT, FinalLayer, fold_condition, sinusoids
+from zoo.nn.dit import DiT, FinalLayer, fold_condition, time_condition
 from zoo.nn.patch_tokenizer import Clean, LatentNorm, PatchTokenizer, fold_tokenizer
 from zoo.nn.vit import VisionTransformer
 from zoo.ops.denoising import step_noises
 from zoo.ops.diffusion import Diffusion
 from zoo.ops.flow import like
 from zoo.ops.guidance import drop_labels
+from zoo.ops.noise_levels import SINGLE_SIGMA, NoiseSchedule
 from zoo.ops.patches import patchify, unpatchify
 from zoo.ops.pos_embed import resize_pos_embed
 from zoo.ops.sheet import titled_sheet
@@ -58,35 +57,15 @@ __all__ = [
     "l_dae_vit_12l_patch16",
     "l_dae_vit_base_patch16",
     "l_dae_vit_large_patch16",
-    "linear_gamma2",
     "load_encoder",
-    "original_gamma2",
-    "unscaled_sigma",
     "weighted_residual",
 ]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SINGLE_SIGMA = math.sqrt(1 / 3)  # section 4.3, "Single noise level"; also that of Figures 7 and 8
-Kind = Literal["original", "linear", "unscaled", "single"]
 Target = Literal["noise", "latent", "projection", "original"]
 Space = Literal["image", "latent"]
 
 # ------------------------------------------------------------------------------------------------------- 1. equations
-
-
-def original_gamma2(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    """gamma_t^2 (T,), the product of 1 - beta up to t, for beta linear in t (section 3; DDPM's and DiT's)."""
-    return (1 - torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)).cumprod(0)
-
-
-def linear_gamma2(steps: int = 1000) -> Tensor:
-    """gamma_t^2 = 1 - (t + 1) / T (T,) (section 4.1, "Replace noise schedule"; where it begins is our reading)."""
-    return 1 - torch.arange(1, steps + 1, dtype=torch.float64) / steps
-
-
-def unscaled_sigma(steps: int = 1000, last: float = math.sqrt(2)) -> Tensor:
-    """sigma_t (T,), linear from 0 to `last`, for gamma = 1 (section 4.3, "Remove input scaling")."""
-    return torch.linspace(0, last, steps, dtype=torch.float64)
 
 
 def clean_weight(gamma2: Tensor, sigma2: Tensor) -> Tensor:
@@ -108,57 +87,6 @@ def weighted_residual(residual: Tensor, weight: Tensor, latent_dim: int, tail_we
     squares = residual.square()
     total = squares[..., :latent_dim].sum(-1) + tail_weight * squares[..., latent_dim:].sum(-1)
     return like(weight.to(total), total) * total
-
-
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """Levels of noise t = 0 ... T-1.
-
-    Args:
-        kind: "original" (DDPM's), "linear" (gamma^2 is), "unscaled" (gamma = 1, sigma linear from 0) or "single"
-            (gamma = 1, one sigma).
-        steps: T; of "single" it is 1.
-        sigma: of "unscaled" the last one, by default the root of 2; of "single" its one, by default the root of 1/3.
-        beta_start, beta_end: of "original".
-
-    Raises:
-        ZooError: an unknown kind, or a value out of range.
-    """
-
-    kind: Kind = "unscaled"
-    steps: int = 1000
-    sigma: float | None = None
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("original", "linear", "unscaled", "single"):
-            raise unknown("kind of noise schedule", self.kind, ("original", "linear", "unscaled", "single"))
-        if self.steps < 2 or not (self.sigma is None or self.sigma > 0) or not 0 < self.beta_start <= self.beta_end < 1:
-            raise ZooError(
-                "a noise schedule has 2 steps or more, a sigma above 0, and betas within 0 and 1 that do not fall"
-            )
-        if self.sigma is not None and self.preserving:
-            raise ZooError(f"the noise schedule {self.kind!r} takes no sigma")
-
-    @property
-    def preserving(self) -> bool:
-        """Whether gamma^2 + sigma^2 = 1."""
-        return self.kind in ("original", "linear")
-
-    def levels(self) -> tuple[Tensor, Tensor]:
-        """gamma (T,) and sigma (T,), float64."""
-        if self.kind == "single":
-            sigma = torch.tensor([SINGLE_SIGMA if self.sigma is None else self.sigma], dtype=torch.float64)
-        elif self.kind == "unscaled":
-            sigma = unscaled_sigma(self.steps, math.sqrt(2) if self.sigma is None else self.sigma)
-        else:
-            original = self.kind == "original"
-            gamma2 = (
-                original_gamma2(self.steps, self.beta_start, self.beta_end) if original else linear_gamma2(self.steps)
-            )
-            return gamma2.sqrt(), (1 - gamma2).sqrt()
-        return torch.ones_like(sigma), sigma
 
 
 # --------------------------------------------------------------------------------------------------------- 2. network
@@ -297,17 +225,12 @@ def export_encoder(
         depth = blocks // 2 if depth is None else depth
         if depth > blocks:
             raise ZooError(f"the pre-trained network has {blocks} blocks, not the {depth} that are wanted")
-        weight = state["t_embedder.mlp.0.weight"]
-        c = linear(sinusoids(torch.tensor([float(t)])).to(weight), weight, state["t_embedder.mlp.0.bias"])
-        c = linear(silu(c), state["t_embedder.mlp.2.weight"], state["t_embedder.mlp.2.bias"])
-        if "y_embedder.embedding_table.weight" in state:
-            c = c + state["y_embedder.embedding_table.weight"][-1]
         kernel, bias = state["x_embedder.proj.weight"], state["x_embedder.proj.bias"]
         tokenizer = {key.removeprefix("tokenizer."): value for key, value in state.items() if "tokenizer." in key}
         if tokenizer:
             kernel, bias = fold_tokenizer(kernel, bias, tokenizer, in_chans, clean)
         embedding = {"patch_embed.proj.weight": kernel, "patch_embed.proj.bias": bias}
-        return {"pos_embed": state["pos_embed"], **embedding, **fold_condition(state, c[0], depth)}
+        return {"pos_embed": state["pos_embed"], **embedding, **fold_condition(state, time_condition(state, t), depth)}
     except (KeyError, ValueError) as error:
         raise ZooError(f"not the weights of a denoising autoencoder of this paper ({error})") from error
 
@@ -337,16 +260,6 @@ def load_encoder(
 
 
 # ----------------------------------------------------------------------------------------------------------- 4. tasks
-
-
-def _schedule(noise: NoiseSchedule | Mapping[str, Any]) -> NoiseSchedule:
-    """What a checkpoint holds as a plain mapping."""
-    return NoiseSchedule(**noise) if isinstance(noise, Mapping) else noise
-
-
-def _check_level(t: int, levels: Tensor) -> None:
-    if not 0 <= t < len(levels):
-        raise ZooError(f"this noise schedule has the levels t = 0 to {len(levels) - 1}, not {t}")
 
 
 class LDAEPretraining(BaseModule):
@@ -386,7 +299,7 @@ class LDAEPretraining(BaseModule):
         center: bool = True,
         target: Target = "original",
         tail_weight: float = 0.1,
-        noise: NoiseSchedule = NoiseSchedule(),
+        noise: NoiseSchedule = NoiseSchedule(),  # noqa: B008 (frozen)
         t: int = 10,
         clean: Clean = "projected",
         label_dropout: float = 0.1,
@@ -408,12 +321,12 @@ class LDAEPretraining(BaseModule):
         if fit_images < 1 or sampling_steps < 1 or not 0 <= label_dropout <= 1:
             raise ZooError("model.fit_images and model.sampling_steps are 1 or more, model.label_dropout is in [0, 1]")
         self.axes, self.fit_images, self.center = axes, fit_images, center
-        self.target, self.tail_weight, self.noise = target, tail_weight, _schedule(noise)
+        self.target, self.tail_weight, self.noise = target, tail_weight, NoiseSchedule.of(noise)
         self.t, self.clean, self.label_dropout = t, clean, label_dropout
         self.num_classes, self.noise_shape = net.num_classes, (net.num_patches, net.latent_dim)
         self.gamma, self.sigma = self.noise.levels()
         self.weight = clean_weight(self.gamma**2, self.sigma**2)
-        _check_level(t, self.sigma)
+        self.noise.check(t)
         self.batch_keys = ("image", "label") if net.num_classes else ("image",)
         self.sampling_steps, self.autoencoder = sampling_steps, FrozenAutoencoder(autoencoder)
 
@@ -537,9 +450,7 @@ class LDAEPretraining(BaseModule):
         net = self.network
         if not self.noise.preserving or self.target not in ("noise", "latent"):
             raise ZooError("samples want a noise schedule original or linear, and the target noise or latent")
-        gamma2 = self.gamma.square()
-        gamma2 = gamma2[gamma2 > 0]  # at the last level of "linear" nothing is left of the data
-        betas = 1 - gamma2 / torch.cat([gamma2.new_ones(1), gamma2[:-1]])
+        betas = self.noise.betas()
         prediction: Literal["noise", "data"] = "noise" if self.target == "noise" else "data"
         steps = min(self.sampling_steps, len(betas))
         diffusion = Diffusion(betas, respacing=steps, prediction=prediction, variance="fixed_small")
@@ -606,7 +517,7 @@ class LDAELinearProbe(LinearClassification):
         t: int = 10,
         clean: Clean = "projected",
         noisy: bool = False,
-        noise: NoiseSchedule = NoiseSchedule(),
+        noise: NoiseSchedule = NoiseSchedule(),  # noqa: B008 (frozen)
         latent_dim: int | None = 32,
         autoencoder: str = PIXELS,
         optim: Optim = Optim(name="lars", base_lr=0.1, weight_decay=0.0, warmup_epochs=10),  # noqa: B008
@@ -618,8 +529,9 @@ class LDAELinearProbe(LinearClassification):
         super().__init__(vit, probe_head(vit.embed_dim, vit.num_classes), "head", optim, vit.num_classes, init_from)
         self.save_hyperparameters()
         self.t, self.clean, self.noisy = t, clean, noisy
-        self.gamma, self.sigma = _schedule(noise).levels()
-        _check_level(t, self.sigma)
+        schedule = NoiseSchedule.of(noise)
+        schedule.check(t)
+        self.gamma, self.sigma = schedule.levels()
         embed = vit.patch_embed
         self.tokenizer = PatchTokenizer(embed.patch_size, embed.in_chans, latent_dim) if noisy and latent_dim else None
         self.autoencoder = FrozenAutoencoder(autoencoder)
