@@ -398,15 +398,10 @@ def task_class(path: str, where: Any) -> type[BaseModule]:
     return found
 
 
-_OURS = r"(zoo(?!\.(weights|command|claims)\.)|zoo_papers_\w+|torchvision\.transforms|lightning\.pytorch\.callbacks)(\.\w+)+"
-_PLAIN = {
-    "dataset",
-    "data_dir",
-    "init_from",
-    "autoencoder",
-    "default_root_dir",
-    "ckpt_path",
-}  # settings that no class takes
+_LIBRARIES = r"torchvision\.transforms|lightning\.pytorch\.callbacks"
+_OURS = rf"(zoo(?!\.(weights|command|claims)\.)|zoo_papers_\w+|{_LIBRARIES})(\.\w+)+"
+# Settings that no class takes.
+_PLAIN = {"dataset", "data_dir", "init_from", "autoencoder", "default_root_dir", "ckpt_path"}
 _MOST = 1 << 20  # bytes of a file of settings
 
 
