@@ -433,6 +433,8 @@ def _is_module(name: str) -> bool:
 
 
 def _check_text(text: str, where: Any, key: str) -> None:
+    from zoo import catalog
+
     if "://" in text:
         raise ZooError(f"{where}: its settings name an address, {text[:80]!r}")
     dotted = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", text) and not re.fullmatch(_OURS, text)
@@ -442,16 +444,13 @@ def _check_text(text: str, where: Any, key: str) -> None:
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             path = (folder / text).expanduser()
             if path.is_file():
-                import yaml
-
                 if path.stat().st_size > _MOST:
-                    raise ZooError(
-                        f"{where}: its settings name the file {text[:80]!r}, which is too large for settings"
-                    )
-                with contextlib.suppress(yaml.YAMLError):
-                    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-                    if content != text:
-                        check_class_paths(content, where, key)
+                    raise ZooError(f"{where}: its settings name {text[:80]!r}, a file too large for settings")
+                content, written = None, path.read_text(encoding="utf-8")
+                with contextlib.suppress(ZooError):  # no settings then
+                    content = catalog.parse_yaml(written, text)
+                if content != text:
+                    check_class_paths(content, where, key)
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:
