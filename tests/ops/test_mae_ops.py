@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from zoo.errors import ZooError
 from zoo.ops.attention import attention
-from zoo.ops.masking import random_masking, take_tokens, tokens_at
+from zoo.ops.masking import centre_masking, random_masking, take_tokens, tokens_at
 from zoo.ops.patches import patchify, unpatchify
 from zoo.ops.pos_embed import resize_pos_embed, sincos_2d
 
@@ -105,3 +105,14 @@ def test_attention_is_softmax_attention_in_every_dtype(dtype: torch.dtype) -> No
     wanted.square().sum().backward()
     for mine, theirs in zip((q, k, v), inputs, strict=True):
         torch.testing.assert_close(mine.grad.float(), theirs.grad, atol=4 * tolerance, rtol=4 * tolerance)
+
+
+def test_the_centre_is_hidden() -> None:
+    masking = centre_masking((4, 4), 2)
+    assert masking.mask[0].reshape(4, 4).tolist() == [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
+    assert masking.ids_masked[1].tolist() == [5, 6, 9, 10]
+    order = torch.cat([masking.ids_keep, masking.ids_masked], dim=1)
+    assert torch.equal(order.gather(1, masking.ids_restore), torch.arange(16).expand(2, -1))
+    assert centre_masking((3, 4, 4), 1).mask.sum() == 12
+    with pytest.raises(ZooError, match="middle"):
+        centre_masking((4, 4), 1, share=0.1)

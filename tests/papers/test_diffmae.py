@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zoo.errors import ZooError
 from zoo.nn.perceptual import FrozenNetwork
 from zoo.ops.diffusion import Diffusion
-from zoo.ops.masking import centre_masking, random_masking, take_tokens
+from zoo.ops.masking import random_masking, take_tokens
 from zoo.ops.patches import patchify_video, unpatchify_video
 from zoo.selfsup import diffmae, mae
 from zoo.training import Optim
@@ -86,17 +86,6 @@ def test_space_time_patches_and_their_embedding() -> None:
         unpatchify_video(patches, 4, 2, (1, 4, 4))
     with pytest.raises(ZooError, match="clips of shape"):
         net(clips[:, :, :2])
-
-
-def test_the_centre_is_hidden() -> None:
-    masking = centre_masking((4, 4), 2)
-    assert masking.mask[0].reshape(4, 4).tolist() == [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
-    assert masking.ids_masked[1].tolist() == [5, 6, 9, 10]
-    order = torch.cat([masking.ids_keep, masking.ids_masked], dim=1)
-    assert torch.equal(order.gather(1, masking.ids_restore), torch.arange(16).expand(2, -1))
-    assert centre_masking((3, 4, 4), 1).mask.sum() == 12
-    with pytest.raises(ZooError, match="middle"):
-        centre_masking((4, 4), 1, share=0.1)
 
 
 @pytest.mark.parametrize("options", [{"decoder": d} for d in ("joint", "cross", "cross-self")] + [CLIPS])
@@ -178,6 +167,24 @@ def test_the_sampler_encodes_once_and_keeps_what_is_visible(prediction: str) -> 
     assert len(list(_network(timesteps=7).inpaint(images, masking, noise))) == 7
 
 
+@pytest.mark.parametrize("rho", [0.3, 0.01])
+def test_a_schedule_that_leaves_nothing_is_sampled_from_predicted_data_only(rho: float) -> None:
+    net = _network(rho=rho)
+    images, uniform, _, noise = _draws(net)
+    masking = random_masking(uniform, 0.75)
+    for steps in (None, 5):
+        *_, last = net.inpaint(images, masking, noise, steps)
+        assert last.isfinite().all()
+    with pytest.raises(ZooError, match="larger rho"):
+        list(_network(rho=rho, prediction="eps").inpaint(images, masking, noise))
+
+
+def test_a_decoder_much_deeper_than_the_encoder_reads_its_embedding() -> None:
+    net = _network(depth=1, decoder_depth=4)
+    assert net.links == [1, 1, 0, 0]
+    assert net.loss(*_draws(net)).isfinite()
+
+
 def test_the_sampler_draws_from_the_posterior_of_a_perfect_decoder() -> None:
     """One that knows the mean of hidden pixels, which have no spread, ends there, whatever the noise."""
     net = _network()
@@ -236,20 +243,6 @@ def test_a_teacher_gives_the_target(options: dict) -> None:
     assert not any("teacher" in key for key in task.state_dict())
 
 
-def test_clips_tower_by_timm_sees_as_many_patches(tmp_path: Path) -> None:
-    from timm import create_model
-
-    from zoo.nn.clip_patches import load_clip_patches
-
-    small = "vit_tiny_patch16_224"  # any ViT of timm reads so; CLIP's own is 86 M parameters
-    torch.save(create_model(small, pretrained=False).state_dict(), tmp_path / "tower.pth")
-    tower = load_clip_patches(small, 3, str(tmp_path / "tower.pth")).eval()
-    assert tower.size == 48
-    assert tower(torch.rand(2, 3, 24, 24)).shape == (2, 9, 192)
-    with pytest.raises(ZooError, match="vit_base_patch16_clip_224"):
-        load_clip_patches("vit_base_patch16_clip_22", 3)
-
-
 def test_maes_weights_start_it_and_its_own_start_fine_tuning_and_probe(tmp_path: Path) -> None:
     encoder = mae.MaskedAutoencoder(**SIZES, **DECODER)
     torch.save({"model": encoder.state_dict()}, tmp_path / "mae.pth")
@@ -281,6 +274,8 @@ def test_conversion_is_strict() -> None:
         ({"prediction": "eps", "norm_pix_loss": True}, "choose one"),
         ({"mask_ratio": 0.97}, "mask_ratio"),
         ({"inpaint": "center"}, "inpaint"),
+        ({"steps": 0}, "1 to 1000 steps"),
+        ({"steps": 1001}, "1 to 1000 steps"),
         ({"feature_dim": 4}, "teacher"),
         ({"teacher": "clip_b"}, "CLIP tower"),
         ({"decoder_num_heads": 3}, "divisible"),

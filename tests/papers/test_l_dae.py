@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from zoo.command.cli import main
 from zoo.data import ImageDataModule
-from zoo.data.patch_pca import read_patch_pca
 from zoo.errors import ZooError
 from zoo.nn.patch_tokenizer import PatchTokenizer
 from zoo.nn.vit import VisionTransformer
@@ -75,36 +73,6 @@ def _batch(task: Any, count: int = 6) -> dict[str, Tensor]:
 # --------------------------------------------------------------------------------------------- principal components
 
 
-def test_moments_of_parts_add_up_and_axes_explain_falling_shares() -> None:
-    vectors = torch.randn(500, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64) + 3
-    whole, first, second = (Moments(12) for _ in range(3))
-    whole.update(vectors)
-    first.update(vectors[:77])
-    second.update(vectors[77:].reshape(9, 47, 12))
-    axes = whole.axes()
-    for value, other in zip(axes, (first + second).axes(), strict=True):
-        torch.testing.assert_close(value, other)
-    torch.testing.assert_close(axes.basis @ axes.basis.T, torch.eye(12, dtype=torch.float64))
-    torch.testing.assert_close(axes.variances, torch.linalg.svdvals(vectors - vectors.mean(0)).square() / 500)
-    with pytest.raises(ZooError, match="none"):
-        Moments(3).axes()
-
-
-@pytest.mark.parametrize("norm", ["global", "whiten", "none"])
-def test_latents_have_the_variance_that_their_norm_says_and_map_back(norm: Any) -> None:
-    images = _images(40)
-    tokenizer = PatchTokenizer(4, 3, 6, norm)
-    tokenizer.take_axes(_axes(images))
-    latents = tokenizer.latents(images)
-    variance = latents.flatten(0, 1).var(0, correction=0)
-    wanted = {"global": variance / variance.mean(), "whiten": torch.ones(6), "none": tokenizer.variances[:6]}[norm]
-    torch.testing.assert_close(variance, wanted, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(tokenizer.latents(tokenizer.pictures(latents)), latents, rtol=1e-4, atol=1e-4)
-    whole = PatchTokenizer(4, 3, 48, norm)
-    whole.take_axes(_axes(images))
-    torch.testing.assert_close(whole.pictures(whole.latents(images)), images, rtol=1e-3, atol=1e-4)
-
-
 def test_a_trained_linear_autoencoder_makes_centred_latents() -> None:
     images, moments = _images(40), Moments(48)
     moments.update(patchify(images, 4))
@@ -117,20 +85,6 @@ def test_a_trained_linear_autoencoder_makes_centred_latents() -> None:
     torch.testing.assert_close(tokenizer.pictures(latents), net(images), rtol=1e-4, atol=1e-4)
     with pytest.raises(ZooError, match="wants"):
         PatchTokenizer(4, 3, 5).take_linear(net.patch_encoder.weight, net.patch_decoder.weight, moments)
-
-
-def test_a_file_of_axes_is_written_read_and_refused_where_it_does_not_fit(tmp_path: Path) -> None:
-    path = tmp_path / "axes.safetensors"
-    sizes = ["--image_size", "32", "--patch_size", "8", "--images", "20", "--num_workers", "0"]
-    assert main(["data", "patch_pca", "shapes", *sizes, "-o", str(path)]) == 0
-    axes, header = read_patch_pca(path)
-    assert (header["patches"], header["patch_size"]) == (20 * 16, 8)
-    assert axes.basis.shape == (192, 192)
-    with pytest.raises(ZooError, match="48"):
-        PatchTokenizer(4, 3, 6).take_axes(axes)
-    (tmp_path / "other.safetensors").write_bytes(b"no")
-    with pytest.raises(ZooError, match="not a file of principal axes"):
-        read_patch_pca(tmp_path / "other.safetensors")
 
 
 # ----------------------------------------------------------------------------------------------------------- the walk

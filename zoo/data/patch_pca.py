@@ -41,7 +41,7 @@ def patch_moments(
         num_workers: processes that read pictures.
         device: where the sums are made; it must know float64.
     """
-    at_least_one(images=images, batch_size=batch_size)
+    at_least_one(images=images, batch_size=batch_size, patch_size=patch_size)
     count = min(images, len(samples))
     chosen = np.linspace(0, len(samples) - 1, count).round().astype(int).tolist()
     batches = [chosen[n : n + batch_size] for n in range(0, count, batch_size)]
@@ -83,11 +83,15 @@ def fit_patch_pca(
     Raises:
         ZooError: no such data set, or the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from zoo.data.datamodule import ImageDataModule
     from zoo.weights.download import replacing
 
+    out = Path(out).expanduser()
+    if out.is_dir() or not out.absolute().parent.is_dir():  # told before all is read
+        raise ZooError(f"cannot write {out}: {'it is a folder' if out.is_dir() else 'its folder does not exist'}")
     data = ImageDataModule(
         dataset, data_dir, batch_size, image_size=image_size, num_workers=num_workers, options=options
     )
@@ -98,8 +102,11 @@ def fit_patch_pca(
         "dataset": dataset, "split": split, "image_size": image_size, "patch_size": patch_size, "center": center,
         "images": min(images, len(samples)), "patches": moments.count, "mean": list(data.mean), "std": list(data.std),
     }  # fmt: skip
-    with replacing(Path(out).expanduser()) as file:
-        save_file(axes._asdict(), file, {"patch_pca": json.dumps(facts)})
+    with replacing(out) as file:
+        try:
+            save_file(axes._asdict(), file, {"patch_pca": json.dumps(facts)})
+        except SafetensorError as error:
+            raise ZooError(f"cannot write {out}: {error}") from error
     return {**facts, "explained_16": float(axes.explained(16))}
 
 

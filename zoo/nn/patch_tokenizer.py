@@ -81,9 +81,9 @@ class PatchTokenizer(nn.Module):
             raise ZooError(
                 f"the principal axes are of patches of {len(axes.mean)} numbers, the model's have {len(self.mean)}"
             )
-        first = axes.basis[: self.latent_dim]
+        first, scale = axes.basis[: self.latent_dim], axes.variances.max() + axes.mean.square().max()
         self._take(encoder=first, decoder=first.T, mean=axes.mean, back=axes.mean, basis=axes.basis)
-        self._take(variances=axes.variances, gain=self._gain(axes.variances[: self.latent_dim]))
+        self._take(variances=axes.variances, gain=self._gain(axes.variances[: self.latent_dim], scale))
 
     def take_linear(self, encoder: Tensor, decoder: Tensor, moments: Moments) -> None:
         """Makes the latents E x, centred, of a trained E (d, D), and x' = R E x with a trained R (D, d); `moments` of
@@ -99,13 +99,15 @@ class PatchTokenizer(nn.Module):
         mean, covariance = moments.covariance()
         wide = encoder.to(covariance)
         self._take(encoder=encoder, decoder=decoder, mean=mean, back=decoder.to(covariance) @ (wide @ mean))
-        self._take(gain=self._gain((wide @ covariance @ wide.T).diagonal()))
+        variances = (wide @ covariance @ wide.T).diagonal()
+        self._take(gain=self._gain(variances, variances.max() + (wide @ mean).square().max()))
 
-    def _gain(self, variances: Tensor) -> Tensor:
+    def _gain(self, variances: Tensor, scale: Tensor) -> Tensor:
         if self.latent_norm == "none":
             return torch.ones_like(variances)
         variances = variances if self.latent_norm == "whiten" else variances.mean().expand_as(variances)
-        if not bool((variances > 0).all()):
+        # What is left of no variance after rounding is not one; the mean says how large the sums were.
+        if not bool((variances > 1e-12 * scale).all()):
             raise ZooError(
                 "latents without variance cannot be normalised: fewer of them (latent_dim), or other pictures"
             )

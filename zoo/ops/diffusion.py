@@ -104,7 +104,10 @@ class Diffusion:
         self.kept = spaced_steps(len(betas), respacing)
         abar = (1 - betas.double()).cumprod(0)[self.kept]
         before = torch.cat([abar.new_ones(1), abar[:-1]])
-        self.abar, self.abar_before, self.betas = abar, before, 1 - abar / before
+        self.abar, self.abar_before = abar, before
+        gone = abar < torch.finfo(abar.dtype).tiny  # nothing of the data is left, not even a ratio
+        given = betas.to(abar) if len(abar) == len(betas) else torch.ones_like(abar)
+        self.betas = torch.where(gone, given, 1 - abar / before)
         posterior = self.betas * (1 - before) / (1 - abar)
         # The first posterior variance is 0; its logarithm is that of the second.
         first = posterior[1:2] if len(abar) > 1 else posterior

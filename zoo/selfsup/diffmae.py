@@ -266,7 +266,7 @@ class DiffusionMaskedAutoencoder(MaskedEncoder):
             places = torch.cat([own[:, :1].expand(len(x), -1, -1), tokens_at(own[:, 1:], kept)], dim=1)
             latent = self.norm(run_blocks(self.blocks, x, self.grad_checkpointing))
             return [self.decoder_embed(latent) + places]
-        layers = {}
+        layers = {0: x}
         for number, block in enumerate(self.blocks, 1):
             x = run_blocks(nn.ModuleList([block]), x, self.grad_checkpointing)
             layers[number] = x
@@ -329,12 +329,17 @@ class DiffusionMaskedAutoencoder(MaskedEncoder):
         return self.forward_features(images)
 
     def check_samples(self) -> None:
-        """Raises ZooError where the decoder's target is none that a sampler could go on with."""
+        """Raises ZooError where the decoder's target is none that a sampler could go on with at every time."""
         if self.norm_pix_loss or self.feature_dim is not None:
             target = "standardised patches" if self.norm_pix_loss else "features"
             raise ZooError(
                 f"this model regresses {target}, which are not what is noised: it does not sample; train one with"
                 " norm_pix_loss false and no teacher"
+            )
+        if self.prediction == "eps" and not bool((1 / self.process.abar).sqrt().float().isfinite().all()):
+            raise ZooError(
+                f"at its last times this schedule (beta {self.betas[0]:.2g} to {self.betas[-1]:.2g}) leaves nothing to"
+                " tell from predicted noise: it does not sample; a larger rho, or prediction x0"
             )
 
     @torch.no_grad()
@@ -384,7 +389,7 @@ class DiffMAEPretraining(BaseModule):
         mask_ratio: share of patches that are hidden.
         inpaint: what `predict` hides: "random" patches, `mask_ratio` of them, or the "centre" (the middle half of each
             side).
-        steps: of the sampler; null: all T.
+        steps: of the sampler, at most T; null: all T.
         teacher: the target is what a frozen CLIP says of each patch: timm's name of its image tower, such as
             vit_base_patch16_clip_224.openai; null: pixels.
         teacher_file: the tower's weights; null: those that timm fetches.
@@ -418,6 +423,8 @@ class DiffMAEPretraining(BaseModule):
             raise ZooError(f"mask_ratio {mask_ratio} of {length} patches must hide at least one and leave at least one")
         if self.network.feature_dim is not None and teacher is None:
             raise ZooError("feature_dim is the teacher's to say: name one by model.teacher")
+        if steps is not None and not 1 <= steps <= self.network.timesteps:
+            raise ZooError(f"the sampler takes 1 to {self.network.timesteps} steps (model.steps), not {steps}")
         if inpaint not in ("random", "centre"):
             raise unknown("inpaint", inpaint, ("random", "centre"))
         self.mask_ratio, self.inpaint, self.steps, self.feature = mask_ratio, inpaint, steps, feature

@@ -134,8 +134,10 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         if self.kind not in ("original", "linear", "unscaled", "single"):
             raise unknown("kind of noise schedule", self.kind, ("original", "linear", "unscaled", "single"))
-        if self.steps < 2 or not (self.sigma is None or self.sigma > 0) or not 0 < self.beta_start < self.beta_end < 1:
-            raise ZooError("a noise schedule has 2 steps or more, a sigma above 0, and betas that rise within 0 and 1")
+        if self.steps < 2 or not (self.sigma is None or self.sigma > 0) or not 0 < self.beta_start <= self.beta_end < 1:
+            raise ZooError(
+                "a noise schedule has 2 steps or more, a sigma above 0, and betas within 0 and 1 that do not fall"
+            )
         if self.sigma is not None and self.preserving:
             raise ZooError(f"the noise schedule {self.kind!r} takes no sigma")
 
@@ -403,6 +405,8 @@ class LDAEPretraining(BaseModule):
             raise ZooError(f"the target {target!r} wants model.output {'image' if of_pixels else 'latent'}")
         if of_pixels and net.tokenizer is None:
             raise ZooError(f"the target {target!r} wants a tokenizer; without one it is the same as latent")
+        if fit_images < 1 or sampling_steps < 1 or not 0 <= label_dropout <= 1:
+            raise ZooError("model.fit_images and model.sampling_steps are 1 or more, model.label_dropout is in [0, 1]")
         self.axes, self.fit_images, self.center = axes, fit_images, center
         self.target, self.tail_weight, self.noise = target, tail_weight, _schedule(noise)
         self.t, self.clean, self.label_dropout = t, clean, label_dropout

@@ -13,23 +13,27 @@ from zoo.selfsup.diffmae import diffuse, noise_schedule, posterior_step
 from zoo.selfsup.mae import reconstruction_loss
 
 
+def _betas(config: Config, rho: float) -> Tensor:
+    return noise_schedule(*(config[name] for name in ("timesteps", "beta_start", "beta_end")), rho)
+
+
 def _process(config: Config, rho: float) -> Diffusion:
-    betas = noise_schedule(*(config[name] for name in ("timesteps", "beta_start", "beta_end")), rho)
-    return Diffusion(betas, prediction="data", variance="fixed_small")
+    return Diffusion(_betas(config, rho), prediction="data", variance="fixed_small")
 
 
 def schedules(case: Case) -> dict[str, Tensor]:
     found = {}
     for rho in case["config"]["rhos"]:
         process = _process(case["config"], rho)
-        found |= {f"beta_rho_{rho}": process.betas, f"alpha_bar_rho_{rho}": process.abar}
+        found |= {f"beta_rho_{rho}": _betas(case["config"], rho), f"alpha_bar_rho_{rho}": process.abar}
     return found
 
 
 def step(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
-    process, t = _process(config, config["rho"]), torch.tensor(config["t"])
     patches = patchify(inputs["imgs"], config["patch_size"])
+    process = _process(config, config["rho"])
+    t = torch.as_tensor(config["t"], device=patches.device).expand(len(patches))
     mask = random_masking(inputs["mask_noise"], config["mask_ratio"]).mask
     noisy = diffuse(patches, mask, t, inputs["noise"], process)
     drawn = posterior_step(noisy, inputs["prediction"], t, inputs["step_noise"], process)

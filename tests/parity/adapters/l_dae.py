@@ -39,13 +39,11 @@ def corrupt_and_loss(case: Case) -> dict[str, Tensor]:
 def noise_schedules(case: Case) -> dict[str, Tensor]:
     config = case["config"]
     steps = config["timesteps"]
-    original = l_dae.NoiseSchedule("original", steps, None, config["beta_start"], config["beta_end"])
+    schedules = {kind: l_dae.NoiseSchedule(kind, steps) for kind in ("linear", "unscaled")}
+    if any(name.endswith("_original") for name in case["outputs"]):
+        schedules["original"] = l_dae.NoiseSchedule("original", steps, None, config["beta_start"], config["beta_end"])
     found: dict[str, Tensor] = {}
-    for name, schedule in {
-        "original": original,
-        "linear": l_dae.NoiseSchedule("linear", steps),
-        "unscaled": l_dae.NoiseSchedule("unscaled", steps),
-    }.items():
+    for name, schedule in schedules.items():
         gamma, sigma = schedule.levels()
         weight = l_dae.clean_weight(gamma**2, sigma**2)
         found |= {f"gamma2_{name}": gamma**2, f"sigma_{name}": sigma, f"lambda_clean_{name}": weight}
@@ -78,6 +76,6 @@ def run(case: dict[str, Any]) -> dict[str, Tensor]:
         return corrupt_and_loss(case)
     if "timesteps" in case["config"]:
         return noise_schedules(case)
-    if "imgs" in case["inputs"] and "center" in case["config"]:
+    if "imgs" in case["inputs"]:
         return patch_pca(case)
     raise ZooError(f"{case['case']}: no formula of this paper")
