@@ -344,7 +344,7 @@ def _run_again(command: str, name: str, words: list[str], debug: bool) -> int:
 
     rest = [word for position, word in enumerate(words) if position != words.index(name)]
     model = open_run(name)
-    with recipe_of(model, rest) as path:
+    with recipe_of(model) as path:
         return recipes.run(command, str(path), ["--ckpt_path", str(model.checkpoint), *rest], debug)
 
 

@@ -26,7 +26,7 @@ from zoo.training import Classification, LinearClassification
 from zoo.training.detection import Detection
 from zoo.training.video import ActionDetection, MultiLabelVideoClassification, VideoClassification
 from zoo.weights.pretrained import Architecture, paper_module, shapes
-from zoo.weights.runs import RunModel, check_class_paths, is_run, open_run, strangers_settings
+from zoo.weights.runs import RunModel, check_class_paths, is_run, open_run
 
 # Settings of a recipe's data that are about its own set, or are said anew.
 _OF_DATASET = {"dataset", "data_dir", "options", "train_samples", "batch_size", "num_workers", "seed", "epoch_samples"}
@@ -81,8 +81,7 @@ def main(words: Sequence[str], debug: bool = False) -> int:
         path = Path(place) / "recipe.yaml"
         text = yaml.safe_dump(recipe, sort_keys=False)
         path.write_text(f"# recipe: {name}\n{text}", encoding="utf-8")
-        with strangers_settings(*further):
-            code = recipes.run("fit", str(path), further, debug)
+        code = recipes.run("fit", str(path), further, debug)
     if code == 0 and not any(word.startswith("--trainer.fast_dev_run") for word in further):
         print(f"the recipe is the run's config.yaml; use it as runs:{name}: zoo predict runs:{name} FILE -o OUT.png")
     return code

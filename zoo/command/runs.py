@@ -28,7 +28,7 @@ from zoo.data.check import checked_hash
 from zoo.errors import ZooError
 from zoo.training.checkpoints import check_shards, is_sharded
 from zoo.weights.files import read_checkpoint
-from zoo.weights.runs import ORDER, check_class_paths, folder_name, order, runs_of, strangers_settings
+from zoo.weights.runs import ORDER, check_class_paths, folder_name, order, runs_of
 
 if TYPE_CHECKING:
     from zoo.command.recipes import RecipeCLI
@@ -98,20 +98,19 @@ def run_of(checkpoint: Path, name: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def recipe_of(model: RunModel, words: Sequence[str] = ()) -> Iterator[Path]:
+def recipe_of(model: RunModel) -> Iterator[Path]:
     """The recipe of a run: its ``config.yaml``, or of a checkpoint that lies elsewhere what it says of it, in a file
-    for as long as the block lasts. Within it, what is built is the zoo's, but for what the user's `words` name.
+    for as long as the block lasts. All that it names is the zoo's.
 
     Raises:
         ZooError: neither is there.
     """
     if model.folder is not None and (path := model.folder / "config.yaml").is_file():
         content = catalog.read_facts(path, "recipe")
-        check_class_paths(content, path)
         if content.get("module") is not None:
             raise ZooError(f"{path}: names a file of Python to run: zoo test {path} --ckpt_path FILE, if you know it")
-        with strangers_settings(*words):
-            yield path
+        check_class_paths(content, path)
+        yield path
         return
     recipe = model.facts["recipe"]
     if not recipe or not recipe.get("model") or not recipe.get("data"):
@@ -121,8 +120,7 @@ def recipe_of(model: RunModel, words: Sequence[str] = ()) -> Iterator[Path]:
         path = Path(place) / "recipe.yaml"
         settings = yaml.safe_dump({key: recipe[key] for key in ("model", "data", "average") if recipe.get(key)})
         path.write_text(f"# recipe: {safe_name(str(recipe.get('name')), 'recipe')}\n{settings}", encoding="utf-8")
-        with strangers_settings(*words):
-            yield path
+        yield path
 
 
 def first_process() -> bool:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -398,46 +398,59 @@ def task_class(path: str, where: Any) -> type[BaseModule]:
     return found
 
 
-def check_class_paths(settings: Any, where: Any) -> None:
-    """Refuses settings out of a checkpoint that name classes of others, which would be imported and called.
+_LIBRARIES = r"torchvision\.transforms|lightning\.pytorch\.callbacks"
+_OURS = rf"(zoo(?!\.(weights|command|claims)\.)|zoo_papers_\w+|{_LIBRARIES})(\.\w+)+"
+# Settings that no class takes.
+_PLAIN = {"dataset", "data_dir", "init_from", "autoencoder", "default_root_dir", "ckpt_path"}
+_MOST = 1 << 20  # bytes of a file of settings
+
+
+def check_class_paths(settings: Any, where: Any, key: str = "") -> None:
+    """Refuses settings out of a checkpoint, or of the run's config `where`, that name classes of others, which would be
+    imported and called: as a `class_path`, as a string, or in a file that a string names. Addresses are refused too.
 
     Raises:
         ZooError: a class path that is neither the zoo's, nor of Lightning's callbacks or torchvision's transforms.
     """
     if isinstance(settings, Mapping):
         path = settings.get("class_path")
-        ours = r"(zoo|zoo_papers_\w+|torchvision\.transforms|lightning\.pytorch\.callbacks)(\.\w+)+"
-        if path is not None and not re.fullmatch(ours, str(path)):
+        if path is not None and not re.fullmatch(_OURS, str(path)):
             raise ZooError(f"{where}: its settings name the class {str(path)[:80]!r}, which is none of the zoo's")
-        settings = list(settings.values())
-    if isinstance(settings, list | tuple):
+        for name, value in settings.items():
+            check_class_paths(value, where, str(name))
+    elif isinstance(settings, list | tuple):
         for entry in settings:
-            check_class_paths(entry, where)
+            check_class_paths(entry, where, key)
+    elif isinstance(settings, str) and key not in _PLAIN:
+        _check_text(settings, where, key)
 
 
-@contextlib.contextmanager
-def strangers_settings(*further: str) -> Iterator[None]:
-    """While the block lasts, settings that a parser reads may name classes of the zoo (none of those that fetch), of
-    papers in ``ZOO_PAPERS``, of Lightning's callbacks and of torchvision's transforms; and what the words `further` of
-    the user name. A string may be a class path too, or a file that holds one, which :func:`check_class_paths` cannot
-    know."""
-    from jsonargparse import set_parsing_settings
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # as of __main__
+        return True
 
+
+def _check_text(text: str, where: Any, key: str) -> None:
     from zoo import catalog
 
-    library = sorted(sys.stdlib_module_names)  # what no recipe may name either, see zoo.command.reading
-    own = [f"zoo_papers_{slug}" for slug in catalog.list_papers() if catalog.paper(slug).is_own]
-    named = [word.rpartition("=")[2] for word in further]
-    named = [path for path in named if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", path)]
-    own += [path for path in named if path.partition(".")[0] not in {*library, "jsonargparse"}]
-    set_parsing_settings(
-        import_path_denylist=["*", "zoo.command", "zoo.weights", "zoo.claims", *library],
-        import_path_allowlist=["zoo", "lightning.pytorch.callbacks", "torchvision.transforms", *own],
-    )
-    try:
-        yield
-    finally:
-        set_parsing_settings(import_path_denylist=library, import_path_allowlist=[])
+    if "://" in text:
+        raise ZooError(f"{where}: its settings name an address, {text[:80]!r}")
+    dotted = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", text) and not re.fullmatch(_OURS, text)
+    if dotted and _is_module(text.partition(".")[0]):
+        raise ZooError(f"{where}: its settings name the class {text[:80]!r}, which is none of the zoo's")
+    for folder in (Path(), Path(str(where)).parent):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            path = (folder / text).expanduser()
+            if path.is_file():
+                if path.stat().st_size > _MOST:
+                    raise ZooError(f"{where}: its settings name {text[:80]!r}, a file too large for settings")
+                content, written = None, path.read_text(encoding="utf-8")
+                with contextlib.suppress(ZooError):  # no settings then
+                    content = catalog.parse_yaml(written, text)
+                if content != text:
+                    check_class_paths(content, where, key)
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:
@@ -493,8 +506,7 @@ def _of_config(path: Path) -> dict[str, Any]:
             return {}
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(LightningDataModule, "data")
-        with strangers_settings():
-            module = parser.instantiate_classes(parser.parse_object({"data": data})).data
+        module = parser.instantiate_classes(parser.parse_object({"data": data})).data
     except Exception:  # no config, a set that has gone, settings of another version: it is only asked
         return {}
     facts = module.facts() if isinstance(module, SeededDataModule) else {}
