@@ -36,7 +36,7 @@ def test_ours_is_the_recipes_task_and_optimiser(last: bool) -> None:
     found = harness.training_step(trainer, harness.noise(SETTING, 4, 3, 16, 16), SETTING)
     assert found["loss"] == pytest.approx(2.3, abs=1)
     assert not torch.equal(kernel, before)
-    assert f"PreActResNetClassification of {RECIPE}: its training step and its own SGD" in trainer.about
+    assert f"PreActResNetClassification of {RECIPE}: its training step and its own fused SGD" in trainer.about
 
 
 def test_ours_starts_where_it_is_told_and_can_be_timed_in_another_loss() -> None:

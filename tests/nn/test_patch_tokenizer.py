@@ -96,7 +96,7 @@ def test_a_file_of_axes_is_written_read_and_refused_where_it_does_not_fit(tmp_pa
         (["--patch_size", "7"], "cannot be cut"),
         (["--patch_size", "0"], "patch_size must be at least 1"),
         (["--images", "0"], "images must be at least 1"),
-        (["--device", "potato"], "no device 'potato'"),
+        (["--device", "potato"], "not 'potato'"),
         (["--out", "nowhere/axes.safetensors"], "its folder does not exist"),
         (["--out", "."], "it is a folder"),
     ],

@@ -15,7 +15,7 @@ from zoo.errors import ZooError
 from zoo.weights.files import read_checkpoint
 
 PAPERS = ("mae", "diffmae", "moco", "moco_v2", "moco_v3", "simsiam", "asym_siam")
-SIZES = ("arch", "layers", "width", "small_images", "patch_size", "embed_dim", "depth", "num_heads")
+SIZES = ("arch", "layers", "width", "small_images", "patch_size", "embed_dim", "depth", "num_heads", "stem")
 QUIET: dict[str, Any] = {
     **{"trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.logger": False, "trainer.max_steps": 1},
     **{"trainer.enable_checkpointing": False, "trainer.enable_progress_bar": False, "trainer.precision": "32-true"},

@@ -79,20 +79,11 @@ def _dispatch(words: list[str], debug: bool) -> int:
         return 0
     if extra and arguments.do is not preview.run:  # which hands them to the recipe
         raise ZooError(f"zoo {command} has no option {extra[0]!r} (see zoo {command} --help)")
-    _check_device(getattr(arguments, "device", None))
+    if getattr(arguments, "device", None) not in (None, "cpu", "auto"):
+        from zoo.machine import device_of
+
+        device_of(arguments.device)
     return arguments.do(arguments, extra) or 0
-
-
-def _check_device(name: str | None) -> None:
-    if name in (None, "cpu", "auto"):
-        return
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the second where torch was built without it
-        told = str(error).split(". ")[0].splitlines()[0]
-        raise ZooError(f"no device {name!r} on this machine ({told})") from error
 
 
 def _split(words: list[str]) -> tuple[list[str], str | None, list[str]]:
