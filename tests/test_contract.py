@@ -28,8 +28,8 @@ from tests.processes import in_processes
 from zoo import catalog
 from zoo.data.loader import EpochSampler
 from zoo.errors import ZooError
+from zoo.machine import OF_THE_MACHINE
 from zoo.training import EMA
-from zoo.training.callbacks import OF_THE_MACHINE
 from zoo.weights import export
 
 POCKETS = catalog.list_recipes("*/pocket*")

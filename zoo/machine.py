@@ -15,6 +15,9 @@ from zoo.errors import ZooError
 
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
+# How the names begin of what is logged of the machine and not of the training.
+OF_THE_MACHINE = ("time/", "speed/", "memory/")
+
 
 @cache
 def cpu() -> dict[str, Any]:

@@ -16,28 +16,13 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from benchmarks.speed import harness
+from benchmarks.speed import harness, mae
 from benchmarks.speed.harness import Setting, Trainer, Work
+from benchmarks.speed.mae import LR, MASK_RATIO, recipe_options
 
-RECIPE, MAE_RECIPE, MASK_RATIO, LR = "diffmae/pretrain_imagenet1k", "mae/pretrain_imagenet1k", 0.75, 1.5e-4
+RECIPE = "diffmae/pretrain_imagenet1k"
 PACKAGES = ("timm", "diffusers")
-NAMES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
-NAMES += ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
-MODELS: dict[str, dict[str, int]] = {
-    name: dict(zip(NAMES, sizes, strict=True))
-    for name, sizes in {
-        "vit_base_patch16": (224, 16, 768, 12, 12, 512, 8, 16),
-        "vit_large_patch16": (224, 16, 1024, 24, 16, 512, 8, 16),
-        "tiny": (32, 8, 32, 2, 2, 32, 1, 2),  # for the harness's own test
-    }.items()
-}
-DEFAULT_MODEL = "vit_base_patch16"
-
-
-def _options(size: dict[str, int]) -> dict[str, Any]:
-    """A recipe's, for a network of this size."""
-    own = {f"model.{name}": value for name, value in size.items() if name != "img_size"}
-    return {**own, "data.image_size": size["img_size"], "model.mask_ratio": MASK_RATIO, "model.optim.lr": LR}
+MODELS, DEFAULT_MODEL = mae.MODELS, mae.DEFAULT_MODEL
 
 
 def reimplementation(size: dict[str, int], setting: Setting) -> Trainer:
@@ -63,8 +48,8 @@ def reimplementation(size: dict[str, int], setting: Setting) -> Trainer:
 def trainers(setting: Setting) -> list[Trainer]:
     """Everyone who is here, ours first."""
     size = MODELS[setting.model]
-    found = [harness.from_recipe(RECIPE, _options(size), lambda images: {"image": images}, setting)]
-    twin = harness.from_recipe(MAE_RECIPE, _options(size), lambda images: {"image": images}, setting)
+    found = [harness.from_recipe(RECIPE, recipe_options(size), lambda images: {"image": images}, setting)]
+    twin = harness.from_recipe(mae.RECIPE, recipe_options(size), lambda images: {"image": images}, setting)
     twin.name = "zoo, MAE"
     found.append(twin)
     return found + ([reimplementation(size, setting)] if setting.official is not None else [])
@@ -79,7 +64,7 @@ def images(setting: Setting) -> Tensor:
 def work(setting: Setting) -> Work:
     """Tokens that pass the encoder (the visible quarter and cls) and the decoder (the hidden ones); measured FLOPs."""
     size = MODELS[setting.model]
-    network, side = harness.recipe_task(RECIPE, _options(size), "meta").network, size["img_size"]
+    network, side = harness.recipe_task(RECIPE, recipe_options(size), "meta").network, size["img_size"]
     batch, length = torch.empty(setting.batch, 3, side, side, device="meta"), network.num_patches
     draws = [torch.empty(setting.batch, length, device="meta")]
     draws += [torch.ones(setting.batch, dtype=torch.long, device="meta")]

@@ -16,11 +16,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.environment import package_version
 from benchmarks.speed import harness
 from benchmarks.speed.harness import Setting, Trainer, Work
+from benchmarks.speed.shared import diffusion
 from zoo.errors import ZooError
 
 RECIPE, LR = "dispersive_loss/train_sit_imagenet1k", 1e-4
@@ -39,11 +40,6 @@ def _options(size: dict[str, int]) -> dict[str, Any]:
     """The recipe's, for a network of this size on latents that are given."""
     own: dict[str, Any] = {f"model.{name}": value for name, value in size.items() if name != "img_size"}
     return {**own, "data.image_size": size["img_size"], "model.optim.lr": LR, "model.autoencoder": "pixels"}
-
-
-def _labels(setting: Setting) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 1000, (setting.batch,), generator=generator).to(setting.device)
 
 
 def _checkouts(folder: Path | None) -> list[Path]:
@@ -76,7 +72,7 @@ def _as_on_a_gpu() -> Iterator[None]:
 
 
 def ours(size: dict[str, int], setting: Setting) -> Trainer:
-    labels = _labels(setting)
+    labels = diffusion.labels_of(setting)
     return harness.from_recipe(RECIPE, _options(size), lambda z: {"image": z, "label": labels}, setting)
 
 
@@ -84,12 +80,11 @@ def official(checkout: Path, size: dict[str, int], setting: Setting) -> Trainer:
     """The loss of its own train.py: training_losses of a network in training mode."""
     with _as_on_a_gpu():
         transport = harness.import_from(checkout, "transport").create_transport()
-        names = {"img_size": "input_size", "embed_dim": "hidden_size"}
-        sizes = {names.get(name, name): value for name, value in size.items()}
+        sizes = diffusion.official_sizes(size)
         network = harness.import_from(checkout, "models").SiT(**sizes, in_channels=4, num_classes=1000)
     network.to(setting.device).train()
     with_term = hasattr(transport, "disp_loss")
-    options: dict[str, Any] = {"y": _labels(setting), **({"return_act": True} if with_term else {})}
+    options: dict[str, Any] = {"y": diffusion.labels_of(setting), **({"return_act": True} if with_term else {})}
 
     def loss(z: Tensor) -> Tensor:
         with _as_on_a_gpu():
@@ -102,18 +97,13 @@ def official(checkout: Path, size: dict[str, int], setting: Setting) -> Trainer:
 
 
 def diffusers_dit(size: dict[str, int], setting: Setting) -> Trainer:
-    from diffusers import DiTTransformer2DModel
-
-    sizes = {"num_attention_heads": size["num_heads"], "attention_head_dim": size["embed_dim"] // size["num_heads"]}
-    sizes |= {"num_layers": size["depth"], "sample_size": size["img_size"], "patch_size": size["patch_size"]}
-    network: nn.Module = DiTTransformer2DModel(**sizes, in_channels=4, out_channels=8, num_embeds_ada_norm=1000)
-    network.to(setting.device).train()
-    labels = _labels(setting)
+    network, call = diffusion.diffusers_dit(size, setting, out_channels=8)
+    labels = diffusion.labels_of(setting)
 
     def loss(z: Tensor) -> Tensor:
         noise, t = torch.randn_like(z), torch.rand(len(z), device=z.device)
         wide = t.view(-1, 1, 1, 1)
-        out = network(wide * z + (1 - wide) * noise, timestep=t, class_labels=labels).sample
+        out = call(wide * z + (1 - wide) * noise, t, labels)
         return (out[:, :4] - (z - noise)).square().mean()
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0)
@@ -133,17 +123,12 @@ def trainers(setting: Setting) -> list[Trainer]:
 
 def images(setting: Setting) -> Tensor:
     """Seeded latents (B, 4, S, S) of noise: the time of a step does not depend on what is in them."""
-    side, generator = MODELS[setting.model]["img_size"], torch.Generator().manual_seed(0)
-    return torch.randn(setting.batch, 4, side, side, generator=generator).to(setting.device)
+    side = MODELS[setting.model]["img_size"]
+    return harness.noise(setting, setting.batch, 4, side, side)
 
 
 def work(setting: Setting) -> Work:
     """Tokens that pass the transformer; FLOPs of the network's passes, the term's own not counted."""
     size = MODELS[setting.model]
     network = harness.recipe_task(RECIPE, _options(size), "meta").network
-    with torch.device("meta"):
-        z = torch.empty(setting.batch, 4, size["img_size"], size["img_size"])
-        t, labels = torch.empty(setting.batch), torch.zeros(setting.batch, dtype=torch.long)
-        flops = harness.count_flops(lambda: network(z, t, labels).sum())
-    tokens = (size["img_size"] // size["patch_size"]) ** 2
-    return Work(setting.batch, setting.batch * tokens, flops, {"tokens": tokens})
+    return diffusion.trunk_work(network, size, setting)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.environment import package_version
 from benchmarks.speed import harness
 from benchmarks.speed.harness import Setting, Trainer, Work
-from zoo.errors import ZooError
+from benchmarks.speed.shared import diffusion
 
 RECIPE, LR = "l_dae/pretrain_dit_imagenet1k", 1e-4
 PACKAGES = ("diffusers",)
@@ -28,7 +28,6 @@ MODELS: dict[str, dict[str, int]] = {
     "tiny": {"img_size": 8, "patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2},  # for the harness's own test
 }
 DEFAULT_MODEL = "dit_s2"
-OFFICIAL = ("models.py", "diffusion/gaussian_diffusion.py")
 
 
 def _options(size: dict[str, int]) -> dict[str, Any]:
@@ -38,28 +37,22 @@ def _options(size: dict[str, int]) -> dict[str, Any]:
     return {**own, **options, "trainer.callbacks": []}
 
 
-def _labels(setting: Setting) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 1000, (setting.batch,), generator=generator).to(setting.device)
-
-
 def ours(size: dict[str, int], setting: Setting) -> Trainer:
-    labels = _labels(setting)
+    labels = diffusion.labels_of(setting)
     return harness.from_recipe(RECIPE, _options(size), lambda z: {"image": z, "label": labels}, setting)
 
 
 def official(checkout: Path, size: dict[str, int], setting: Setting) -> Trainer:
     """The loss of its own train.py, but for the variance, which l-DAE's baseline does not learn."""
-    diffusion = harness.import_from(checkout, "diffusion").create_diffusion("", learn_sigma=False)
-    names = {"img_size": "input_size", "embed_dim": "hidden_size"}
-    sizes = {names.get(name, name): value for name, value in size.items()}
+    process = harness.import_from(checkout, "diffusion").create_diffusion("", learn_sigma=False)
+    sizes = diffusion.official_sizes(size)
     network = harness.import_from(checkout, "models").DiT(**sizes, in_channels=4, num_classes=1000, learn_sigma=False)
     network.to(setting.device).train()
-    labels = _labels(setting)
+    labels = diffusion.labels_of(setting)
 
     def loss(z: Tensor) -> Tensor:
-        t = torch.randint(0, diffusion.num_timesteps, (len(z),), device=z.device)
-        return diffusion.training_losses(network, z, t, {"y": labels})["loss"].mean()
+        t = torch.randint(0, process.num_timesteps, (len(z),), device=z.device)
+        return process.training_losses(network, z, t, {"y": labels})["loss"].mean()
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0)
     about = "DiT's training_losses without variance; torch.optim.AdamW as in train.py"
@@ -67,19 +60,14 @@ def official(checkout: Path, size: dict[str, int], setting: Setting) -> Trainer:
 
 
 def diffusers_dit(size: dict[str, int], setting: Setting) -> Trainer:
-    from diffusers import DiTTransformer2DModel
-
-    sizes = {"num_attention_heads": size["num_heads"], "attention_head_dim": size["embed_dim"] // size["num_heads"]}
-    sizes |= {"num_layers": size["depth"], "sample_size": size["img_size"], "patch_size": size["patch_size"]}
-    network: nn.Module = DiTTransformer2DModel(**sizes, in_channels=4, out_channels=4, num_embeds_ada_norm=1000)
-    network.to(setting.device).train()
-    labels = _labels(setting)
+    network, call = diffusion.diffusers_dit(size, setting)
+    labels = diffusion.labels_of(setting)
     gamma2 = (1 - torch.linspace(1e-4, 0.02, 1000, device=setting.device)).cumprod(0)
 
     def loss(z: Tensor) -> Tensor:
         noise, t = torch.randn_like(z), torch.randint(0, 1000, (len(z),), device=z.device)
         kept = gamma2[t].view(-1, 1, 1, 1)
-        out = network(kept.sqrt() * z + (1 - kept).sqrt() * noise, timestep=t, class_labels=labels).sample
+        out = call(kept.sqrt() * z + (1 - kept).sqrt() * noise, t, labels)
         return (out - noise).square().mean()
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0)
@@ -89,12 +77,10 @@ def diffusers_dit(size: dict[str, int], setting: Setting) -> Trainer:
 
 def trainers(setting: Setting) -> list[Trainer]:
     """Everyone who is here, ours first. A peer that is not installed and a checkout that is not given are left out."""
-    size, place = MODELS[setting.model], setting.official
+    size = MODELS[setting.model]
+    found = diffusion.checkouts(setting.official, {"DiT": diffusion.TRUNKS["DiT"]})
     builders: list[Callable[[], Trainer]] = [lambda: ours(size, setting)]
-    if place is not None:
-        if not all((place / file).is_file() for file in OFFICIAL):
-            raise ZooError(f"{place} is no checkout of DiT")
-        builders.append(lambda: official(place, size, setting))
+    builders += [lambda: official(found["DiT"], size, setting)] if found else []
     if package_version("diffusers"):
         builders.append(lambda: diffusers_dit(size, setting))
     return [build() for build in builders]
@@ -102,17 +88,12 @@ def trainers(setting: Setting) -> list[Trainer]:
 
 def images(setting: Setting) -> Tensor:
     """Seeded latents (B, 4, S, S) of noise: the time of a step does not depend on what is in them."""
-    side, generator = MODELS[setting.model]["img_size"], torch.Generator().manual_seed(0)
-    return torch.randn(setting.batch, 4, side, side, generator=generator).to(setting.device)
+    side = MODELS[setting.model]["img_size"]
+    return harness.noise(setting, setting.batch, 4, side, side)
 
 
 def work(setting: Setting) -> Work:
     """Tokens that pass the transformer; FLOPs of its passes."""
     size = MODELS[setting.model]
     network = harness.recipe_task(RECIPE, _options(size), "meta").network
-    with torch.device("meta"):
-        z = torch.empty(setting.batch, 4, size["img_size"], size["img_size"])
-        t, labels = torch.empty(setting.batch), torch.zeros(setting.batch, dtype=torch.long)
-        flops = harness.count_flops(lambda: network(z, t, labels).sum())
-    tokens = (size["img_size"] // size["patch_size"]) ** 2
-    return Work(setting.batch, setting.batch * tokens, flops, {"tokens": tokens})
+    return diffusion.trunk_work(network, size, setting)

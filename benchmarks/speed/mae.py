@@ -37,8 +37,8 @@ MODELS: dict[str, dict[str, int]] = {
 DEFAULT_MODEL = "vit_base_patch16"
 
 
-def _options(size: dict[str, int]) -> dict[str, Any]:
-    """The recipe's, for a network of this size."""
+def recipe_options(size: dict[str, int]) -> dict[str, Any]:
+    """Those of a recipe of MAE's shape, for a network of this size."""
     own = {f"model.{name}": value for name, value in size.items() if name != "img_size"}
     return {**own, "data.image_size": size["img_size"], "model.mask_ratio": MASK_RATIO, "model.optim.lr": LR}
 
@@ -115,7 +115,7 @@ def lightly_mae(size: dict[str, int], setting: Setting) -> Trainer:
 def trainers(setting: Setting) -> list[Trainer]:
     """Everyone who is here, ours first. A peer that is not installed and a checkout that is not given are left out."""
     size = MODELS[setting.model]
-    found = [harness.from_recipe(RECIPE, _options(size), lambda images: {"image": images}, setting)]
+    found = [harness.from_recipe(RECIPE, recipe_options(size), lambda images: {"image": images}, setting)]
     if setting.official is not None:
         found += [official(size, setting, fused_attention=fused) for fused in (True, False)]
     peers: dict[str, Callable[..., Trainer]] = {"transformers": transformers_vit_mae, "lightly": lightly_mae}
@@ -131,7 +131,7 @@ def images(setting: Setting) -> Tensor:
 def work(setting: Setting) -> Work:
     """Tokens that pass the encoder (the visible quarter and cls) and the decoder (all and cls); measured FLOPs."""
     size = MODELS[setting.model]
-    network, side = harness.recipe_task(RECIPE, _options(size), "meta").network, size["img_size"]
+    network, side = harness.recipe_task(RECIPE, recipe_options(size), "meta").network, size["img_size"]
     batch = torch.empty(setting.batch, 3, side, side, device="meta")
     flops = harness.count_flops(lambda: network(batch, MASK_RATIO)[0])
     encoder, decoder = int(network.num_patches * (1 - MASK_RATIO)) + 1, network.num_patches + 1
@@ -144,4 +144,4 @@ def loaders(setting: Setting) -> contextlib.AbstractContextManager[tuple[list[Lo
     size = MODELS[setting.model]
     official = ("official", "torchvision ImageFolder and the PIL transforms of the official script")
     common: Any = (setting, size["img_size"], LOADING_BATCH)
-    return harness.crop_loaders(RECIPE, _options(size), *common, official, scale=(0.2, 1.0))
+    return harness.crop_loaders(RECIPE, recipe_options(size), *common, official, scale=(0.2, 1.0))

@@ -33,7 +33,7 @@ import lightning as L
 import torch
 
 from zoo import catalog, files
-from zoo.training.callbacks import OF_THE_MACHINE
+from zoo.machine import OF_THE_MACHINE
 
 KINDS = ("kill", "term", "int", "writing", "naming")
 HERE = "tests.command.kill_and_resume"

@@ -30,9 +30,9 @@ from zoo.command.recipes import recipe_name
 from zoo.command.runs import new_run_folder, newest_checkpoint, remember
 from zoo.data.loader import EpochSampler, TrainLoader
 from zoo.errors import ZooError
+from zoo.machine import OF_THE_MACHINE
 from zoo.paths import cache_dir
 from zoo.training import LastCheckpoint
-from zoo.training.callbacks import OF_THE_MACHINE
 
 
 class Task(pl.LightningModule):

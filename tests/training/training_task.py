@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import MeanMetric
 
+from zoo.machine import OF_THE_MACHINE
 from zoo.training import EMA, BaseModule, KNNProbe, LinearProbe, Optim, default_callbacks
-from zoo.training.callbacks import OF_THE_MACHINE
 
 CLASSES = 6
 OPTIM = Optim(lr=0.05, schedule="constant", weight_decay=0.0)

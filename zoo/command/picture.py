@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from zoo.data.text import WordPiece, prompts
 from zoo.errors import ZooError
 from zoo.metrics.zero_shot import class_features
 from zoo.weights.pretrained import create_model, create_preprocess
-from zoo.weights.runs import RunModel, is_run, open_run, preparation
+from zoo.weights.runs import RunModel, data_module, is_run, open_run, preparation
 
 _TOGETHER, _VIEWS = 16, 4  # pictures, and views of a video, that go through a network at a time
 
@@ -170,13 +171,8 @@ def _published_clips(model: str, weights: str | None, use_ema: bool | str | None
     from zoo.command.finetune import from_card
 
     start = from_card(model, weights)
-    cut = (start.data.get("eval_transform") or {}).get("init_args") or {}
-    facts: dict[str, Any] = {"short_side": 1.0, "crop": True, "num_frames": 32, "sampling_rate": 2, "target_fps": 30.0}
-    facts |= {"sampling": "window", "clips": 1, "crops": 1, "mean": [0.45] * 3, "std": [0.225] * 3}
-    facts |= {key: start.data[key] for key in facts if key in start.data} | {
-        key: cut[key] for key in facts if key in cut
-    }
-    facts |= {"kind": "clip", "size": cut.get("size") or start.data.get("image_size") or 224}
+    module = data_module({"class_path": "zoo.data.VideoDataModule", "init_args": {**start.data, "dataset": "shapes"}})
+    facts = module.preprocess_facts()
     net: Any = create_model(model, pretrained=weights is None, weights=weights, use_ema=use_ema).eval()
     about: dict[str, Any] = {"mean": facts["mean"], "std": facts["std"]}
     return Subject(
@@ -309,7 +305,7 @@ def _draw(subject: Subject, images: Sequence[Path], target: _Target, top: int, t
             batch.append(x)
             yield {"image": str(image), "picture": str(target.paths[n])}
         else:
-            yield {"image": str(image), **target.write(n, lambda x=x: subject.ask(x[None]))}  # type: ignore[misc]
+            yield {"image": str(image), **target.write(n, partial(subject.ask, x[None]))}
     if batch and (path := target.paths[0]):
         _write(subject.ask(torch.stack(batch)), path)
 
@@ -332,7 +328,7 @@ def _classify(subject: Subject, images: Sequence[Path], target: _Target, top: in
                 yield failed
                 continue
             rows = _top(next(found), subject.names, top)
-            drawn = target.write(n, lambda seen=seen, rows=rows: draw_classes(seen[0], rows))  # type: ignore[misc]
+            drawn = target.write(n, partial(draw_classes, seen[0], rows))
             yield {"image": str(image), **drawn, "top": rows}
         waiting.clear()
 
@@ -349,11 +345,8 @@ def _clips(subject: Subject, images: Sequence[Path], target: _Target, top: int, 
             yield failed
             continue
         rows = _top(subject.ask(views)[0], subject.names, top)
-        clip = views[len(views) // 2]
-        drawn = target.write(
-            n,
-            lambda clip=clip, rows=rows: draw_classes(strip(clip, subject.mean, subject.std), rows),  # type: ignore[misc]
-        )
+        frames = strip(views[len(views) // 2], subject.mean, subject.std)
+        drawn = target.write(n, partial(draw_classes, frames, rows))
         yield {"image": str(video), **drawn, "top": rows}
 
 
@@ -373,10 +366,7 @@ def _detect(subject: Subject, images: Sequence[Path], target: _Target, top: int,
             yield failed
             continue
         found = find_objects(subject.ask, picture, subject.prepare, threshold)
-        drawn = target.write(
-            n,
-            lambda picture=picture, found=found: draw_objects(picture, found, subject.names),  # type: ignore[misc]
-        )
+        drawn = target.write(n, partial(draw_objects, picture, found, subject.names))
         yield {"image": str(image), **drawn, "objects": _objects(found, subject.names)}
 
 

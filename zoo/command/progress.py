@@ -16,7 +16,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
-from zoo.training.callbacks import OF_THE_MACHINE, Throughput, Timing
+from zoo.machine import OF_THE_MACHINE
+from zoo.training.callbacks import Throughput, Timing
 from zoo.training.checkpoints import LastCheckpoint
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from zoo import files
+from zoo.machine import OF_THE_MACHINE
 from zoo.pages import run as runs
 from zoo.pages.html import Markup, bars, breakable, command, el, folded, markup, number, page, section, table, tiles
 from zoo.pages.run import Run
@@ -125,7 +126,7 @@ def _groups(names: Sequence[str]) -> dict[str, list[str]]:
     """Metrics by the title of their curve: ``train/loss`` and ``val/loss`` share one."""
     found: dict[str, list[str]] = {}
     for name in names:
-        if name.startswith(("time/", "speed/", "memory/")):
+        if name.startswith(OF_THE_MACHINE):
             continue
         plain = name.removesuffix("_step").removesuffix("_epoch")
         if name.endswith("_epoch") and f"{plain}_step" in names:

@@ -15,6 +15,7 @@ from typing import Any
 
 from zoo import catalog
 from zoo.errors import ZooError
+from zoo.machine import OF_THE_MACHINE
 
 _FILES = ("config.yaml", "metrics.csv", "result.json")
 _MOST_BYTES = 64 << 20  # of a file that is read
@@ -60,7 +61,7 @@ class Run:
             return {str(k): float(v) for k, v in stated.items() if isinstance(v, int | float)}
         last: dict[str, float] = {}
         for name, points in self.series.items():
-            if points and not name.startswith(("time/", "speed/", "memory/", "train/lr", "lr-")):
+            if points and not name.startswith((*OF_THE_MACHINE, "train/lr", "lr-")):
                 last[name.removesuffix("_step").removesuffix("_epoch")] = points[-1][1]
         return last
 

@@ -22,9 +22,6 @@ from zoo.nn.batchnorm import BATCH_NORMS
 from zoo.training.base import batch_length, seed_position
 from zoo.training.ema import evaluation_weights
 
-# How the names begin of what is logged of the machine and not of the training.
-OF_THE_MACHINE = ("time/", "speed/", "memory/")
-
 
 @dataclass(frozen=True)
 class Throughput:

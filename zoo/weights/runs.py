@@ -490,11 +490,19 @@ def _joined(folder: Path) -> Iterator[Path]:
         yield path
 
 
+def data_module(settings: Mapping[str, Any]) -> Any:
+    """The data module of a recipe's `data`, {"class_path", "init_args"}."""
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch import LightningDataModule
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    return parser.instantiate_classes(parser.parse_object({"data": dict(settings)})).data
+
+
 def _of_config(path: Path) -> dict[str, Any]:
     """What the config of a run tells of one whose checkpoint says nothing; empty where its data cannot be had."""
     import yaml
-    from jsonargparse import ArgumentParser
-    from lightning.pytorch import LightningDataModule
 
     from zoo.data.base import SeededDataModule
 
@@ -504,9 +512,7 @@ def _of_config(path: Path) -> dict[str, Any]:
         check_class_paths(data, path)
         if "://" in str(data["init_args"].get("dataset")):  # to look at a run fetches nothing
             return {}
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(LightningDataModule, "data")
-        module = parser.instantiate_classes(parser.parse_object({"data": data})).data
+        module = data_module(data)
     except Exception:  # no config, a set that has gone, settings of another version: it is only asked
         return {}
     facts = module.facts() if isinstance(module, SeededDataModule) else {}

@@ -16,8 +16,8 @@ from zoo.weights.runs import is_run, open_run
 
 @dataclass
 class Source:
-    """`preprocess` in the words of :class:`zoo.catalog.Preprocess`, `classes` the names in order, `facts` further plain
-    values that tell where it comes from."""
+    """`preprocess` in the words of :class:`zoo.catalog.Preprocess`, `classes` the names in order that a run knows,
+    `facts` further plain values that tell where it comes from."""
 
     name: str
     network: nn.Module
@@ -80,8 +80,7 @@ def open_source(
     facts = {"model": entry.name if entry else model.name, "paper": card.title}
     if entry is not None:
         facts |= {"licence": entry.licence}
-    classes = None
     preprocess = None if said is None else said.preprocess.model_dump(mode="json")
     if preprocess is None and model.classifier is not None:
         preprocess = {"size": model.classifier.image_size}
-    return Source(facts["model"], network.eval(), preprocess, classes, facts)
+    return Source(facts["model"], network.eval(), preprocess, facts=facts)

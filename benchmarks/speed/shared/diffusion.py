@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torchvision import datasets, transforms
 
@@ -50,6 +50,40 @@ def checkouts(folder: Path | None, known: Mapping[str, tuple[str, ...]] = TRUNKS
     return found
 
 
+def official_sizes(size: Mapping[str, int]) -> dict[str, int]:
+    """A network's sizes under the names of the official DiT and SiT."""
+    names = {"img_size": "input_size", "embed_dim": "hidden_size"}
+    return {names.get(name, name): value for name, value in size.items()}
+
+
+def diffusers_dit(
+    size: Mapping[str, int], setting: Setting, out_channels: int = 4
+) -> tuple[nn.Module, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """diffusers' DiT of this size, and what it makes of latents (B, 4, S, S), times and labels."""
+    from diffusers import DiTTransformer2DModel
+
+    sizes = {"num_attention_heads": size["num_heads"], "attention_head_dim": size["embed_dim"] // size["num_heads"]}
+    sizes |= {"num_layers": size["depth"], "sample_size": size["img_size"], "patch_size": size["patch_size"]}
+    network = DiTTransformer2DModel(**sizes, in_channels=4, out_channels=out_channels, num_embeds_ada_norm=1000)
+    network.to(setting.device).train()
+    return network, lambda z, t, y: network(z, timestep=t, class_labels=y).sample
+
+
+def labels_of(setting: Setting) -> Tensor:
+    """Labels (B,) that every contender gets."""
+    return torch.randint(0, 1000, (setting.batch,), generator=torch.Generator().manual_seed(1)).to(setting.device)
+
+
+def trunk_work(network: Any, size: Mapping[str, int], setting: Setting) -> Work:
+    """Tokens that pass a transformer (on the meta device) of latents (B, 4, S, S); FLOPs of its passes."""
+    with torch.device("meta"):
+        z = torch.empty(setting.batch, 4, size["img_size"], size["img_size"])
+        t, labels = torch.empty(setting.batch), torch.zeros(setting.batch, dtype=torch.long)
+        flops = harness.count_flops(lambda: network(z, t, labels).sum())
+    tokens = (size["img_size"] // size["patch_size"]) ** 2
+    return Work(setting.batch, setting.batch * tokens, flops, {"tokens": tokens})
+
+
 def trunk_loss(setting: Setting, side: int, channels: int = 4) -> Callable[[Callable[..., Tensor], Tensor], Tensor]:
     """The squared error of a network (z, t, y) against noise, with times and labels that every contender gets."""
     generator = torch.Generator().manual_seed(1)
@@ -69,8 +103,7 @@ def trunks(size: Mapping[str, int], found: Mapping[str, Path], setting: Setting)
         return Trainer(name, version, lambda z: loss(call, z), optimizer, about)
 
     made = []
-    names = {"img_size": "input_size", "embed_dim": "hidden_size"}
-    theirs = {names.get(name, name): value for name, value in size.items()}
+    theirs = official_sizes(size)
     for name, place in found.items():
         if name in TRUNKS:
             network = getattr(harness.import_from(place, "models"), name)(**theirs, learn_sigma=False)
@@ -78,23 +111,7 @@ def trunks(size: Mapping[str, int], found: Mapping[str, Path], setting: Setting)
             network.to(setting.device)
             made.append(trainer(name, harness.revision(place), network, network, about))
     if version := package_version("diffusers"):
-        from diffusers import DiTTransformer2DModel
-
-        network = DiTTransformer2DModel(
-            num_attention_heads=size["num_heads"],
-            attention_head_dim=size["embed_dim"] // size["num_heads"],
-            in_channels=4,
-            out_channels=4,
-            num_layers=size["depth"],
-            sample_size=size["img_size"],
-            patch_size=size["patch_size"],
-            num_embeds_ada_norm=1000,
-        )
-        network.to(setting.device).train()
-
-        def call(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            return network(z, timestep=t, class_labels=y).sample
-
+        network, call = diffusers_dit(size, setting)
         about = "DiTTransformer2DModel, whose every block embeds time and label anew; torch.optim.AdamW"
         made.append(trainer("diffusers", version, network, call, about))
     return made
