@@ -132,7 +132,6 @@ class Start:
         source: of the weights, as the task's `init_from` takes it.
         data: settings of the data module that belong to the weights.
         optim: the optimiser that they were trained with, where they were trained on the same task.
-        classes: of the names, the weights' own.
     """
 
     kind: str
