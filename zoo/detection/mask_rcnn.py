@@ -28,7 +28,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
@@ -49,10 +48,11 @@ from zoo.nn.detection import (
     Subsample,
     configured,
 )
-from zoo.ops.boxes import cell_anchors
 from zoo.training import Optim
 from zoo.training.detection import Detection
-from zoo.weights.pretrained import fill, read_source
+from zoo.weights import detectron2
+from zoo.weights.detectron2 import convert_trunk as convert_trunk
+from zoo.weights.pretrained import read_source
 
 Design = Literal["fpn", "dc5", "c4"]
 
@@ -352,24 +352,9 @@ def resnext101_32x8d_trunk(**overrides: Any) -> ResNetBackbone:
 
 # ------------------------------------------------------------------------------------------------ 4. official weights
 
-_LEAF = r"(?:(norm)\.)?(weight|bias|running_mean|running_var|num_batches_tracked)"
-_STEM = re.compile(rf"stem\.conv1\.{_LEAF}")
-_BLOCK = re.compile(rf"res([2-5])\.(\d+)\.(?:conv([123])|shortcut)\.{_LEAF}")
-_PYRAMID = re.compile(rf"backbone\.fpn_(lateral|output)(\d)\.{_LEAF}")
-_CONV_NORM = re.compile(rf"roi_heads\.(?:box_head(?:\.(\d))?\.(conv\d)|(mask_head\.mask_fcn\d))\.{_LEAF}")
-_RPN = re.compile(
-    r"proposal_generator\.rpn_head\.(?:(conv)(?:\.conv(\d))?|(objectness_logits|anchor_deltas))\.(weight|bias)"
-)
-_BOX = re.compile(r"roi_heads\.(box_head|box_predictor)(?:\.(\d))?\.((?:fc\d|cls_score|bbox_pred)\.(?:weight|bias))")
-_SAME = re.compile(
-    r"roi_heads\.(?:mask_head\.(?:deconv|predictor)|keypoint_head\.(?:conv_fcn\d+|score_lowres))\.(?:weight|bias)"
-)
 _OURS = re.compile(r"(?:backbone|rpn\.head|roi_heads)\..+")
-_NOT_WEIGHTS = re.compile(r"pixel_(?:mean|std)|(?:proposal_generator\.)?anchor_generator\.cell_anchors\.\d")
 _CLASS_LAYERS = re.compile(r"roi_heads\.(?:box_predictors\.\d\.\w+|mask_head\.predictor)\.(?:weight|bias)")
-
-_BGR_MEAN = (103.53, 116.28, 123.675)
-_ANCHOR_SIZES = (32.0, 64.0, 128.0, 256.0, 512.0)
+_RULES = (detectron2.backbone_name, detectron2.rpn_name, detectron2.roi_name)
 
 
 def convert_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -382,107 +367,8 @@ def convert_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ZooError: a key of no such detector, or a mean or anchors that are not those of the published networks.
     """
     if any(key.startswith("rpn.head.") for key in state_dict):
-        if foreign := [key for key in state_dict if not _OURS.fullmatch(key)]:
-            raise ZooError(f"not a checkpoint of a detector: {len(foreign)} unknown keys, such as {foreign[0]!r}")
-        return dict(state_dict)
-    _check_constants({key: value for key, value in state_dict.items() if _NOT_WEIGHTS.fullmatch(key)})
-    return {_our_name(key): value for key, value in state_dict.items() if not _NOT_WEIGHTS.fullmatch(key)}
-
-
-def _our_name(key: str) -> str:
-    if match := re.fullmatch(r"(backbone(?:\.bottom_up)?)\.((?:stem|res\d)\..+)", key):
-        return f"{match[1]}.{_trunk_name(match[2])}"
-    if match := re.fullmatch(r"roi_heads\.(res5\..+)", key):
-        return f"roi_heads.{_trunk_name(match[1]).replace('layer4', 'res5', 1)}"
-    if match := _PYRAMID.fullmatch(key):
-        kind, level, norm, leaf = match.groups()
-        return f"backbone.{kind}.{'c' if kind == 'lateral' else 'p'}{level}.{int(bool(norm))}.{leaf}"
-    if match := _CONV_NORM.fullmatch(key):
-        stage, conv, mask, norm, leaf = match.groups()
-        return f"roi_heads.{mask or f'box_heads.{stage or 0}.{conv}'}.{int(bool(norm))}.{leaf}"
-    if match := _BOX.fullmatch(key):
-        return f"roi_heads.{match[1]}s.{match[2] or 0}.{match[3]}"
-    if match := _RPN.fullmatch(key):
-        conv, index, layer, leaf = match.groups()
-        return f"rpn.head.conv.{2 * int(index or 0)}.{leaf}" if conv else f"rpn.head.{layer}.{leaf}"
-    if _SAME.fullmatch(key):
-        return key
-    raise ZooError(f"not a checkpoint of detectron2's R-CNNs: unknown key {key!r}")
-
-
-def _trunk_name(key: str) -> str:
-    """torchvision's name of a parameter of detectron2's ResNet."""
-    if match := _STEM.fullmatch(key):
-        return f"{'bn1' if match[1] else 'conv1'}.{match[2]}"
-    if match := _BLOCK.fullmatch(key):
-        stage, block, conv, norm, leaf = match.groups()
-        part = f"{'bn' if norm else 'conv'}{conv}" if conv else f"downsample.{int(bool(norm))}"
-        return f"layer{int(stage) - 1}.{block}.{part}.{leaf}"
-    raise ZooError(f"not a ResNet of detectron2: unknown key {key!r}")
-
-
-def _check_constants(given: Mapping[str, Tensor]) -> None:
-    anchors = {}
-    for key, value in given.items():
-        if value.is_meta:
-            continue
-        if key == "pixel_mean" and not torch.allclose(value.flatten().float(), torch.tensor(_BGR_MEAN), atol=1e-3):
-            raise ZooError(f"the file's pixel_mean is {value.flatten().tolist()}; the published networks' {_BGR_MEAN}")
-        if "cell_anchors" in key:
-            anchors[int(key.rpartition(".")[2])] = value.float()
-    if anchors:
-        levels = [_ANCHOR_SIZES] if len(anchors) == 1 else [(size,) for size in _ANCHOR_SIZES]
-        wanted = [cell_anchors(sizes, (0.5, 1.0, 2.0), torch.device("cpu")) for sizes in levels]
-        found = [anchors[level] for level in sorted(anchors)]
-        same = [a.shape == b.shape and torch.allclose(a, b, atol=1e-2) for a, b in zip(found, wanted, strict=False)]
-        if len(found) != len(wanted) or not all(same):
-            raise ZooError("the file's anchors are not those of the published networks (32 to 512 pixels, 3 ratios)")
-
-
-_CAFFE2 = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
-_CAFFE2_BLOCK = re.compile(r"res([2-5])_(\d+)_(branch1|branch2[abc])_(?:(bn|gn)_)?(w|s|b|rm|riv)")
-_CAFFE2_STEM = re.compile(r"(?:res_)?conv1_(?:(bn|gn)_)?(w|s|b|rm|riv)")
-_CLASSIFIER = re.compile(r"(?:(?:stem\.)?fc|linear)\.(?:weight|bias)|(?:pred|fc1000)_[wb]|conv1_b|.+_momentum|lr")
-
-
-def convert_trunk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An ImageNet classifier's trunk in torchvision's names: of detectron2's copies, of Caffe2's pickles, or of
-    torchvision's own layout. The classifier itself, momenta and the like are left out.
-
-    A BatchNorm of Caffe2 without statistics is an affine layer: mean 0, variance 1.
-
-    Raises:
-        ZooError: a key of no such network.
-    """
-    converted: dict[str, Tensor] = {}
-    affine: set[str] = set()
-    for key, value in state_dict.items():
-        if re.fullmatch(r"(?:conv1|bn1|layer[1-4])\..+", key):
-            converted[key] = value
-            continue
-        if _CLASSIFIER.fullmatch(key):
-            continue
-        official, norm = key, None
-        if match := _CAFFE2_STEM.fullmatch(key):
-            norm, leaf = match.groups()
-            official = f"stem.conv1.{_caffe2_leaf(norm, leaf)}"
-        elif match := _CAFFE2_BLOCK.fullmatch(key):
-            stage, block, branch, norm, leaf = match.groups()
-            official = f"res{stage}.{block}.{_CAFFE2[branch]}.{_caffe2_leaf(norm, leaf)}"
-        name = _trunk_name(official)
-        converted[name] = value
-        if norm == "bn":
-            affine.add(name.rpartition(".")[0])
-    for name in affine:
-        weight = converted[f"{name}.weight"]
-        converted.setdefault(f"{name}.running_mean", torch.zeros_like(weight))
-        converted.setdefault(f"{name}.running_var", torch.full_like(weight, 1 - 1e-5))  # the layer adds its eps of 1e-5
-    return converted
-
-
-def _caffe2_leaf(norm: str | None, leaf: str) -> str:
-    names = {"w": "weight", "s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
-    return f"norm.{names[leaf]}" if norm else names[leaf]
+        return detectron2.ours(state_dict, _OURS)
+    return detectron2.rename(state_dict, _RULES, "detectron2's R-CNNs")
 
 
 def load_weights(network: MaskRCNN, source: str | Path) -> None:
@@ -499,29 +385,8 @@ def load_weights(network: MaskRCNN, source: str | Path) -> None:
         ZooError: the file is missing, or does not match.
     """
     state = read_source(source)
-    own = network.state_dict()
     if any(key.startswith(("rpn.head.", "proposal_generator.")) for key in state):
-        state = convert_official(state)
-        other = {
-            key
-            for key, value in state.items()
-            if _CLASS_LAYERS.fullmatch(key) and key in own and own[key].shape != value.shape
-        }
-        state = {key: value for key, value in state.items() if key not in other}
-        fill(network, state, source, lambda key: key not in other)
+        detectron2.fill_detector(network, convert_official(state), source, _CLASS_LAYERS)
         return
     prefix = "backbone.bottom_up." if network.design == "fpn" else "backbone."
-    state = {
-        f"roi_heads.{key.replace('layer4', 'res5', 1)}"
-        if network.design == "c4" and key.startswith("layer4.")
-        else f"{prefix}{key}": value
-        for key, value in convert_trunk(state).items()
-    }
-    # A frozen BatchNorm counts no batches.
-    state = {key: value for key, value in state.items() if key in own or not key.endswith("num_batches_tracked")}
-    fill(
-        network,
-        state,
-        source,
-        lambda key: key.startswith((f"{prefix}conv1.", f"{prefix}bn1.", f"{prefix}layer", "roi_heads.res5.")),
-    )
+    detectron2.fill_trunk(network, state, source, prefix, "roi_heads.res5." if network.design == "c4" else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo.nn.detection.backbone import FPN, FPNConfig, ResNetBackbone, ResNetConfig, Subsample
+from zoo.nn.detection.backbone import FPN, ConvTop, FPNConfig, ResNetBackbone, ResNetConfig, Subsample
 from zoo.nn.detection.rcnn import RCNN, configured
 from zoo.nn.detection.roi_heads import (
     BoxHeadConfig,
@@ -22,6 +22,7 @@ __all__ = [
     "RPN",
     "AnchorGenerator",
     "BoxHeadConfig",
+    "ConvTop",
     "FPNConfig",
     "KeypointHeadConfig",
     "MaskHeadConfig",

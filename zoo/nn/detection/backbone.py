@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate, max_pool2d, relu_
 from torchvision.models import resnet
@@ -18,7 +19,7 @@ from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
 
 from zoo.errors import ZooError, unknown
 
-Norm = Literal["frozen_bn", "bn", "gn"]
+Norm = Literal["frozen_bn", "bn", "gn", "ln"]
 DEPTHS: dict[int, tuple[int, int, int, int]] = {
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
@@ -31,12 +32,18 @@ DEPTHS: dict[int, tuple[int, int, int, int]] = {
 def norm_layer(name: str | None) -> Callable[[int], nn.Module] | None:
     """The normalisation called `name`; None for none.
 
-    `frozen_bn` has fixed statistics and scales, `bn` becomes SyncBN by `trainer.sync_batchnorm`, `gn` has 32 groups.
+    `frozen_bn` has fixed statistics and scales, `bn` becomes SyncBN by `trainer.sync_batchnorm`, `gn` has 32 groups,
+    `ln` normalises over the channels of each place (eps 1e-6).
 
     Raises:
         ZooError: an unknown name.
     """
-    known: dict[str, Any] = {"frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d, "gn": partial(nn.GroupNorm, 32)}
+    known: dict[str, Any] = {
+        "frozen_bn": FrozenBatchNorm2d,
+        "bn": nn.BatchNorm2d,
+        "gn": partial(nn.GroupNorm, 32),
+        "ln": LayerNorm2d,
+    }
     if name is not None and name not in known:
         raise unknown("norm", name, known)
     return None if name is None else known[name]
@@ -215,6 +222,31 @@ class Subsample(nn.Module):
 
     def forward(self, last: Tensor, maps: Mapping[str, Tensor]) -> list[Tensor]:
         return [max_pool2d(last, kernel_size=1, stride=2)]
+
+
+class ConvTop(nn.Module):
+    """p6 and p7 of single-stage detectors: 3x3 convolutions of stride 2, p6 of `source`, p7 of ReLU(p6) (RetinaNet,
+    section 4).
+
+    Args:
+        channels: of both.
+        in_channels: of the source.
+        source: a map of the trunk (c5), or null for the pyramid's last level (p5).
+    """
+
+    levels = 2
+
+    def __init__(self, channels: int, in_channels: int, source: str | None = "c5") -> None:
+        super().__init__()
+        self.source = source
+        self.p6 = nn.Conv2d(in_channels, channels, 3, 2, 1)
+        self.p7 = nn.Conv2d(channels, channels, 3, 2, 1)
+        lecun_uniform(self.p6)
+        lecun_uniform(self.p7)
+
+    def forward(self, last: Tensor, maps: Mapping[str, Tensor]) -> list[Tensor]:
+        p6 = self.p6(last if self.source is None else maps[self.source])
+        return [p6, self.p7(p6.relu())]
 
 
 @dataclass(frozen=True)

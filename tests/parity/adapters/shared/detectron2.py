@@ -179,21 +179,29 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def options(given: Mapping[str, Any]) -> dict[str, Any]:
+def options(
+    given: Mapping[str, Any], fields: Mapping[str, Any] | None = None, elsewhere: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Our network's options; a part that is off is None.
+
+    Args:
+        given: the settings, as of :func:`settings`.
+        fields: a paper's own, as FIELDS; they win.
+        elsewhere: likewise, as ELSEWHERE.
 
     Raises:
         ZooError: what we have not.
     """
-    for name, known in ELSEWHERE.items():
+    table = FIELDS | dict(fields or {})
+    for name, known in (ELSEWHERE | dict(elsewhere or {})).items():
         if given.get(name, known[0]) not in known:
             raise unknown(name, str(given[name]), map(str, known))
     heads = given.get("ROI_HEADS.NAME")
     found: dict[str, Any] = {}
     for name, value in given.items():
-        if name not in FIELDS or (heads != "CascadeROIHeads" and heads and name.startswith("ROI_BOX_CASCADE_HEAD")):
+        if name not in table or (heads != "CascadeROIHeads" and heads and name.startswith("ROI_BOX_CASCADE_HEAD")):
             continue
-        ours, make = FIELDS[name]
+        ours, make = table[name]
         *parts, leaf = ours.split(".")
         place = found
         for part in parts:
