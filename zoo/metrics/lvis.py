@@ -142,7 +142,7 @@ class LvisAP(CocoAP):
                 for k, result in zip(classes, evaluated, strict=True)
                 if wanted is None or frequency.get(k) == wanted
             ]
-            numbers[f"{kind}/{name}"] = _mean([v if threshold is None else v[_THRESHOLDS == threshold] for v in values])
+            numbers[f"{kind}/{name}"] = _mean([v if threshold is None else v[threshold == _THRESHOLDS] for v in values])
         for k, result in zip(classes, evaluated, strict=True):
             if not np.isnan(value := _mean([result["precision"][..., 0]])):
                 of_kind[k] = value
