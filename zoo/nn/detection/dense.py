@@ -164,6 +164,28 @@ def flatten_level(x: Tensor, values: int) -> Tensor:
     return x.unflatten(1, (-1, values)).permute(0, 3, 4, 1, 2).flatten(1, 3)
 
 
+def take_anchors(maps: Sequence[Tensor], values: int, image: Tensor, anchor: Tensor) -> Tensor:
+    """Predictions (P, V) at some anchors of all levels, without a copy of the rest.
+
+    Args:
+        maps: (B, A V, H, W) of each level.
+        values: V.
+        image, anchor: (P,) which; `anchor` counts those of all levels.
+    """
+    found, places, start = [], [], 0
+    for x in maps:
+        x = x.unflatten(1, (-1, values))
+        per_cell, width = x.shape[1], x.shape[-1]
+        count = per_cell * x.shape[-2] * width
+        place = ((anchor >= start) & (anchor < start + count)).nonzero()[:, 0]
+        inside = anchor[place] - start
+        cell = inside // per_cell
+        found.append(x[image[place], inside % per_cell, :, cell // width, cell % width])
+        places.append(place)
+        start += count
+    return torch.cat(found)[torch.cat(places).argsort()]
+
+
 # ------------------------------------------------------------------------------------------------------------- anchors
 
 
