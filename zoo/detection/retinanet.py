@@ -10,15 +10,15 @@ anchor and one for its box.
 
 Conventions: boxes (x1, y1, x2, y2) in continuous pixels; K classes 0..K-1, the background is K; R anchors of all levels
 by level, row, column, scale, ratio. Numerics and training are detectron2's, whose published weights load and give the
-published boxes; those of torchvision and of Detectron (Caffe2) load, too, with their conventions of anchors and boxes as
-options. Where they differ from the paper, the card's ledger says so.
+published boxes; those of torchvision and of Detectron (Caffe2) load, too, with their conventions of anchors and boxes
+as options. Where they differ from the paper, the card's ledger says so.
 
 Where the parts are: subnets, anchors, matching, inference in :mod:`zoo.nn.detection.dense`; backbones in
 :mod:`zoo.nn.detection.backbone`; the focal losses in :mod:`zoo.ops.focal`.
 
 Deviations from detectron2's code, none of which changes a value beyond rounding:
-- The loss is computed on the levels' maps as they come: each anchor's as background, corrected at the positives; no copy
-  of all logits, no one-hot targets.
+- The loss is computed on the levels' maps as they come: each anchor's as background, corrected at the positives; no
+  copy of all logits, no one-hot targets.
 - The threshold of the scores is put to the logits; only candidates go through the sigmoid.
 - The normaliser counts the positives of all processes, so that two compute what one does; it is kept in a checkpoint.
 """
@@ -289,7 +289,7 @@ class RetinaNet(DenseDetector):
         return ("bbox",)
 
     def predict(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Of images (B, 3, H, W) the anchors (H W A, 4), logits (B, A K, H, W) and deltas (B, A 4, H, W) of each level."""
+        """Anchors (H W A, 4), logits (B, A K, H, W) and deltas (B, A 4, H, W) of each level for images (B, 3, H, W)."""
         maps = self.backbone(images)
         features = [maps[name] for name in self.levels]
         logits, deltas = self.head(features)

@@ -1,4 +1,4 @@
-"""Runs the kinds of cases that were taken from detectron2's RetinaNet and fvcore; everything else is read from the case."""
+"""Runs the kinds of cases that were taken from detectron2's RetinaNet and fvcore; all else is read from the case."""
 
 from __future__ import annotations
 
