@@ -55,7 +55,7 @@ from zoo.nn.detection.dense import (
     Detection as Found,
 )
 from zoo.ops.boxes import BoxLoss, Weights, box_loss
-from zoo.ops.collective import sum_over, world
+from zoo.ops.collective import sum_over
 from zoo.ops.focal import focal_star_term, focal_term
 from zoo.training import Optim
 from zoo.training.detection import Detection
@@ -82,9 +82,9 @@ class RetinaLossConfig:
         ohem_batch: hard examples an image.
         ohem_nms: an anchor is no example where a harder one overlaps it more; 1 for no suppression.
         ohem_ratio: negatives for each positive among the examples; null for whatever is hardest.
-        normalizer: what the sums are divided by: an exponential moving average of the number of positive anchors in a
-            batch (`ema`), or this number (`positives`, as in the paper).
-        momentum, initial: of the average. `initial` is of the whole batch: detectron2's 100 is of one process.
+        normalizer: what the sums are divided by, for each image of the batch: an exponential moving average of the
+            number of positive anchors an image (`ema`), or the batch's own number (`positives`).
+        momentum, initial: of the average; detectron2's start of 100 is of the 2 images of a process.
         thresholds, labels, low_quality: overlaps that part background, ignored and positive anchors; see
             :func:`zoo.ops.boxes.match`.
         box_loss, box_beta, box_weights: see :func:`zoo.ops.boxes.box_loss`.
@@ -102,7 +102,7 @@ class RetinaLossConfig:
     ohem_ratio: float | None = None
     normalizer: Normalizer = "ema"
     momentum: float = 0.9
-    initial: float = 100.0
+    initial: float = 50.0
     thresholds: tuple[float, ...] = (0.4, 0.5)
     labels: tuple[int, ...] = (0, -1, 1)
     low_quality: bool = True
@@ -238,8 +238,8 @@ class RetinaNet(DenseDetector):
 
     Attributes:
         options: all of these, as they came to be.
-        normalizer: what the losses are divided by, before the next batch; not in the state dict, whose keys are those
-            of the published files, but kept in a task's checkpoints.
+        normalizer: the moving average of the positives an image, before the next batch; not in the state dict, whose
+            keys are those of the published files, but kept in a task's checkpoints.
 
     Raises:
         ZooError: an unknown option or name, or parts that do not go together.
@@ -319,16 +319,17 @@ class RetinaNet(DenseDetector):
             chosen[image, index[hard]] = True
         return chosen
 
-    def normalize(self, positives: int) -> Tensor:
-        """The normaliser of this batch: what this process's sums are divided by (its share of all processes' number).
+    def normalize(self, positives: int, images: int) -> Tensor:
+        """What the sums of a batch of so many images are divided by; the moving average moves before it is used.
 
-        The moving average is updated before it is used.
+        Both numbers are taken over all processes, each of which divides by its own images.
         """
-        total = sum_over(self.normalizer.new_tensor(float(positives))).clamp(min=1)
+        total, count = sum_over(self.normalizer.new_tensor([float(positives), float(images)]))
+        rate = total.clamp(min=1) / count
         if self.loss.normalizer == "ema":
             momentum = self.loss.momentum
-            total = self.normalizer.mul_(momentum).add_(total, alpha=1 - momentum).clone()
-        return total / world()[1]
+            rate = self.normalizer.mul_(momentum).add_((1 - momentum) * rate).clone()
+        return rate * images
 
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """`loss_cls` and `loss_box_reg` of a batch with targets, both over the normaliser."""
@@ -342,7 +343,7 @@ class RetinaNet(DenseDetector):
         predicted = take_anchors(deltas, 4, image, anchor)
         boxes = assigned.boxes(targets, image, anchor).to(joined.dtype)
         regression = box_loss(predicted, boxes, joined[anchor], loss.box_weights, loss.box_loss, loss.box_beta)
-        normalizer = self.normalize(len(anchor))
+        normalizer = self.normalize(len(anchor), len(targets))
         return {"loss_cls": classes / normalizer, "loss_box_reg": regression / normalizer}
 
     @torch.no_grad()
@@ -385,6 +386,7 @@ class RetinaNetDetection(Detection):
     """
 
     network: RetinaNet
+    meets = True  # all processes' positives are counted
 
     def __init__(
         self,

@@ -81,12 +81,14 @@ def given(model: dict[str, Any], further: dict[str, Any] | None = None) -> dict[
     return start | official.settings({"resolved": {**(further or {}), **model["overrides"]}})[1]
 
 
-def options(settings: dict[str, Any]) -> dict[str, Any]:
+def options(settings: dict[str, Any], images: int) -> dict[str, Any]:
+    """Our network's; the normaliser of a batch of so many images starts at 100."""
     made = official.options(settings, FIELDS, ELSEWHERE)
     known = {"num_classes", "resnet", "fpn", "levels", "anchors", "head", "loss", "inference"}
     made = {key: value for key, value in made.items() if key in known}
     if "sizes" in made.get("anchors", {}):  # the settings name every size
         made["anchors"]["scales_per_octave"] = 1
+    made.setdefault("loss", {})["initial"] = 100 / images
     return made
 
 
@@ -94,7 +96,8 @@ def network(case: Case) -> dict[str, Tensor]:
     """Assignment, losses of two steps and gradients, or maps and detections."""
     config, inputs = case["config"], filled_inputs(case)
     settings = given(config)
-    net: Any = load_filled(RetinaNet(**options(settings)), case, convert_official).train(config["training"])
+    made = RetinaNet(**options(settings, len(config["image_sizes"])))
+    net: Any = load_filled(made, case, convert_official).train(config["training"])
     images = [inputs[f"image{n}"] for n in range(len(config["image_sizes"]))]
     batch = official.batch(images, settings, net.size_divisibility, case)
     if config["training"]:
@@ -113,7 +116,7 @@ def steps(case: Case, net: RetinaNet, batch: dict[str, Any]) -> dict[str, Tensor
     for step in range(1, count + 1):
         found = net(batch)
         outputs |= {f"{key}_step{step}": value for key, value in found.items()}
-        outputs[f"normalizer_step{step}"] = net.normalizer.clone()
+        outputs[f"normalizer_step{step}"] = net.normalizer * len(batch["image"])
     torch.stack(list(found.values())).sum().backward()
     return outputs | named(case, convert_official, grad=gradients(net))
 
@@ -139,7 +142,9 @@ def train_run(case: Case) -> dict[str, Tensor]:
     solver = effective["SOLVER"]
     settings = given(model, {key: entry for key, entry in effective.items() if key.startswith("MODEL.")})
     clip_each, clipping = official.clipping(solver)
-    task = RetinaNetDetection(**options(settings), optim=official.optim(solver), clip_each=clip_each)
+    task = RetinaNetDetection(
+        **options(settings, len(model["image_sizes"])), optim=official.optim(solver), clip_each=clip_each
+    )
     net = task.network
 
     def batch(step: dict[str, Tensor], k: int) -> dict[str, Any]:
