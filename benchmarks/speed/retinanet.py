@@ -1,9 +1,9 @@
 """Speed of RetinaNet: our training step and data pipeline beside detectron2's and torchvision's, at equal settings.
 
-Everyone trains ResNet-50-FPN with the stem and the second stage frozen and frozen BatchNorm, on the same images with the
-same objects, from the same weights. A step is whole: backbone, subnets over five levels, matching of all anchors, focal
-loss on each of them, box loss, backward, SGD. torchvision's has anchors of whole pixels and p6 of p5, which makes it the
-smaller network. detectron2 is a checkout (`--official`).
+Everyone trains ResNet-50-FPN with the stem and the second stage frozen and frozen BatchNorm, on the same images with
+the same objects. A step is whole: backbone, subnets over five levels, matching of all anchors, focal loss on each of
+them, box loss, backward, SGD. torchvision's has anchors of whole pixels and p6 of p5, which makes it the smaller
+network; of our weights it takes the trunk's, detectron2 all. detectron2 is a checkout (`--official`).
 """
 
 from __future__ import annotations
@@ -83,23 +83,17 @@ def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
 
 
 def torchvision_retinanet(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
-    """torchvision's, version 1; its trunk and subnets start from ours."""
+    """torchvision's, version 1; its trunk starts from ours."""
     from torchvision.models.detection import RetinaNet
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
     from torchvision.models.detection.image_list import ImageList
     from torchvision.models.detection.retinanet import LastLevelP6P7
 
     above: Any = LastLevelP6P7(256, 256)
-    backbone = resnet_fpn_backbone(
-        backbone_name=f"resnet{size.depth}",
-        weights=None,
-        trainable_layers=3,
-        returned_layers=[2, 3, 4],
-        extra_blocks=above,
-    )
+    options = {"trainable_layers": 3, "returned_layers": [2, 3, 4], "extra_blocks": above}
+    backbone = resnet_fpn_backbone(backbone_name=f"resnet{size.depth}", weights=None, **options)
     sides = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (32, 64, 128, 256, 512))
-    from torchvision.models.detection.anchor_utils import AnchorGenerator
-
     made = AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * 5)
     network: Any = RetinaNet(backbone, 80, anchor_generator=made).train().to(setting.device)
     own = {key.replace("backbone.bottom_up.", "backbone.body."): value for key, value in start.items()}
