@@ -13,7 +13,7 @@ from zoo.ops.boxes import at_least_float32
 
 
 def focal_term(x: Tensor, gamma: float) -> Tensor:
-    """(1 - p)^gamma log(1 + e^x) with p = 1 - sigmoid(x): the loss at logits x (...) where x_t = -x (equation 4)."""
+    """sigmoid(x)^gamma log(1 + e^x): the loss at logits x (...) where x_t = -x (equation 4)."""
     x = at_least_float32(x)
     loss = softplus(x)
     return loss if gamma == 0 else x.sigmoid().pow(gamma) * loss
