@@ -10,25 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
+from torchvision.ops import nms
 
 import zoo
 from tests.processes import in_processes
 from zoo.detection import retinanet
-from zoo.detection.retinanet import (
-    Positives,
-    RetinaLossConfig,
-    RetinaNet,
-    RetinaNetDetection,
-    anchor_losses,
-    convert_official,
-    easy_losses,
-    hard_examples,
-    load_weights,
-)
+from zoo.detection.retinanet import RetinaNet, convert_official
 from zoo.errors import ZooError
 from zoo.nn.detection import ResNetBackbone, ResNetConfig
-from zoo.nn.detection.dense import DenseAnchorConfig, DenseAnchors, DenseInferenceConfig, flatten_level, select_dense
+from zoo.nn.detection.dense import DenseInferenceConfig, flatten_level
 from zoo.ops.focal import focal_loss, focal_loss_star
 from zoo.training import EasyNegativeShare
 
@@ -63,36 +53,23 @@ def batch_of(count: int = 2) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------- losses
 
 
-def test_the_losses_are_what_the_paper_says() -> None:
-    x = torch.linspace(-4, 4, 9)
-    for y in (torch.zeros(9), torch.ones(9)):
-        torch.testing.assert_close(focal_loss(x, y), sigmoid_focal_loss(x, y))
-        torch.testing.assert_close(focal_loss(x, y, None, 0.0), torch.nn.functional.softplus(x * (1 - 2 * y)))
-        star = -torch.sigmoid(2 * x * (2 * y - 1) + 1).log() / 2  # equations 7 and 8
-        torch.testing.assert_close(focal_loss_star(x, y, None, 2.0, 1.0), star)
-    easy = math.log(0.9 / 0.1)  # p_t 0.9: a hundredth of the cross entropy (section 3.2)
-    one = torch.tensor([easy]), torch.ones(1)
-    assert float(focal_loss(*one, None) / focal_loss(*one, None, 0.0)) == pytest.approx(0.01, rel=1e-4)
-    assert focal_loss(x.bfloat16(), torch.ones(9)).dtype == torch.float32
-
-
 @pytest.mark.parametrize("kind", ["focal", "focal_star", "ohem"])
 def test_losses_by_anchor_are_the_elementwise_ones(kind: str) -> None:
-    loss = RetinaLossConfig(kind=kind, beta=0.5 if kind == "focal_star" else 0.0)  # type: ignore[arg-type]
+    loss = retinanet.RetinaLossConfig(kind=kind, beta=0.5 if kind == "focal_star" else 0.0)  # type: ignore[arg-type]
     draw = torch.Generator().manual_seed(0)
     maps = [3 * torch.randn(2, 2 * 3, n, n, generator=draw) for n in (3, 2)]
     flat = torch.cat([flatten_level(x, 3) for x in maps], dim=1)
     image, anchor, label = torch.tensor([0, 0, 1]), torch.tensor([1, 20, 7]), torch.tensor([2, 0, 1])
-    positives = Positives(image, anchor, label, flat[image, anchor])
+    positives = retinanet.Positives(image, anchor, label, flat[image, anchor])
     targets = torch.zeros_like(flat)
     targets[image, anchor, label] = 1
     if kind == "focal_star":
         wanted = focal_loss_star(flat, targets, 0.25, 2.0, 0.5)
     else:
         wanted = focal_loss(flat, targets, 0.25, 2.0 if kind == "focal" else 0.0)
-    torch.testing.assert_close(anchor_losses(maps, positives, loss), wanted.sum(dim=2))
+    torch.testing.assert_close(retinanet.anchor_losses(maps, positives, loss), wanted.sum(dim=2))
     easy = wanted * ((flat.sigmoid() < 0.1) & (targets == 0))
-    torch.testing.assert_close(easy_losses(maps, positives, loss), easy.sum(dim=2))
+    torch.testing.assert_close(retinanet.easy_losses(maps, positives, loss), easy.sum(dim=2))
 
 
 def test_hard_examples() -> None:
@@ -101,7 +78,9 @@ def test_hard_examples() -> None:
     positive = torch.tensor([False, False, False, True, False, False])
 
     def chosen(**options: Any) -> list[int]:
-        return hard_examples(losses, positive, anchors, RetinaLossConfig(kind="ohem", **options)).tolist()
+        return retinanet.hard_examples(
+            losses, positive, anchors, retinanet.RetinaLossConfig(kind="ohem", **options)
+        ).tolist()
 
     assert chosen(ohem_batch=3, ohem_nms=1.0) == [0, 1, 2]
     assert chosen(ohem_batch=3, ohem_nms=0.5) == [0, 2, 3]  # the second overlaps the first
@@ -110,10 +89,8 @@ def test_hard_examples() -> None:
     draw = torch.Generator().manual_seed(0)  # a prefix of the order decides as the whole does
     corner = 60 * torch.rand(500, 2, generator=draw)
     many, scores = torch.cat([corner, corner + 10], dim=1), torch.rand(500, generator=draw)
-    loss = RetinaLossConfig(kind="ohem", ohem_batch=4, ohem_nms=0.1)
-    from torchvision.ops import nms
-
-    found = hard_examples(scores, torch.zeros(500, dtype=torch.bool), many, loss)
+    loss = retinanet.RetinaLossConfig(kind="ohem", ohem_batch=4, ohem_nms=0.1)
+    found = retinanet.hard_examples(scores, torch.zeros(500, dtype=torch.bool), many, loss)
     assert found.tolist() == nms(many, scores, 0.1)[:4].tolist()
 
 
@@ -208,43 +185,17 @@ def test_half_precision_keeps_losses_and_boxes_in_float32() -> None:
     assert found[0]["boxes"].dtype == torch.float32
 
 
-def test_conventions_of_others() -> None:
-    """torchvision's anchors are its own; Detectron's those of its documentation: 32 pixels, three ratios, stride 8."""
-    from torchvision.models.detection.anchor_utils import AnchorGenerator
-    from torchvision.models.detection.image_list import ImageList
-
-    sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (32, 64, 128, 256, 512))
-    maps = [torch.zeros(1, 1, *size) for size in ((100, 136), (50, 68), (25, 34), (13, 17), (7, 9))]
-    theirs = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)(
-        ImageList(torch.zeros(1, 3, 800, 1088), [(800, 1088)]), maps
-    )
-    ours = torch.cat(DenseAnchors([8, 16, 32, 64, 128], DenseAnchorConfig(convention="torchvision"))(maps))
-    by_ratio = ours.view(-1, 3, 3, 4).transpose(1, 2).reshape(-1, 4)
-    assert torch.equal(by_ratio, theirs[0])
-    config = DenseAnchorConfig(((32.0,),), scales_per_octave=1, offset=0.5, convention="detectron")
-    half = torch.tensor([[22.0, 12.0], [16.0, 16.0], [12.0, 24.0]])  # halves of 4 x (11 x 6, 8 x 8, 6 x 12)
-    assert torch.equal(DenseAnchors([8], config)([maps[-1][..., :1, :1]])[0], 4 + torch.cat([-half, half], dim=1))
-    anchors, logits = [torch.tensor([[0.0, 0, 10, 10]])] * 2, [torch.tensor([[-2.0]])] * 2
-    one = select_dense(anchors, logits, [torch.zeros(1, 4)] * 2, DenseInferenceConfig(0.2, last_threshold=0.0))
-    assert one["anchors"].tolist() == [1]
-    moved = build(inference={"pixel_borders": True}).postprocess(one, (20, 20), (40, 40))
-    assert moved["boxes"].tolist() == [[0, 0, 19, 19]]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top": "c6"}, "unknown source of p6 'c6'"),
-        ({"levels": ("p3", "p9")}, "unknown level 'p9'"),
-        ({"loss": {"kind": "focl"}}, "did you mean 'focal'"),
-        ({"loss": {"normalizer": "none"}}, "unknown normalizer"),
-        ({"loss": {"alpha": 2.0}}, "alpha"),
-        ({"loss": {"kind": "focal_star", "gamma": 0.0}}, "gamma"),
+        ({"top": "c6"}, "unknown source of p6 'c6'"), ({"levels": ("p3", "p9")}, "unknown level 'p9'"),
+        ({"loss": {"kind": "focl"}}, "did you mean 'focal'"), ({"loss": {"alpha": 2.0}}, "alpha"),
+        ({"loss": {"normalizer": "none"}}, "unknown normalizer"), ({"head": {"prior": 1.0}}, "prior"),
+        ({"loss": {"kind": "focal_star", "gamma": 0.0}}, "gamma"), ({"loss": {"initial": 0.0}}, "initial"),
         ({"anchors": {"convention": "caffe"}}, "unknown convention"),
-        ({"head": {"prior": 1.0}}, "prior"),
         ({"inference": {"detection": 3}}, "did you mean 'detections'"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_go_together_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ZooError, match=message):
         RetinaNet(**{**TINY, **options})
@@ -334,13 +285,13 @@ def test_official_names_become_ours(tmp_path: Path) -> None:
             convert_official(wrong)
     torch.save({"model": own}, tmp_path / "detector.pth")
     other = build(num_classes=5)
-    load_weights(other, tmp_path / "detector.pth")
+    retinanet.load_weights(other, tmp_path / "detector.pth")
     fresh = {key for key, value in other.state_dict().items() if own[key].shape != value.shape}
     assert fresh == {"head.cls_score.weight", "head.cls_score.bias"}
     assert torch.equal(other.head.bbox_pred.weight, network.head.bbox_pred.weight)
     trunk = ResNetBackbone(ResNetConfig(**TINY["resnet"])).state_dict()
     torch.save(trunk, tmp_path / "trunk.pth")
-    load_weights(other, tmp_path / "trunk.pth")
+    retinanet.load_weights(other, tmp_path / "trunk.pth")
     assert torch.equal(other.backbone.bottom_up.layer4[0].conv1.weight, trunk["layer4.0.conv1.weight"])
 
 
@@ -363,7 +314,7 @@ def test_the_normaliser_is_kept_and_easy_negatives_are_measured(tmp_path: Path) 
     assert 0.3 < logged["val/easy_negative_share"] < 1  # of cross entropy, at the start
     assert float(task.network.normalizer) != 50
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
-    again = RetinaNetDetection.load_from_checkpoint(tmp_path / "saved.ckpt")
+    again = retinanet.RetinaNetDetection.load_from_checkpoint(tmp_path / "saved.ckpt")
     assert again.network.options == task.network.options
     assert float(again.network.normalizer) == pytest.approx(float(task.network.normalizer))
     with pytest.raises(ZooError, match=r"model\.loss\.gama"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,30 +16,23 @@ from zoo.parity import Case, filled_inputs, gradients, load_filled, named, share
 official = shared("detectron2")
 
 _SAME = lambda value: value  # noqa: E731
-FIELDS = {
-    "ROI_HEADS.NUM_CLASSES": ("ignored.classes", _SAME),
-    "RPN.IN_FEATURES": ("ignored.rpn", _SAME),
-    "ROI_HEADS.IN_FEATURES": ("ignored.roi", _SAME),
+_OWN = {  # RETINANET.*
+    "IN_FEATURES": "levels", "NUM_CLASSES": "num_classes", "NUM_CONVS": "head.convs", "PRIOR_PROB": "head.prior",
+    "IOU_THRESHOLDS": "loss.thresholds", "IOU_LABELS": "loss.labels", "BBOX_REG_WEIGHTS": "loss.box_weights",
+    "FOCAL_LOSS_GAMMA": "loss.gamma", "SMOOTH_L1_LOSS_BETA": "loss.box_beta", "BBOX_REG_LOSS_TYPE": "loss.box_loss",
+    "SCORE_THRESH_TEST": "inference.score_threshold", "TOPK_CANDIDATES_TEST": "inference.candidates",
+    "NMS_THRESH_TEST": "inference.nms_threshold",
+}  # fmt: skip
+FIELDS = {f"RETINANET.{theirs}": (ours, _SAME) for theirs, ours in _OWN.items()} | {
+    "ROI_HEADS.NUM_CLASSES": ("roi.classes", _SAME),
     "ANCHOR_GENERATOR.SIZES": ("anchors.sizes", _SAME),
     "ANCHOR_GENERATOR.ASPECT_RATIOS": ("anchors.ratios", _SAME),
     "ANCHOR_GENERATOR.OFFSET": ("anchors.offset", _SAME),
-    "RETINANET.NUM_CLASSES": ("num_classes", _SAME),
-    "RETINANET.IN_FEATURES": ("levels", tuple),
-    "RETINANET.NUM_CONVS": ("head.convs", _SAME),
-    "RETINANET.PRIOR_PROB": ("head.prior", _SAME),
     "RETINANET.NORM": ("head.norm", official.NORMS.__getitem__),
-    "RETINANET.IOU_THRESHOLDS": ("loss.thresholds", tuple),
-    "RETINANET.IOU_LABELS": ("loss.labels", tuple),
-    "RETINANET.BBOX_REG_WEIGHTS": ("loss.box_weights", tuple),
-    "RETINANET.FOCAL_LOSS_GAMMA": ("loss.gamma", _SAME),
     "RETINANET.FOCAL_LOSS_ALPHA": ("loss.alpha", lambda alpha: alpha if alpha >= 0 else None),
-    "RETINANET.SMOOTH_L1_LOSS_BETA": ("loss.box_beta", _SAME),
-    "RETINANET.BBOX_REG_LOSS_TYPE": ("loss.box_loss", _SAME),
-    "RETINANET.SCORE_THRESH_TEST": ("inference.score_threshold", _SAME),
-    "RETINANET.TOPK_CANDIDATES_TEST": ("inference.candidates", _SAME),
-    "RETINANET.NMS_THRESH_TEST": ("inference.nms_threshold", _SAME),
     "TEST.DETECTIONS_PER_IMAGE": ("inference.detections", _SAME),
 }
+LOSSES: dict[str, Any] = {"focal": focal_loss, "focal_star": focal_loss_star}
 ELSEWHERE = {
     "META_ARCHITECTURE": ("RetinaNet",),
     "BACKBONE.NAME": ("build_retinanet_resnet_fpn_backbone",),
@@ -57,15 +51,13 @@ def losses(case: Case) -> dict[str, Tensor]:
     """FL and FL* of logits and targets, and their gradients."""
     config, inputs = case["config"], filled_inputs(case)
     outputs = {}
-    for name, loss in (("focal", focal_loss), ("focal_star", focal_loss_star)):
-        for alpha in config["alphas"]:
-            for gamma in config["gammas"]:
-                x = (3 * inputs["logits"]).requires_grad_()
-                y = (inputs["targets"] < config["positive_rate"]).to(x.dtype)
-                value = loss(x, y, alpha if alpha >= 0 else None, gamma)
-                (gradient,) = torch.autograd.grad(value.sum(), x)
-                key = f"{name}_a{alpha}_g{gamma}"
-                outputs |= {key: value, f"{key}_grad": gradient}
+    for (name, loss), alpha, gamma in product(LOSSES.items(), config["alphas"], config["gammas"]):
+        x = (3 * inputs["logits"]).requires_grad_()
+        y = (inputs["targets"] < config["positive_rate"]).to(x.dtype)
+        value = loss(x, y, alpha if alpha >= 0 else None, gamma)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+        key = f"{name}_a{alpha}_g{gamma}"
+        outputs |= {key: value, f"{key}_grad": gradient}
     return outputs
 
 
