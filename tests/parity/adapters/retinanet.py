@@ -23,21 +23,16 @@ _OWN = {  # RETINANET.*
     "SCORE_THRESH_TEST": "inference.score_threshold", "TOPK_CANDIDATES_TEST": "inference.candidates",
     "NMS_THRESH_TEST": "inference.nms_threshold",
 }  # fmt: skip
+_ANCHORS = {"SIZES": "sizes", "ASPECT_RATIOS": "ratios", "OFFSET": "offset"}
 FIELDS = {f"RETINANET.{theirs}": (ours, _SAME) for theirs, ours in _OWN.items()} | {
-    "ROI_HEADS.NUM_CLASSES": ("roi.classes", _SAME),
-    "ANCHOR_GENERATOR.SIZES": ("anchors.sizes", _SAME),
-    "ANCHOR_GENERATOR.ASPECT_RATIOS": ("anchors.ratios", _SAME),
-    "ANCHOR_GENERATOR.OFFSET": ("anchors.offset", _SAME),
+    "ROI_HEADS.NUM_CLASSES": ("roi.classes", _SAME),  # left out, as all of the R-CNNs' parts
+    **{f"ANCHOR_GENERATOR.{key}": (f"anchors.{ours}", _SAME) for key, ours in _ANCHORS.items()},
     "RETINANET.NORM": ("head.norm", official.NORMS.__getitem__),
     "RETINANET.FOCAL_LOSS_ALPHA": ("loss.alpha", lambda alpha: alpha if alpha >= 0 else None),
     "TEST.DETECTIONS_PER_IMAGE": ("inference.detections", _SAME),
 }
 LOSSES: dict[str, Any] = {"focal": focal_loss, "focal_star": focal_loss_star}
-ELSEWHERE = {
-    "META_ARCHITECTURE": ("RetinaNet",),
-    "BACKBONE.NAME": ("build_retinanet_resnet_fpn_backbone",),
-    "RPN.HEAD_NAME": ("StandardRPNHead",),
-}
+ELSEWHERE = {"META_ARCHITECTURE": ("RetinaNet",), "BACKBONE.NAME": ("build_retinanet_resnet_fpn_backbone",)}
 
 
 def run(case: Case) -> dict[str, Tensor]:
@@ -65,8 +60,7 @@ def given(model: dict[str, Any], further: dict[str, Any] | None = None) -> dict[
     """The settings of a case, flat: a resolved config, or what it overrides of a published one of ImageNet's pixels."""
     if "resolved" in model:
         return official.settings(model)[1]
-    base = model["base_config"]
-    if "retinanet_R_" not in base:
+    if "retinanet_R_" not in (base := model["base_config"]):
         raise ZooError(f"no network of ours for the base config {base!r}")
     depth = int(base.split("retinanet_R_")[1].split("_")[0])
     start = {"RESNETS.DEPTH": depth, official.MEAN: [103.53, 116.28, 123.675], official.STD: [1.0, 1.0, 1.0]}
@@ -75,9 +69,8 @@ def given(model: dict[str, Any], further: dict[str, Any] | None = None) -> dict[
 
 def options(settings: dict[str, Any], images: int) -> dict[str, Any]:
     """Our network's; the normaliser of a batch of so many images starts at 100."""
-    made = official.options(settings, FIELDS, ELSEWHERE)
     known = {"num_classes", "resnet", "fpn", "levels", "anchors", "head", "loss", "inference"}
-    made = {key: value for key, value in made.items() if key in known}
+    made = {key: value for key, value in official.options(settings, FIELDS, ELSEWHERE).items() if key in known}
     if "sizes" in made.get("anchors", {}):  # the settings name every size
         made["anchors"]["scales_per_octave"] = 1
     made.setdefault("loss", {})["initial"] = 100 / images
@@ -131,17 +124,16 @@ def evaluate(case: Case, net: RetinaNet, batch: dict[str, Any]) -> dict[str, Ten
 def train_run(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
     model, effective = config["model"], config["effective"]
-    solver = effective["SOLVER"]
+    solver, images = effective["SOLVER"], len(model["image_sizes"])
     settings = given(model, {key: entry for key, entry in effective.items() if key.startswith("MODEL.")})
     clip_each, clipping = official.clipping(solver)
-    task = RetinaNetDetection(
-        **options(settings, len(model["image_sizes"])), optim=official.optim(solver), clip_each=clip_each
-    )
+    ours = options(settings, images)
+    task = RetinaNetDetection(**ours, optim=official.optim(solver), clip_each=clip_each)
     net = task.network
 
     def batch(step: dict[str, Tensor], k: int) -> dict[str, Any]:
-        images = [step[f"image{n}"] for n in range(len(model["image_sizes"]))]
-        made = official.batch(images, settings, net.size_divisibility, case)
+        shown = [step[f"image{n}"] for n in range(images)]
+        made = official.batch(shown, settings, net.size_divisibility, case)
         return {**made, "target": official.targets(model, case, k)}
 
     def after() -> dict[str, Tensor]:
