@@ -90,6 +90,15 @@ def sum_with_grad(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def sum_over(x: Tensor) -> Tensor:
+    """The sum of the tensors of all processes, of one shape, on every process."""
+    x = x.detach().clone()
+    if world()[1] > 1:
+        dist.all_reduce(x)
+    return x
+
+
+@torch.no_grad()
 def from_first(x: Tensor) -> Tensor:
     """The tensor of rank 0, on every process."""
     if world()[1] > 1:

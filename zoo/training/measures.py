@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from zoo.errors import ZooError
 from zoo.metrics.spread import view_variance
+from zoo.ops.collective import sum_over
 from zoo.ops.masks import paste_masks
 from zoo.training.ema import evaluation_weights
 from zoo.training.probe import KNNProbe, _loader
@@ -237,6 +238,46 @@ class GivenBoxMasks(L.Callback):
         found |= {"mask_iou_large": overlaps[large]} if large.any() else {}
         numbers = {f"val/{name}": value.mean().item() for name, value in found.items()}
         pl_module.log_dict(numbers, sync_dist=trainer.world_size > 1)
+
+
+class EasyNegativeShare(L.Callback):
+    """Logs which part of a dense detector's classification loss is of easy negatives, on the validation split: of the
+    classes that an anchor is not of and that have a probability less than `below` (RetinaNet, section 3).
+
+    `val/easy_negative_share` is their loss over that of all, both summed over all pictures; `val/easy_negative_ratio`
+    is the ratio of their loss to that of the rest. For networks with `loss_of_easy(batch, below)`.
+
+    Args:
+        below: probability.
+    """
+
+    def __init__(self, below: float = 0.1) -> None:
+        if not 0 < below < 1:
+            raise ZooError(f"easy negatives have a probability below a number between 0 and 1, not {below}")
+        self.below = below
+        self._sums: Tensor | None = None
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._sums = None
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        scale = (batch["size"] / batch["original_size"]).flip(1).repeat(1, 2)  # from the file's pixels to the input's
+        targets = [
+            {"boxes": target["boxes"].to(scale) * factor, "labels": target["labels"]}
+            for target, factor in zip(batch["target"], scale, strict=True)
+        ]
+        easy, every = pl_module.network.loss_of_easy({"image": batch["image"], "target": targets}, self.below)
+        sums = torch.stack([easy, every]).double()
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or self._sums is None:
+            return
+        easy, every = sum_over(self._sums).tolist()
+        numbers = {"val/easy_negative_share": easy / every, "val/easy_negative_ratio": easy / (every - easy)}
+        pl_module.log_dict(numbers)
 
 
 class ViewVariance(L.Callback):
