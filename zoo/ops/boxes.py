@@ -102,14 +102,16 @@ def cell_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...], device: to
     return torch.tensor([[-w / 2, -a * w / 2, w / 2, a * w / 2] for w, a in sides], device=device)
 
 
-def grid_anchors(cells: Tensor, grid: Sequence[int], stride: int, offset: float = 0.0) -> Tensor:
-    """Anchors (H * W * A, 4) of a map of `grid` (H, W) cells, `stride` pixels apart, ordered by row, column, anchor.
+def grid_anchors(cells: Tensor, grid: Sequence[int], stride: int | tuple[int, int], offset: float = 0.0) -> Tensor:
+    """Anchors (H * W * A, 4) of a map of `grid` (H, W) cells, `stride` pixels apart (or down and across), ordered by
+    row, column, anchor.
 
     `offset` is the place of a cell's centre in strides; 0 puts it at the cell's top-left corner.
     """
     height, width = grid
-    y = torch.arange(offset * stride, (height + offset) * stride, stride, device=cells.device, dtype=cells.dtype)
-    x = torch.arange(offset * stride, (width + offset) * stride, stride, device=cells.device, dtype=cells.dtype)
+    down, across = (stride, stride) if isinstance(stride, int) else stride
+    y = torch.arange(offset * down, (height + offset) * down, down, device=cells.device, dtype=cells.dtype)
+    x = torch.arange(offset * across, (width + offset) * across, across, device=cells.device, dtype=cells.dtype)
     y, x = torch.meshgrid(y, x, indexing="ij")
     shifts = torch.stack([x, y, x, y], dim=-1)
     return (shifts[:, :, None] + cells).reshape(-1, 4)

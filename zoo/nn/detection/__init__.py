@@ -1,8 +1,16 @@
-"""Layers of detectors: backbones, proposals, region heads, and the two-stage network of them."""
+"""Layers of detectors: backbones, proposals, region heads, the two-stage network of them, and dense heads."""
 
 from __future__ import annotations
 
 from zoo.nn.detection.backbone import FPN, ConvTop, FPNConfig, ResNetBackbone, ResNetConfig, Subsample
+from zoo.nn.detection.dense import (
+    DenseAnchorConfig,
+    DenseAnchors,
+    DenseDetector,
+    DenseHead,
+    DenseHeadConfig,
+    DenseInferenceConfig,
+)
 from zoo.nn.detection.rcnn import RCNN, configured
 from zoo.nn.detection.roi_heads import (
     BoxHeadConfig,
@@ -23,6 +31,12 @@ __all__ = [
     "AnchorGenerator",
     "BoxHeadConfig",
     "ConvTop",
+    "DenseAnchorConfig",
+    "DenseAnchors",
+    "DenseDetector",
+    "DenseHead",
+    "DenseHeadConfig",
+    "DenseInferenceConfig",
     "FPNConfig",
     "KeypointHeadConfig",
     "MaskHeadConfig",

@@ -6,14 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError, unknown
+from zoo.nn.detection.results import postprocess
 from zoo.nn.detection.roi_heads import Detection, RoIHeads
 from zoo.nn.detection.rpn import RPN, Proposals, Sizes
-from zoo.ops.boxes import clip_boxes, nonempty, permutation
-from zoo.ops.masks import paste_masks
+from zoo.ops.boxes import permutation
 
 Config = TypeVar("Config")
 
@@ -96,24 +95,8 @@ class RCNN(nn.Module):
 
     @staticmethod
     def postprocess(detection: Detection, size: tuple[int, int], original: tuple[int, int]) -> Detection:
-        """A detection in an image of `size` (height, width) as one in the `original`: boxes scaled and cut off, empty
-        ones dropped, masks drawn.
-
-        Returns:
-            A dict of `boxes` (N, 4), `scores`, `labels`, and `masks` (N, H, W) bool and `keypoints` (N, K, 3) with
-            their scores where the network has such heads.
-        """
-        factor = detection["boxes"].new_tensor([original[1] / size[1], original[0] / size[0]])
-        boxes = clip_boxes(detection["boxes"] * factor.repeat(2), (original[0], original[1]))
-        keep = nonempty(boxes)
-        result = {"boxes": boxes[keep], "scores": detection["scores"][keep], "labels": detection["labels"][keep]}
-        if "mask_probs" in detection:
-            height, width = original
-            result["masks"] = paste_masks(detection["mask_probs"][keep], boxes[keep], (height, width))
-        if "keypoints" in detection:
-            points = detection["keypoints"][keep]
-            result["keypoints"] = torch.cat([points[..., :2] * factor, points[..., 2:]], dim=-1)
-        return result
+        """A detection in the network's input as one in the file; see :func:`zoo.nn.detection.results.postprocess`."""
+        return postprocess(detection, size, original)
 
 
 def _pairs(sizes: Tensor) -> Sizes:
