@@ -92,7 +92,7 @@ class _Sheared(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (v, y, scale), shape = ctx.args, ctx.shape
         front, back = _margins(shape, v, y, scale)
         even, margin = shape[v] * scale % 2 == 0, int(scale > 1)
@@ -223,7 +223,7 @@ class _Dots(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         features, weights = ctx.saved_tensors
         to_features, to_weights = torch.zeros_like(features), torch.zeros_like(weights)
         for n, image, on_map, on_mask in _overlaps(ctx.windows, features.shape[-2:], weights.shape[-1]):
@@ -260,8 +260,8 @@ def aligned_windows(
     """Masks (P, size, size) of some windows: what a 1x1 convolution to aligned masks and :func:`swap_align2nat` (or
     :func:`upscale_align2nat`, at `stride` 1) give there, without the tensors of all windows.
 
-    The swap is linear, so that the layer's weights are interpolated instead of its outputs: of every window only its own
-    size x size pixels are computed.
+    The swap is linear, so that the layer's weights are interpolated instead of its outputs: of every window only its
+    own size x size pixels are computed.
 
     Args:
         features: (B, C, H, W), the input of the convolution.
