@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import conv2d, grid_sample
 
+from benchmarks.speed.tensormask import sixteen_corners
 from zoo.errors import ZooError
 from zoo.ops.masks import paste_masks
 from zoo.ops.tensor_masks import (
@@ -35,43 +32,12 @@ SHAPES = [
 ]
 
 
-def corners(x: Tensor, scale: int, pad: float) -> Tensor:
-    """Each entry from the 16 entries around it, fetched one by one: what the published kernel computes."""
-    batch, channels, height, width = x.shape
-    side = math.isqrt(channels)
-    size, rows, columns = side * scale, -(-height // scale), -(-width // scale)
-    x = x.unflatten(1, (side, side))
-
-    def axis(count: int) -> tuple[Tensor, Tensor]:
-        pixel, cell = torch.meshgrid(torch.arange(size).double(), torch.arange(count).double(), indexing="ij")
-        return (pixel + 0.5) / scale - 0.5, cell * scale + pixel - size / 2 + 0.5
-
-    out = x.new_zeros(batch, size, size, rows, columns)
-    for picks in itertools.product((0, 1), repeat=4):
-        weight, inside, index = 1.0, True, []
-        for place, pick, length, shape in zip(
-            (*axis(rows), *axis(columns)),
-            picks,
-            (side, height, side, width),
-            ((size, 1, rows, 1),) * 2 + ((1, size, 1, columns),) * 2,
-            strict=True,
-        ):
-            low = place.floor()
-            weight = weight * ((place - low) if pick else 1 - (place - low)).view(shape)
-            corner = (low.long() + pick).view(shape)
-            inside = inside & (corner >= 0) & (corner < length)
-            index.append(corner.clamp(0, length - 1))
-        v, y, u, z = index
-        out = out + weight * torch.where(inside, x[:, v, u, y, z], pad)
-    return out.flatten(1, 2)
-
-
 @pytest.mark.parametrize(("side", "scale", "height", "width"), SHAPES)
 @pytest.mark.parametrize("pad", [-6.0, 0.5])
 def test_the_swap_is_that_of_16_corners(side: int, scale: int, height: int, width: int, pad: float) -> None:
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, side**2, height, width, dtype=torch.float64, generator=draw, requires_grad=True)
-    wanted, found = corners(x, scale, pad), swap_align2nat(x, scale, pad)
+    wanted, found = sixteen_corners(x, scale, pad), swap_align2nat(x, scale, pad)
     torch.testing.assert_close(found, wanted)
     upstream = torch.randn(wanted.shape, dtype=torch.float64, generator=draw)
     torch.testing.assert_close(*(torch.autograd.grad(y, x, upstream)[0] for y in (found, wanted)))
