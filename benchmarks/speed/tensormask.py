@@ -1,13 +1,11 @@
 """Speed of TensorMask: our training step beside detectron2's project, and the swap of units beside plain indexing.
 
-The step is whole: ResNet-50-FPN with the stem and the second stage frozen, head, windows, losses, backward, SGD.
-Everyone starts from the same weights and sees the same images, with the same objects as polygons. The project's swap is
-a CUDA kernel, which is not built; in its place stands :func:`sixteen_corners`, the same arithmetic by torch's indexing.
-The settings `swap_...` time that function beside `swap_align2nat`, forward and backward, on masks of 15 x 15 pixels.
-
-For each entry of its output the kernel reads 16 entries, and in its backward adds to 16: 64 multiplications and 15
-additions forward. Here an entry takes one interpolation for each pair of axes, and a mean of two neighbours before it.
-No other package has the swap. detectron2 is a checkout (`--official`).
+The step is whole: ResNet-50-FPN with the stem and the second stage frozen, head, windows, losses, backward, SGD, from
+the same weights, on the same images and objects. The project's swap is a CUDA kernel, which is not built; in its place
+stands :func:`sixteen_corners`, the same arithmetic by torch's indexing. The settings `swap_...` time that function
+beside `swap_align2nat`, forward and backward, on masks of 15 x 15 pixels. For each entry of its output the kernel reads
+16 entries, and in its backward adds to 16; here an entry takes one interpolation for each pair of axes, and a mean of
+two neighbours before it. No other package has the swap. detectron2 is a checkout (`--official`).
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import itertools
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -45,10 +42,13 @@ class Size:
     scale: int = 0
 
     @property
+    def channels(self) -> int:
+        return 256 if self.depth >= 50 else 64
+
+    @property
     def options(self) -> dict[str, Any]:
-        trunk = {"depth": self.depth, "channels": 256 if self.depth >= 50 else 64}
-        own: dict[str, Any] = {f"model.resnet.{name}": value for name, value in trunk.items()}
-        return {**own, "model.init_from": None, "model.optim.lr": LR}
+        trunk = {"model.resnet.depth": self.depth, "model.resnet.channels": self.channels}
+        return {**trunk, "model.init_from": None, "model.optim.lr": LR}
 
 
 MODELS = {
@@ -63,24 +63,16 @@ DEFAULT_MODEL = "tensormask_r50_fpn"
 
 def sixteen_corners(x: Tensor, scale: int, pad: float) -> Tensor:
     """Each entry of the swap of (B, V * V, H, W) from the 16 entries around it, fetched one by one."""
-    height, width = x.shape[-2:]
-    side = mask_side(x.shape[1])
+    sides = side, height, _, width = (mask_side(x.shape[1]), x.shape[-2], mask_side(x.shape[1]), x.shape[-1])
     size, rows, columns = side * scale, math.ceil(height / scale), math.ceil(width / scale)
-    x = x.unflatten(1, (side, side))
-
-    def axes(count: int) -> tuple[Tensor, Tensor]:
+    x, out, places = x.unflatten(1, (side, side)), torch.zeros((), device=x.device, dtype=x.dtype), []
+    for count, shape in ((rows, (size, 1, rows, 1)), (columns, (1, size, 1, columns))):
         pixel, cell = (torch.arange(n, device=x.device, dtype=torch.float64) for n in (size, count))
-        pixel = pixel[:, None]
-        return (pixel + 0.5).expand(-1, count) / scale - 0.5, cell * scale + pixel - size / 2 + 0.5
-
-    down, across = (size, 1, rows, 1), (1, size, 1, columns)
-    places = [axis.view(shape) for count, shape in ((rows, down), (columns, across)) for axis in axes(count)]
-    out = torch.zeros((), device=x.device, dtype=x.dtype)
+        places.append(((pixel[:, None] + 0.5).expand(-1, count) / scale - 0.5).reshape(shape))
+        places.append((cell * scale + pixel[:, None] - size / 2 + 0.5).view(shape))
     for picks in itertools.product((0, 1), repeat=4):
-        weight: Any = 1.0
-        inside: Any = True
-        index = []
-        for place, pick, length in zip(places, picks, (side, height, side, width), strict=True):
+        weight, inside, index = torch.ones((), device=x.device), torch.tensor(True, device=x.device), []
+        for place, pick, length in zip(places, picks, sides, strict=True):
             low = place.floor()
             weight = weight * ((place - low) if pick else 1 - (place - low)).to(x.dtype)
             corner = low.long() + pick
@@ -99,35 +91,25 @@ def _ours(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
 
 def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
     """The project's network from its config, with its own optimizer."""
-    checkout = setting.official
+    checkout, stub = setting.official, ModuleType("tensormask._C")
     assert checkout is not None
     config = detection.detectron2(checkout, "detectron2.config").get_cfg()
-    _project(checkout, "tensormask").add_tensormask_config(config)
+    sys.path.insert(0, str(checkout / "projects/TensorMask"))
+    sys.modules.setdefault("tensormask._C", stub)
+    project = importlib.import_module("tensormask")
+    project.add_tensormask_config(config)
+    project.layers.SwapAlign2Nat.forward = lambda self, x: sixteen_corners(x, self.lambda_val, self.pad_val)
     config.merge_from_file(str(checkout / "projects/TensorMask/configs/tensormask_R_50_FPN_1x.yaml"))
     config.MODEL.DEVICE, config.MODEL.PIXEL_MEAN, config.SOLVER.BASE_LR = setting.device, [0.0, 0.0, 0.0], LR
-    config.MODEL.RESNETS.DEPTH, config.MODEL.RESNETS.RES2_OUT_CHANNELS = size.depth, 256 if size.depth >= 50 else 64
-    swap = _project(checkout, "tensormask.layers").SwapAlign2Nat
-    swap.forward = lambda self, x: sixteen_corners(x, self.lambda_val, self.pad_val)
+    config.MODEL.RESNETS.DEPTH, config.MODEL.RESNETS.RES2_OUT_CHANNELS = size.depth, size.channels
     network = detection.detectron2(checkout, "detectron2.modeling").build_model(config).train()
     theirs = {next(iter(convert_official({key: value}))): key for key, value in network.state_dict().items()}
     network.load_state_dict({theirs[key]: value for key, value in start.items()})
     optimizer = detection.detectron2(checkout, "detectron2.solver").build_optimizer(config, network)
     targets = detection.objects(size.height, size.width, setting.batch, setting.device)
     loss = detection.detectron2_loss(checkout, network, targets, masks=True)
-    about = (
-        "projects/TensorMask of facebookresearch/detectron2 with its own optimizer; torch's indexing for its CUDA swap"
-    )
+    about = "facebookresearch/detectron2, projects/TensorMask, its own optimizer; torch's indexing for its CUDA swap"
     return Trainer("official", harness.revision(checkout), loss, optimizer, about)
-
-
-def _project(checkout: Path, name: str) -> Any:
-    folder = str(checkout / "projects/TensorMask")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    package = sys.modules.setdefault("tensormask._C", ModuleType("tensormask._C"))
-    found = importlib.import_module(name)
-    sys.modules["tensormask"]._C = package  # type: ignore[attr-defined]
-    return found
 
 
 def _swap(name: str, version: str, swap: Any, scale: int, about: str) -> Trainer:
@@ -144,12 +126,10 @@ def trainers(setting: Setting) -> list[Trainer]:
     """Everyone who is here, ours first. detectron2 is left out where its checkout is not given."""
     size = MODELS[setting.model]
     if size.scale:
-        plain = "the 16 corners of each entry by torch's indexing, with its own gradient"
         ours = "zoo.ops.tensor_masks.swap_align2nat: strided views, a pass for each pair of axes"
-        return [
-            _swap("zoo", zoo.__version__, swap_align2nat, size.scale, ours),
-            _swap("indexing", torch.__version__, sixteen_corners, size.scale, plain),
-        ]
+        plain = "the 16 corners of each entry by torch's indexing, with its own gradient"
+        both = (("zoo", zoo.__version__, swap_align2nat, ours), ("indexing", torch.__version__, sixteen_corners, plain))
+        return [_swap(name, version, swap, size.scale, about) for name, version, swap, about in both]
     torch.manual_seed(0)
     start = detection.calmed(harness.recipe_task(RECIPE, size.options).network).state_dict()
     contenders = [_ours, *([official] if setting.official is not None else [])]

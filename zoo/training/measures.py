@@ -225,7 +225,8 @@ class GivenBoxMasks(L.Callback):
         ):
             if not len(target["boxes"]):
                 continue
-            boxes = found.get("windows", found.get("boxes")).cpu() * torch.tensor([wide / width, tall / height] * 2)
+            boxes = found["windows" if heads is None else "boxes"].cpu()
+            boxes = boxes * torch.tensor([wide / width, tall / height] * 2)
             drawn = paste_masks([probs.cpu() for probs in found["mask_probs"]], boxes, (tall, wide))
             truth = torch.from_numpy(coco.decode(target["masks"])).permute(2, 0, 1).bool()
             both, either = (drawn & truth).sum((1, 2)), (drawn | truth).sum((1, 2))

@@ -14,31 +14,22 @@ from zoo.parity import Case, Config, filled_inputs, gradients, load_filled, name
 
 official = shared("detectron2")
 
-FIELDS: dict[str, Any] = {
-    f"TENSOR_MASK.{name}": (ours, lambda value: value)
-    for name, ours in {
-        "NUM_CLASSES": "num_classes",
-        "NUM_CONVS": "head.convs",
-        "CLS_CHANNELS": "head.cls_channels",
-        "BBOX_CHANNELS": "head.box_channels",
-        "MASK_CHANNELS": "head.mask_channels",
-        "ALIGNED_ON": "head.aligned",
-        "BIPYRAMID_ON": "head.bipyramid",
-        "BBOX_REG_WEIGHTS": "loss.box_weights",
-        "FOCAL_LOSS_ALPHA": "loss.alpha",
-        "FOCAL_LOSS_GAMMA": "loss.gamma",
-        "MASK_LOSS_WEIGHT": "loss.mask_weight",
-        "POSITIVE_WEIGHT": "loss.positive_weight",
-        "SCORE_THRESH_TEST": "inference.score_threshold",
-        "TOPK_CANDIDATES_TEST": "inference.candidates",
-        "NMS_THRESH_TEST": "inference.nms_threshold",
-        "IN_FEATURES": "windows.levels",
-    }.items()
+NAMES = {
+    "head": "convs NUM_CONVS cls_channels CLS_CHANNELS box_channels BBOX_CHANNELS mask_channels MASK_CHANNELS"
+    " aligned ALIGNED_ON bipyramid BIPYRAMID_ON",
+    "loss": "box_weights BBOX_REG_WEIGHTS alpha FOCAL_LOSS_ALPHA gamma FOCAL_LOSS_GAMMA mask_weight MASK_LOSS_WEIGHT"
+    " positive_weight POSITIVE_WEIGHT",
+    "inference": "score_threshold SCORE_THRESH_TEST candidates TOPK_CANDIDATES_TEST nms_threshold NMS_THRESH_TEST",
+    "windows": "levels IN_FEATURES",
 }
-FIELDS |= {
+FIELDS: dict[str, Any] = {
+    "TENSOR_MASK.NUM_CLASSES": ("num_classes", lambda value: value),
     "ANCHOR_GENERATOR.SIZES": ("windows.sizes", lambda value: value),
     "TEST.DETECTIONS_PER_IMAGE": ("inference.detections", lambda value: value),
 }
+for part, names in NAMES.items():
+    ours, theirs = names.split()[::2], names.split()[1::2]
+    FIELDS |= {f"TENSOR_MASK.{b}": (f"{part}.{a}", lambda value: value) for a, b in zip(ours, theirs, strict=True)}
 # Settings that the project's code does not read, or that have one value there.
 ELSEWHERE: dict[str, Any] = {
     "META_ARCHITECTURE": ("TensorMask",),
@@ -80,9 +71,8 @@ def network(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
     given, options = settings(config)
     net: Any = load_filled(TensorMask(**options), case, convert_official).train(config["training"])
-    batch = official.batch(
-        [inputs[f"image{n}"] for n in range(len(config["image_sizes"]))], given, net.size_divisibility, case
-    )
+    images = [inputs[f"image{n}"] for n in range(len(config["image_sizes"]))]
+    batch = official.batch(images, given, net.size_divisibility, case)
     if config["training"]:
         losses = net({**batch, "target": official.targets(config, case)})
         total = sum(losses.values())
