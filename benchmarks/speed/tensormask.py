@@ -52,7 +52,7 @@ class Size:
 
 
 MODELS = {
-    "tensormask_r50_fpn": Size(256, 384),
+    "tensormask_r50_fpn": Size(160, 256),
     "swap_1": Size(64, 96, scale=1),
     "swap_4": Size(64, 96, scale=4),
     "swap_32": Size(64, 96, scale=32),
