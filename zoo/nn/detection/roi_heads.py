@@ -29,7 +29,7 @@ from zoo.ops.boxes import (
     sample_labels,
 )
 from zoo.ops.keypoints import heatmaps_to_keypoints, keypoint_cells
-from zoo.ops.masks import crop_objects
+from zoo.ops.masks import crop_masks, crop_polygons
 
 Pooling = Literal["align", "align_unshifted", "pool", "warp"]
 Detection = dict[str, Tensor]
@@ -290,8 +290,12 @@ class MaskHead(nn.Sequential):
             return logits.sum() * 0  # the parameters stay in the graph of every process
         wanted = []
         for image, target in enumerate(targets):
-            mine = regions.image == image
-            wanted.append(crop_objects(target, regions.matched[mine], regions.boxes[mine], logits.shape[-1]))
+            mine, size = regions.image == image, logits.shape[-1]
+            index, boxes = regions.matched[mine], regions.boxes[mine]
+            if "polygons" in target:
+                wanted.append(crop_polygons([target["polygons"][n] for n in index.tolist()], boxes, size))
+            else:
+                wanted.append(crop_masks(target["masks"], index, boxes, size))
         inside = torch.cat(wanted)
         if self.softmax:
             return cross_entropy(
