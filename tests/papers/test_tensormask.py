@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import zoo
+from zoo.data.detection import ResizeShortestEdge
 from zoo.detection.tensormask import (
     TensorMask,
     TensorMaskDetection,
@@ -256,3 +257,7 @@ def test_the_task_is_made_anew_from_its_options() -> None:
     assert again.network.options == task.network.options
     assert again.network.head.mask_pred["5"].out_channels == 9
     assert again.val_metric.iou_types == ("bbox", "segm")
+
+
+def test_6x_draws_whole_numbers_of_a_range() -> None:
+    assert ResizeShortestEdge([640, 643], between=True).sizes == [640, 641, 642, 643]
