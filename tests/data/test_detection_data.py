@@ -446,6 +446,7 @@ def test_what_a_crop_hides_is_gone() -> None:
     ("make", "message"),
     [
         (lambda: ResizeShortestEdge([]), "sizes must be positive"),
+        (lambda: ResizeShortestEdge([800, 640], between=True), "two ends of a range"),
         (lambda: ResizeScale(0), "ResizeScale"),
         (lambda: FixedSizeCrop(-1), "FixedSizeCrop"),
         (lambda: RandomFlip(1.5), "prob"),

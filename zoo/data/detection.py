@@ -281,13 +281,16 @@ class ResizeShortestEdge(nn.Module):
     Args:
         sizes: lengths of the shorter side in pixels.
         max_size: largest length of the longer side.
+        between: `sizes` are two, the ends of a range that whole numbers are drawn from.
     """
 
-    def __init__(self, sizes: list[int], max_size: int | None = 1333) -> None:
+    def __init__(self, sizes: list[int], max_size: int | None = 1333, between: bool = False) -> None:
         super().__init__()
         if not sizes or min(sizes) < 1 or (max_size is not None and max_size < 1):
             raise ZooError(f"ResizeShortestEdge: sizes must be positive, got {sizes} and max_size {max_size}")
-        self.sizes, self.max_size = sizes, max_size
+        if between and (len(sizes) != 2 or sizes[0] > sizes[1]):
+            raise ZooError(f"ResizeShortestEdge: between wants the two ends of a range as sizes, got {sizes}")
+        self.sizes, self.max_size = list(range(sizes[0], sizes[1] + 1)) if between else sizes, max_size
 
     def forward(self, scene: Scene) -> Scene:
         """A resized scene."""

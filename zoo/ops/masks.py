@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,14 +38,25 @@ def crop_polygons(polygons: Sequence[Sequence[np.ndarray]], boxes: Tensor, size:
     return targets.to(boxes.device)
 
 
-def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
-    """Soft masks (N, M, M) of `boxes` (N, 4), drawn into images of `size` (H, W): bool (N, H, W).
+def crop_objects(target: Mapping[str, Any], index: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """The same of the objects of a `target` that `index` (P,) names, from its `polygons` where it has them, else from
+    its `masks`; bool (P, size, size)."""
+    if "polygons" in target:
+        return crop_polygons([target["polygons"][n] for n in index.tolist()], boxes, size)
+    return crop_masks(target["masks"], index, boxes, size)
+
+
+def paste_masks(
+    probabilities: Tensor | Sequence[Tensor], boxes: Tensor, size: tuple[int, int], threshold: float = 0.5
+) -> Tensor:
+    """Soft masks (N, M, M), or N of (M, M) each of its own size, of `boxes` (N, 4), drawn into images of `size` (H, W):
+    bool (N, H, W).
 
     Each is sampled bilinearly at the centres of the pixels of its box (zero beyond its border) and thresholded.
     """
     height, width = size
     pasted = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=boxes.device)
-    probabilities, boxes = at_least_float32(probabilities), at_least_float32(boxes)
+    boxes = at_least_float32(boxes)
     limits = boxes.new_tensor([width, height])
     low = (boxes[:, :2].floor() - 1).clamp(min=0).tolist()
     high = (boxes[:, 2:].ceil() + 1).minimum(limits).tolist()
@@ -57,7 +68,8 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], thr
         if not (len(x) and len(y)):
             continue
         grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
-        values = grid_sample(probabilities[None, n, None], grid[None].to(probabilities.dtype), align_corners=False)
+        soft = at_least_float32(probabilities[n])
+        values = grid_sample(soft[None, None], grid[None].to(soft.dtype), align_corners=False)
         pasted[n, int(y1) : int(y2), int(x1) : int(x2)] = values[0, 0] >= threshold
     return pasted
 

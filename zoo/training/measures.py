@@ -175,7 +175,8 @@ class FactorAccuracy(L.Callback):
 
 
 class GivenBoxMasks(L.Callback):
-    """Logs how well a detector draws masks in boxes that are given, whatever its proposals.
+    """Logs how well a detector draws masks in boxes that are given, whatever it finds itself; one without regions says
+    by ``draw_given(batch, boxes)`` what it draws, and in which windows.
 
     `val/mask_iou` is the mean overlap with the true mask in the whole picture; `val/mask_above_50` and
     `val/mask_above_75` are the shares of objects whose overlap is larger; `val/mask_iou_large` is of objects with a
@@ -203,9 +204,10 @@ class GivenBoxMasks(L.Callback):
         from pycocotools import mask as coco
 
         network, generator = pl_module.network, torch.Generator().manual_seed(batch_idx)
-        if getattr(network.roi_heads, "mask_head", None) is None:
+        heads = getattr(network, "roi_heads", None)
+        if "segm" not in network.iou_types:
             raise ZooError(f"{type(network).__name__} has no mask head to measure")
-        given: list[dict[str, Tensor]] = []
+        given: list[dict[str, Any]] = []
         for target, (height, width), (tall, wide) in zip(
             batch["target"], batch["size"].tolist(), batch["original_size"].tolist(), strict=True
         ):
@@ -214,15 +216,19 @@ class GivenBoxMasks(L.Callback):
             boxes = boxes + sides * self.jitter * (2 * torch.rand(boxes.shape, generator=generator) - 1)
             boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
             given.append({"boxes": boxes.to(pl_module.device), "labels": target["labels"].to(pl_module.device)})
-        maps = network.backbone(batch["image"])
-        network.roi_heads.complete([maps[name] for name in network.roi_heads.levels], given)
+        if heads is None:
+            given = network.draw_given(batch, [found["boxes"] for found in given])
+        else:
+            maps = network.backbone(batch["image"])
+            heads.complete([maps[name] for name in heads.levels], given)
         for found, target, (height, width), (tall, wide) in zip(
             given, batch["target"], batch["size"].tolist(), batch["original_size"].tolist(), strict=True
         ):
-            if not len(found["boxes"]):
+            if not len(target["boxes"]):
                 continue
-            boxes = found["boxes"].cpu() * torch.tensor([wide / width, tall / height] * 2)
-            drawn = paste_masks(found["mask_probs"].cpu(), boxes, (tall, wide))
+            boxes = found["windows" if heads is None else "boxes"].cpu()
+            boxes = boxes * torch.tensor([wide / width, tall / height] * 2)
+            drawn = paste_masks([probs.cpu() for probs in found["mask_probs"]], boxes, (tall, wide))
             truth = torch.from_numpy(coco.decode(target["masks"])).permute(2, 0, 1).bool()
             both, either = (drawn & truth).sum((1, 2)), (drawn | truth).sum((1, 2))
             self._overlaps.append(both / either.clamp(min=1))
