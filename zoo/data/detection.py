@@ -40,6 +40,7 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 _CHANNELS = ("rgb", "bgr")
 _MASKS = ("bitmask", "polygon", "none")
 _MIN_SIDE = 1e-5  # narrower boxes are empty
+IGNORED = 255  # label of a pixel that does not count
 
 
 # --------------------------------------------------------------------------------------------------------------- scenes
@@ -56,6 +57,7 @@ class Scene:
         segments: of each object polygons, each (points, 2) float64, or a (H, W) uint8 mask; None without masks.
         keypoints: (n, P, 3) float64, or None.
         flip_order: which keypoint each becomes in a mirror.
+        semantic: (H, W) uint8 label of each pixel, 255 for those that do not count; or None.
     """
 
     image: Tensor
@@ -64,6 +66,7 @@ class Scene:
     segments: list[Segment] | None = None
     keypoints: np.ndarray | None = None
     flip_order: Sequence[int] = ()
+    semantic: np.ndarray | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -71,7 +74,7 @@ class Scene:
         return int(self.image.shape[-2]), int(self.image.shape[-1])
 
     def resized(self, height: int, width: int) -> Scene:
-        """At another size; masks take the nearest pixel."""
+        """At another size; masks and labels take the nearest pixel."""
         h, w = self.size
         if (h, w) == (height, width):
             return self
@@ -91,13 +94,16 @@ class Scene:
         return replace(out, image=self.image[(slice(None), *window)])
 
     def padded(self, height: int, width: int, value: int) -> Scene:
-        """Filled up to a size on the right and below."""
+        """Filled up to a size on the right and below; labels with 255."""
         h, w = self.size
         if (h, w) == (height, width):
             return self
         image = self.image.new_full((3, height, width), value)
         image[:, :h, :w] = self.image
-        out = self._moved(np.ones(2), np.zeros(2), lambda mask: np.pad(mask, ((0, height - h), (0, width - w))))
+        room = ((0, height - h), (0, width - w))
+        out = self._moved(np.ones(2), np.zeros(2), lambda mask: np.pad(mask, room))
+        if self.semantic is not None:
+            out.semantic = np.pad(self.semantic, room, constant_values=IGNORED)
         return replace(out, image=image)
 
     def flipped(self) -> Scene:
@@ -120,7 +126,8 @@ class Scene:
         keypoints = self.keypoints
         if keypoints is not None:
             keypoints = np.concatenate([keypoints[..., :2] * scale + shift, keypoints[..., 2:]], -1)
-        return replace(self, boxes=boxes, segments=segments, keypoints=keypoints)
+        semantic = None if self.semantic is None else of_mask(self.semantic)
+        return replace(self, boxes=boxes, segments=segments, keypoints=keypoints, semantic=semantic)
 
     def with_boxes_of_segments(self) -> Scene:
         """Boxes tight around the objects' masks."""
@@ -350,6 +357,98 @@ class RandomFlip(nn.Module):
     def forward(self, scene: Scene) -> Scene:
         """The scene or its mirror image."""
         return scene.flipped() if float(torch.rand(())) < self.prob else scene
+
+
+class RandomCrop(nn.Module):
+    """A window of a size, its place drawn; of a smaller picture what is there.
+
+    Args:
+        size: height and width of the window.
+        max_share: of the window's labelled pixels that one label may have; 10 windows are tried, and the last is taken
+            if none is so. 1 for any.
+    """
+
+    def __init__(self, size: tuple[int, int], max_share: float = 1.0) -> None:
+        super().__init__()
+        if len(size) != 2 or min(size) < 1 or not 0 < max_share <= 1:
+            raise ZooError(f"RandomCrop: need height and width, and max_share in 0..1; got {size} and {max_share}")
+        self.window, self.max_share = (int(size[0]), int(size[1])), max_share
+
+    def forward(self, scene: Scene) -> Scene:
+        """A scene of at most `size`.
+
+        Raises:
+            ZooError: `max_share` of a scene without labels.
+        """
+        height, width = (min(side, most) for side, most in zip(scene.size, self.window, strict=True))
+        for _ in range(10):
+            top, left = (
+                int(torch.randint(side - part + 1, ())) for side, part in zip(scene.size, (height, width), strict=True)
+            )
+            if self.max_share >= 1:
+                break
+            if scene.semantic is None:
+                raise ZooError("RandomCrop: max_share wants labels of pixels; set data.semantic")
+            labels = scene.semantic[top : top + height, left : left + width].reshape(-1)
+            counts = np.bincount(labels, minlength=IGNORED + 1)[:IGNORED]
+            if (counts > 0).sum() > 1 and counts.max() < counts.sum() * self.max_share:
+                break
+        return scene.cropped(top, left, height, width)
+
+
+class ColorJitter(nn.Module):
+    """Brightness, contrast, saturation and hue, each moved with an even chance (SSD, Liu et al. 2016, section 2.2, as
+    its code does it).
+
+    Args:
+        brightness: largest shift, in bytes.
+        contrast, saturation: smallest and largest factor.
+        hue: largest turn, in degrees.
+    """
+
+    def __init__(
+        self,
+        brightness: float = 32.0,
+        contrast: tuple[float, float] = (0.5, 1.5),
+        saturation: tuple[float, float] = (0.5, 1.5),
+        hue: float = 36.0,
+    ) -> None:
+        super().__init__()
+        self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
+
+    def forward(self, scene: Scene) -> Scene:
+        """The scene in other colours."""
+        draws = torch.rand(9).tolist()
+        image = scene.image.permute(1, 2, 0).numpy()
+        if draws[0] < 0.5:
+            image = _bytes(image + np.float32((2 * draws[1] - 1) * self.brightness))
+        first = draws[2] < 0.5
+        for late in (False, True):
+            if first != late and draws[3] < 0.5:
+                image = _bytes(image * np.float32(_between(self.contrast, draws[4])))
+            if not late:
+                image = self._tinted(image, draws)
+        return replace(scene, image=torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))
+
+    def _tinted(self, image: np.ndarray, draws: Sequence[float]) -> np.ndarray:
+        from PIL import Image
+
+        if draws[5] >= 0.5 and draws[7] >= 0.5:
+            return image
+        tints = np.array(Image.fromarray(np.ascontiguousarray(image)).convert("HSV"))
+        if draws[5] < 0.5:
+            tints[..., 1] = _bytes(tints[..., 1] * np.float32(_between(self.saturation, draws[6])))
+        if draws[7] < 0.5:
+            tints[..., 0] += np.uint8(round((2 * draws[8] - 1) * self.hue / 360 * 256) % 256)  # a turn is 256
+        return np.asarray(Image.fromarray(tints, "HSV").convert("RGB"))
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    return values.clip(0, 255).astype(np.uint8)
+
+
+def _between(ends: tuple[float, float], draw: float) -> float:
+    return ends[0] + (ends[1] - ends[0]) * draw
 
 
 # -------------------------------------------------------------------------------------------------------------- sources
