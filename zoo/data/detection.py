@@ -32,7 +32,16 @@ from zoo.data.coco import (
     to_rle,
 )
 from zoo.data.loader import EpochSampler, GroupedSampler, Key
-from zoo.data.shapes import KEYPOINTS, SHAPES, make_knobs, render
+from zoo.data.panoptic import (
+    SCHEMES,
+    CityscapesLayout,
+    Panoptic,
+    PanopticClasses,
+    find_cityscapes,
+    find_panoptic,
+    is_cityscapes,
+)
+from zoo.data.shapes import KEYPOINTS, PANOPTIC_BASE, SCENES, SHAPES, make_knobs, render
 from zoo.errors import ZooError, unknown
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -477,18 +486,28 @@ class ShapesScenes:
         length: how many samples it has.
         size: side of the pictures in pixels.
         seed: which world.
-        min_visible: objects of which others hide more leave no trace in the annotations.
+        min_visible: objects of which others hide more leave no trace in the annotations; their pixels are nothing.
+        panoptic: whether records say what every pixel belongs to: an object, or a kind of background.
         **knobs: see :class:`~zoo.data.shapes.Knobs`.
     """
 
+    category_names, things = (*SHAPES, *SCENES), (True,) * len(SHAPES) + (False,) * len(SCENES)
+
     def __init__(
-        self, split: str, length: int, size: int = DRAWN_SIDE, seed: int = 0, min_visible: float = 0.25, **knobs: Any
+        self,
+        split: str,
+        length: int,
+        size: int = DRAWN_SIDE,
+        seed: int = 0,
+        min_visible: float = 0.25,
+        panoptic: bool = False,
+        **knobs: Any,
     ) -> None:
         if not 0 <= min_visible <= 1:
             raise ZooError(f"shapes: min_visible must lie in 0..1, got {min_visible}")
         make_knobs(**knobs)
         self.split, self.length, self.size, self.seed, self.knobs = split, length, size, seed, knobs
-        self.min_visible = min_visible
+        self.min_visible, self.panoptic = min_visible, panoptic
         self.class_names, self.keypoint_names = list(SHAPES), list(KEYPOINTS)
         self.flip_order = mirror_order(KEYPOINTS)
 
@@ -497,7 +516,8 @@ class ShapesScenes:
 
     def read_many(self, indices: Sequence[int]) -> list[Record]:
         """Several scenes, drawn together."""
-        fields = ("image", "shape", "boxes", "masks", "visible", "keypoints")
+        fields = ["image", "shape", "boxes", "masks", "visible", "keypoints"]
+        fields += ["panoptic"] * self.panoptic
         drawn = render(self.seed, self.split, indices, self.size, fields, **self.knobs)
         here = (drawn["shape"] >= 0) & (drawn["visible"] >= self.min_visible) & drawn["masks"].flatten(2).any(2)
         records = []
@@ -514,9 +534,21 @@ class ShapesScenes:
                     segments=list(masks),
                     keypoints=drawn["keypoints"][n][kept].double().numpy(),
                     image_id=int(index),
+                    panoptic=_drawn_segments(drawn["panoptic"][n].numpy(), kept.numpy()) if self.panoptic else None,
                 )
             )
         return records
+
+
+def _drawn_segments(drawn: np.ndarray, kept: np.ndarray) -> Panoptic:
+    """The segments of a drawn scene (H, W), in :func:`~zoo.data.shapes.render`'s numbers, of which the `kept` (m,)
+    objects are annotated. Ids are those numbers + 1."""
+    instance = drawn % PANOPTIC_BASE
+    known = np.concatenate([[True], kept])[instance]
+    ids = np.where(known, drawn + 1, 0).astype(np.int32)
+    numbers, areas = np.unique(ids[known], return_counts=True)
+    rows = [numbers, (numbers - 1) // PANOPTIC_BASE, np.zeros_like(numbers), areas]
+    return Panoptic(ids, np.stack(rows, 1).astype(np.int64))
 
 
 class DetectionSet(Dataset):
@@ -534,6 +566,7 @@ class DetectionSet(Dataset):
         masks: "bitmask", "polygon" or "none".
         keypoints: whether targets hold them.
         seed, salt: of the run, and to keep splits apart.
+        panoptic: the categories of semantic and panoptic truth, which targets then hold.
     """
 
     def __init__(
@@ -548,11 +581,12 @@ class DetectionSet(Dataset):
         keypoints: bool = False,
         seed: int = 0,
         salt: int = 0,
+        panoptic: PanopticClasses | None = None,
     ) -> None:
         self.source, self.transforms, self.indices = source, list(transforms), indices
         self.training, self.normalise, self.size_divisibility = training, normalise, size_divisibility
         self.masks, self.keypoints = masks, keypoints
-        self.seed, self.salt = seed, salt
+        self.seed, self.salt, self.panoptic = seed, salt, panoptic
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -598,7 +632,9 @@ class DetectionSet(Dataset):
         if self.masks != "none":
             segments = [_outline(record, n) for n in np.flatnonzero(kept).tolist()]
         points = record.keypoints[kept] if self.keypoints and record.keypoints is not None else None
-        return Scene(record.image, record.boxes[kept], record.labels[kept], segments, points, self.source.flip_order)
+        labels = None if self.panoptic is None else record.panoptic.semantic(self.panoptic)
+        order = self.source.flip_order
+        return Scene(record.image, record.boxes[kept], record.labels[kept], segments, points, order, labels)
 
     def _target(self, scene: Scene, kept: np.ndarray, record: Record) -> dict[str, Any]:
         boxes = torch.from_numpy(scene.boxes).float()
@@ -617,6 +653,8 @@ class DetectionSet(Dataset):
             target["polygons"] = [[ring.reshape(-1) for ring in segment] for segment in scene.segments]
         if scene.keypoints is not None:
             target["keypoints"] = torch.from_numpy(scene.keypoints).float()
+        if scene.semantic is not None:
+            target["semantic"] = torch.from_numpy(np.ascontiguousarray(scene.semantic))
         return target
 
     def _truth(self, record: Record) -> dict[str, Any]:
@@ -632,6 +670,9 @@ class DetectionSet(Dataset):
             target["masks"] = [to_rle(_stored(record, n), height, width) for n in range(len(record.segments))]
         if self.keypoints and record.keypoints is not None:
             target["keypoints"] = torch.from_numpy(record.keypoints)
+        if self.panoptic is not None:
+            target["panoptic"] = record.panoptic.truth(self.panoptic)
+            target["semantic"] = torch.from_numpy(record.panoptic.semantic(self.panoptic))
         return target
 
 
@@ -700,11 +741,13 @@ class DetectionDataModule(SeededDataModule):
 
     - boxes (N, 4) float32 x0, y0, x1, y1; labels (N,) int64 from 0; area (N,) of the boxes; iscrowd (N,); image_id ();
     - masks (N, h, w) bool (h, w = size) or, with ``masks: polygon``, polygons, N lists of flat float64 arrays;
-    - keypoints (N, P, 3) float32 x, y, visibility.
+    - keypoints (N, P, 3) float32 x, y, visibility;
+    - semantic (h, w) uint8, the label of each pixel, 255 for those that do not count.
 
-    Crowds, pictures without objects and what a crop left nothing of are not trained on. For val, test and predict the
-    target is the stored truth in pixels of the file, crowds included: boxes and area float64, masks as run lengths. It
-    stays on the CPU, where the metric wants it. Order, randomness, resuming and exact evaluation are
+    Crowds, pictures without objects (unless pixels have labels) and what a crop left nothing of are not trained on. For
+    val, test and predict the target is the stored truth in pixels of the file, crowds included: boxes and area float64,
+    masks as run lengths, panoptic {ids (H, W) int32, segments (n, 5) int64} (:mod:`zoo.data.panoptic`). It stays on the
+    CPU, where the metric wants it. Order, randomness, resuming and exact evaluation are
     :class:`~zoo.data.base.SeededDataModule`'s.
 
     Args:
@@ -731,10 +774,14 @@ class DetectionDataModule(SeededDataModule):
         options: further keywords of the source: for ``shapes`` size (side in pixels), min_visible and
             :class:`~zoo.data.shapes.Knobs`; else annotations, images and outside of
             :func:`~zoo.data.coco.find_coco`.
+        semantic: whether targets hold semantic and panoptic truth, and what a pixel's label is: "separated", 0 for
+            every thing, then the kinds of stuff; "all", the categories in the order of their ids; "none".
 
     Attributes:
         num_classes, class_names, keypoint_names: known as soon as the module is made; without data_dir, a carded set's
             classes are the card's.
+        panoptic: the categories of semantic and panoptic truth (:class:`~zoo.data.panoptic.PanopticClasses`); None
+            without them, or as long as nobody has said where a carded set lies.
 
     Raises:
         ZooError: an unknown set or option, a json that is missing or damaged, pictures that are not there.
@@ -761,14 +808,18 @@ class DetectionDataModule(SeededDataModule):
         seed: int | None = None,
         options: dict[str, Any] | None = None,
         image_size: int | None = None,
+        semantic: Literal["none", "separated", "all"] = "none",
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, 1, seed, in_memory=dataset == "shapes")
         at_least_one(size_divisibility=size_divisibility, train_samples=train_samples, image_size=image_size)
         if masks not in _MASKS:
             raise unknown("form of masks", masks, _MASKS)
+        if semantic not in ("none", *SCHEMES):
+            raise unknown("scheme of semantic labels", semantic, ("none", *SCHEMES))
         if repeat_threshold is not None and not 0 < repeat_threshold <= 1:
             raise ZooError(f"data.repeat_threshold must lie in 0..1, got {repeat_threshold}")
         self.dataset, self.data_dir, self.options = dataset, data_dir, dict(options or {})
+        self.semantic = semantic
         drawn = dataset == "shapes"
         if drawn and image_size is not None:
             self.options.setdefault("size", image_size)
@@ -790,6 +841,7 @@ class DetectionDataModule(SeededDataModule):
         if eval_transforms is None:
             self.eval_transforms = [] if drawn else [ResizeShortestEdge(sizes[-1:], longest)]
         self._layout = None if drawn else self._find()
+        self.panoptic: PanopticClasses | None = None
         self.class_names, self.keypoint_names = self._names()
         self.num_classes = len(self.class_names)
         if keypoints and self._layout is not None and not self.keypoint_names:
@@ -814,7 +866,7 @@ class DetectionDataModule(SeededDataModule):
             return {**shared, "size": steps[0].sizes[0], "longest": steps[0].max_size}
         return {**shared, "transform": ", ".join(type(step).__qualname__ for step in steps)}
 
-    def _find(self) -> CocoLayout | None:
+    def _find(self) -> CocoLayout | CityscapesLayout | None:
         """Where the set lies; None where it has a card and nobody has said yet."""
         for name in self.options:
             if name not in _COCO_OPTIONS:
@@ -829,6 +881,10 @@ class DetectionDataModule(SeededDataModule):
         place = self.data_dir or self.dataset
         named = self.dataset if self.data_dir else "instances"
         outside = bool(self.options.get("outside", False))
+        if is_cityscapes(root := Path(place).expanduser()):
+            return find_cityscapes(root)
+        if self.semantic != "none":
+            return find_panoptic(place, self.options.get("annotations"), self.options.get("images"), outside)
         return find_coco(place, self.options.get("annotations"), self.options.get("images"), named, outside)
 
     def _names(self) -> tuple[list[str], list[str]]:
@@ -839,7 +895,9 @@ class DetectionDataModule(SeededDataModule):
             card = catalog.data_card(self.dataset)
             return card.class_names or [str(k) for k in range(card.num_classes or 0)], []
         first = "train" if self._layout is None or "train" in self._layout.parts else "val"
-        source = self._open(first)[0]
+        source: Any = self._open(first)[0]
+        if self.semantic != "none":
+            self.panoptic = PanopticClasses(tuple(source.category_names), tuple(source.things), self.semantic)
         return source.class_names, source.keypoint_names
 
     def _open(self, split: str) -> tuple[RecordSource, np.ndarray]:
@@ -851,7 +909,8 @@ class DetectionDataModule(SeededDataModule):
         if part not in _LENGTH:
             raise unknown("split", split, (*_LENGTH, "predict"))
         length = self.train_samples if split == "train" and self.train_samples else _LENGTH[part]
-        return ShapesScenes(part, length, **self.options), np.arange(length)
+        options = {**self.options, "panoptic": self.semantic != "none"}
+        return ShapesScenes(part, length, **options), np.arange(length)
 
     def samples(self, split: str, training: bool | None = None) -> DetectionSet:
         """The transformed split; `training` chooses between the two sorts of targets and transforms, by default as the
@@ -867,7 +926,7 @@ class DetectionDataModule(SeededDataModule):
         transforms = self.train_transforms if training else self.eval_transforms
         return DetectionSet(
             source, transforms or [], indices, training, self.normalise, self.size_divisibility, self.masks,
-            self.keypoints, self.seed, SALT[split],
+            self.keypoints, self.seed, SALT[split], self.panoptic,
         )  # fmt: skip
 
     def train_sampler(self, samples: Any) -> EpochSampler:

@@ -96,7 +96,7 @@ class SemanticHead(nn.Module):
         coarse: list[Tensor] = []  # half as fine
         for name, stages in self.branches.items():
             x = features[name]
-            for n, stage in enumerate(stages):  # type: ignore[arg-type]
+            for n, stage in enumerate(stages.children()):
                 x = relu(stage(_doubled(x) if n else x))
             (fine if name in self.finest else coarse).append(x)
         if self.config.fuse == "concat":
