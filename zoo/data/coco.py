@@ -66,6 +66,7 @@ class Record:
         keypoints: (n, P, 3) float64 x, y, visibility (0 not labelled, 1 hidden, 2 visible), or None.
         image_id: the set's number of the picture.
         path: its file, "" where it was drawn.
+        panoptic: what every pixel belongs to (:class:`zoo.data.panoptic.Panoptic`), where the set says.
     """
 
     image: Tensor
@@ -77,6 +78,7 @@ class Record:
     keypoints: np.ndarray | None
     image_id: int
     path: str = ""
+    panoptic: Any = None
 
 
 # ---------------------------------------------------------------------------------------------------------- run lengths
@@ -459,8 +461,7 @@ class CocoLayout:
         part, which = choose_part(split, list(self.parts), str(self.root))
         if part not in self._open:
             content = read_json(self.parts[part])
-            place = self._pictures(part, content)
-            self._open[part] = source = CocoSource(self.parts[part], place, content, self.root, self.outside)
+            self._open[part] = source = self.source(part, content)
             files.tell(str(self.parts[part]), source.problems)
             other = next(iter(self._open.values()))
             if other.class_names != source.class_names:
@@ -471,6 +472,11 @@ class CocoLayout:
         if not held.any():
             held[-1:] = True
         return source, number if which == "all" else number[held if which == "held" else ~held]
+
+    def source(self, part: str, content: dict[str, Any]) -> CocoSource:
+        """A part, of what its json holds."""
+        place = self._pictures(part, content)
+        return CocoSource(self.parts[part], place, content, self.root, self.outside)
 
     def _pictures(self, part: str, content: dict[str, Any]) -> Path:
         file = self.parts[part]

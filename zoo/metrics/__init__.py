@@ -6,6 +6,7 @@ from zoo.metrics.arc import ARCScore, vote
 from zoo.metrics.coco import CocoAP
 from zoo.metrics.knn import KNNAccuracy, knn_scores
 from zoo.metrics.retrieval import ImageTextRetrieval
+from zoo.metrics.semantic import SemanticIoU
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
 from zoo.metrics.zero_shot import class_features
 
@@ -17,6 +18,7 @@ __all__ = [
     "KNNAccuracy",
     "MultiLabelMAP",
     "MultiViewAccuracy",
+    "SemanticIoU",
     "class_features",
     "knn_scores",
     "vote",
