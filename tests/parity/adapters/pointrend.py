@@ -1,0 +1,187 @@
+"""Runs the kinds of cases that were taken from detectron2's projects/PointRend; the rest is read from the case."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.detection.pointrend import (
+    PointNoise,
+    PointRend,
+    PointRendDetection,
+    PointRendSegmentation,
+    PointRendSemantic,
+    class_uncertainty,
+    convert_official,
+    fine_features,
+    grid_points,
+    image_points,
+    margin_uncertainty,
+    sample_points,
+    uncertain_cells,
+    uncertain_points,
+)
+from zoo.parity import Case, filled_inputs, gradients, load_filled, named, shared, train
+
+official = shared("detectron2")
+
+_SAME = lambda value: value  # noqa: E731
+_HEAD = {
+    "IN_FEATURES": "levels",
+    "FC_DIM": "channels",
+    "NUM_FC": "layers",
+    "COARSE_PRED_EACH_LAYER": "coarse_each_layer",
+    "CLS_AGNOSTIC_MASK": "class_agnostic",
+    "TRAIN_NUM_POINTS": "train_points",
+    "OVERSAMPLE_RATIO": "oversample",
+    "IMPORTANCE_SAMPLE_RATIO": "importance",
+    "SUBDIVISION_STEPS": "steps",
+    "SUBDIVISION_NUM_POINTS": "points",
+}
+_MASK = {
+    "IN_FEATURES": "levels",
+    "POOLER_RESOLUTION": "pool",
+    "CONV_DIM": "channels",
+    "FC_DIM": "fc_channels",
+    "NUM_FC": "fcs",
+    "OUTPUT_SIDE_RESOLUTION": "size",
+}
+_SEMANTIC = {
+    "IN_FEATURES": "levels",
+    "NUM_CLASSES": "classes",
+    "CONVS_DIM": "channels",
+    "COMMON_STRIDE": "stride",
+    "LOSS_WEIGHT": "loss_weight",
+}
+INSTANCES = {f"POINT_HEAD.{theirs}": (f"point.head.{ours}", _SAME) for theirs, ours in _HEAD.items()}
+INSTANCES |= {f"ROI_MASK_HEAD.{theirs}": (f"point.{ours}", _SAME) for theirs, ours in _MASK.items()}
+PIXELS = {f"POINT_HEAD.{theirs}": (f"point.{ours}", _SAME) for theirs, ours in _HEAD.items()}
+PIXELS |= {f"SEM_SEG_HEAD.{theirs}": (f"head.{ours}", _SAME) for theirs, ours in _SEMANTIC.items()}
+PIXELS |= {"SEM_SEG_HEAD.NORM": ("head.norm", official.NORMS.__getitem__)}
+ELSEWHERE = {
+    "POINT_HEAD.NAME": ("StandardPointHead",),
+    "ROI_MASK_HEAD.NAME": ("PointRendMaskHead", "CoarseMaskHead"),
+    "POINT_HEAD.COARSE_SEM_SEG_HEAD_NAME": ("SemSegFPNHead",),
+    "SEM_SEG_HEAD.NAME": ("SemSegFPNHead", "PointRendSemSegHead"),
+    "SEM_SEG_HEAD.IGNORE_VALUE": (255,),
+    "META_ARCHITECTURE": ("GeneralizedRCNN", "SemanticSegmentor"),
+}
+
+
+def run(case: Case) -> dict[str, Tensor]:
+    config = case["config"]
+    if "num_points" in config:
+        return points_alone(case)
+    if "effective" in config:
+        return train_run(case)
+    given = official.settings(config)[1]
+    semantic, inputs = given["META_ARCHITECTURE"] == "SemanticSegmentor", filled_inputs(case)
+    net: Any = load_filled(create(given), case, convert_official).train(config["training"])
+    images = [inputs[f"image{n}"] for n in range(len(config["image_sizes"]))]
+    batch = official.batch(images, given, net.size_divisibility, case)
+    if config["training"]:
+        noise, whole = noise_of(inputs), {**batch, "target": targets(semantic, config, case, inputs)}
+        losses = net(whole, noise) if semantic else net(whole, inputs["perm_uniform"], points=noise)
+        total = sum(losses.values())
+        total.backward()
+        return {**losses, "total": total, **named(case, convert_official, grad=gradients(net))}
+    with torch.no_grad():
+        return (label_maps if semantic else masks)(config, net, batch)
+
+
+def create(given: Mapping[str, Any]) -> PointRend | PointRendSemantic:
+    """The network of flat settings."""
+    if given["META_ARCHITECTURE"] == "SemanticSegmentor":
+        found = official.options(given, PIXELS, ELSEWHERE)
+        return PointRendSemantic(**{name: found[name] for name in ("resnet", "fpn", "head", "point")})
+    known = {name: value for name, value in given.items() if "ROI_MASK_HEAD." not in name or name in INSTANCES}
+    found = official.options(known, INSTANCES, ELSEWHERE)
+    if not given.get("ROI_MASK_HEAD.POINT_HEAD_ON", True):
+        found["point"]["head"] = None
+    return PointRend(**found)
+
+
+def noise_of(inputs: Mapping[str, Tensor]) -> PointNoise:
+    return PointNoise(inputs["points_oversampled"], inputs["points_random"])
+
+
+def targets(semantic: bool, config: Mapping[str, Any], case: Case, inputs: Mapping[str, Tensor], at: Any = None) -> Any:
+    """Objects; or label maps, of which pixels count unless their number is under 0.1."""
+    if not semantic:
+        return official.targets(config, case, at)
+    numbered = ((inputs[f"sem_seg{n}"], inputs[f"ignore{n}"]) for n in range(len(config["image_sizes"])))
+    return [{"semantic": labels.long().masked_fill(number < 0.1, 255)} for labels, number in numbered]
+
+
+def masks(config: Mapping[str, Any], net: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+    features, proposals = net.propose(batch)
+    sizes = [(height, width) for height, width in batch["size"].tolist()]
+    found = net.roi_heads.detect(features, proposals, sizes)
+    counts = torch.tensor([len(one["boxes"]) for one in found])
+    image = torch.arange(len(found)).repeat_interleave(counts).to(found[0]["boxes"])
+    rois = torch.cat([image[:, None], torch.cat([one["boxes"] for one in found])], dim=1)
+    outputs = {"coarse_mask": net.roi_heads.mask_head.coarse(features, rois)}
+    for n, (one, size, original) in enumerate(zip(found, sizes, config["output_sizes"], strict=True)):
+        outputs |= {f"boxes{n}": one["boxes"], f"scores{n}": one["scores"], f"classes{n}": one["labels"]}
+        outputs[f"mask_probs{n}"] = one["mask_probs"][:, None]
+        outputs[f"final_mask_area{n}"] = net.postprocess(one, size, original)["masks"].sum(dim=(1, 2))
+    return outputs
+
+
+def label_maps(config: Mapping[str, Any], net: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+    maps, head = net.backbone(batch["image"]), net.semantic_head
+    outputs = {"coarse_logits": head.coarse_head(maps), "refined_logits": head(maps)}
+    for n, x in enumerate(net.logits({**batch, "original_size": torch.tensor(config["output_sizes"])})):
+        outputs |= {f"sem_seg{n}": x, f"argmax{n}": x.argmax(0)}
+    return outputs
+
+
+def train_run(case: Case) -> dict[str, Tensor]:
+    config = case["config"]
+    model, effective = config["model"], config["effective"]
+    given = official.settings(model, {key: entry for key, entry in effective.items() if key.startswith("MODEL.")})[1]
+    semantic, solver = given["META_ARCHITECTURE"] == "SemanticSegmentor", effective["SOLVER"]
+    clip_each, clipping = official.clipping(solver)
+    with torch.device("meta"):
+        options = create(given).options
+    clip = {} if semantic else {"clip_each": clip_each}
+    task: Any = (PointRendSegmentation if semantic else PointRendDetection)(
+        **options, optim=official.optim(solver), **clip
+    )
+
+    def batch(step: dict[str, Tensor], k: int) -> dict[str, Any]:
+        images = [step[f"image{n}"] for n in range(len(model["image_sizes"]))]
+        made = official.batch(images, given, task.network.size_divisibility, case)
+        made |= {"noise": step["perm_uniform"]} if "perm_uniform" in step else {}
+        return {**made, "target": targets(semantic, model, case, step, k), "point_noise": noise_of(step)}
+
+    whole = {**case, "config": {**config, "train": {"iterations": solver["MAX_ITER"], **config.get("train", {})}}}
+    return train(whole, task, convert_official, batch, epochs=1, **clipping)
+
+
+def points_alone(case: Case) -> dict[str, Tensor]:
+    config, inputs = case["config"], filled_inputs(case)
+    coarse, classes, points = inputs["coarse"], inputs["classes"].long(), inputs["coords"]
+    boxes = points.new_tensor(config["boxes"])
+    maps = [inputs[name] for name in sorted(inputs) if name.startswith("feat")]
+    first = config["boxes_image0"]
+    pixels = image_points(boxes, points)
+    instance = class_uncertainty(coarse, classes)
+    places, centres = uncertain_cells(instance, config["grid_points"])
+    side = config["grid_side"]
+    share = (config["num_points"], config["oversample_ratio"], config["importance_ratio"])
+    counts = [first, len(boxes) - first]
+    return {
+        "train_points": uncertain_points(coarse, lambda x: class_uncertainty(x, classes), *share, noise_of(inputs)),
+        "grid_indices": places,
+        "grid_coords": centres,
+        "regular_grid": grid_points(side, side, points).expand(2, -1, -1),
+        "uncertainty_instance": instance[:, None],
+        "uncertainty_semantic": margin_uncertainty(coarse)[:, None],
+        "sampled": sample_points(coarse, points),
+        "fine_features": fine_features(maps, [4 * 2**k for k in range(len(maps))], pixels, counts).transpose(0, 1),
+        "coords_wrt_image": pixels,
+    }
