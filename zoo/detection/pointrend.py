@@ -46,7 +46,8 @@ from zoo.nn.detection.semantic import (
 )
 from zoo.ops.boxes import at_least_float32
 from zoo.training import BaseModule, Optim
-from zoo.training.detection import Detection
+from zoo.training.detection import Detection, MetricName
+from zoo.training.tta import TTA
 from zoo.weights import detectron2
 from zoo.weights.pretrained import read_source
 
@@ -622,6 +623,8 @@ class PointRendDetection(Detection):
         init_from: where :meth:`setup` takes weights from: the name of published weights, a file, or a checkpoint. Of a
             classifier the trunk is filled; of a detector everything but layers of another number of classes.
         clip_each: bound of the norm of each parameter's own gradient; null for none.
+        metric: whose average precision is evaluated: `coco`, or `lvis` with what it says of each picture (AP*).
+        tta: views of an image that are merged in evaluation; null for the image as it is.
         optim: optimiser and schedule.
         network: of :class:`PointRend`.
     """
@@ -632,13 +635,15 @@ class PointRendDetection(Detection):
         self,
         init_from: str | None = None,
         clip_each: float | None = None,
+        metric: MetricName = "coco",
+        tta: TTA | None = None,
         optim: Optim = Optim(  # noqa: B008
             name="sgd", base_lr=0.02, reference_batch=16, weight_decay=1e-4, no_decay="norm", schedule="step"
         ),
         **network: Any,
     ) -> None:
         detector = PointRend(**network)
-        super().__init__(detector, optim, detector.iou_types, None, clip_each, init_from)
+        super().__init__(detector, optim, detector.iou_types, None, clip_each, init_from, metric, tta)
         self.save_hyperparameters()
 
     def draws(self, batch: Mapping[str, Any]) -> dict[str, Any]:

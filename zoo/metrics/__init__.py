@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from zoo.metrics.arc import ARCScore, vote
+from zoo.metrics.boundary import BoundaryIoU
 from zoo.metrics.coco import CocoAP
 from zoo.metrics.knn import KNNAccuracy, knn_scores
+from zoo.metrics.lvis import LvisAP
 from zoo.metrics.retrieval import ImageTextRetrieval
 from zoo.metrics.semantic import SemanticIoU
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
@@ -12,10 +14,12 @@ from zoo.metrics.zero_shot import class_features
 
 __all__ = [
     "ARCScore",
+    "BoundaryIoU",
     "CocoAP",
     "FrameMAP",
     "ImageTextRetrieval",
     "KNNAccuracy",
+    "LvisAP",
     "MultiLabelMAP",
     "MultiViewAccuracy",
     "SemanticIoU",
