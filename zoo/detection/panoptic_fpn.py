@@ -141,7 +141,7 @@ class PanopticFPN(MaskRCNN):
     def __init__(
         self,
         semantic: SemanticHeadConfig = SemanticHeadConfig(),  # noqa: B008
-        combine: CombineConfig = CombineConfig(),  # noqa: B008
+        combine: CombineConfig = CombineConfig(),
         instance_loss_weight: float = 1.0,
         shared: bool = True,
         **detector: Any,

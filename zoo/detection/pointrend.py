@@ -530,7 +530,7 @@ class PointRend(MaskRCNN):
 
     def __init__(
         self,
-        point: PointMaskConfig | None = PointMaskConfig(),  # noqa: B008
+        point: PointMaskConfig | None = PointMaskConfig(),
         box: BoxHeadConfig = _BOX,
         **network: Any,
     ) -> None:
@@ -567,7 +567,7 @@ class PointRendSemantic(nn.Module):
         resnet: ResNetConfig = ResNetConfig(depth=101, stride_in_1x1=True, freeze=0),  # noqa: B008
         fpn: FPNConfig = FPNConfig(),  # noqa: B008
         head: SemanticHeadConfig = SemanticHeadConfig(classes=19, loss_weight=1.0),  # noqa: B008
-        point: PointHeadConfig | None = PointHeadConfig(  # noqa: B008
+        point: PointHeadConfig | None = PointHeadConfig(
             coarse_each_layer=False, train_points=2048, steps=2, points=8192
         ),
     ) -> None:
