@@ -5,6 +5,7 @@ from __future__ import annotations
 from zoo.metrics.arc import ARCScore, vote
 from zoo.metrics.coco import CocoAP
 from zoo.metrics.knn import KNNAccuracy, knn_scores
+from zoo.metrics.panoptic import PanopticQuality
 from zoo.metrics.retrieval import ImageTextRetrieval
 from zoo.metrics.semantic import SemanticIoU
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
@@ -18,6 +19,7 @@ __all__ = [
     "KNNAccuracy",
     "MultiLabelMAP",
     "MultiViewAccuracy",
+    "PanopticQuality",
     "SemanticIoU",
     "class_features",
     "knn_scores",
