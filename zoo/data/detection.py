@@ -437,7 +437,7 @@ class ColorJitter(nn.Module):
                 image = _bytes(image * np.float32(_between(self.contrast, draws[4])))
             if not late:
                 image = self._tinted(image, draws)
-        return replace(scene, image=torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))
+        return replace(scene, image=torch.from_numpy(image.copy()).permute(2, 0, 1))
 
     def _tinted(self, image: np.ndarray, draws: Sequence[float]) -> np.ndarray:
         from PIL import Image
@@ -854,13 +854,14 @@ class DetectionDataModule(SeededDataModule):
     def preprocess_facts(self) -> dict[str, Any] | None:
         """Those of a resize of the shorter side (`size`, at most `longest`), or of none (`size` null); of drawn scenes
         `size` is their side, so that photos come in the size that was learnt from. Mean and deviation in units of 1;
-        `divisibility` of the padded sides."""
+        `divisibility` of the padded sides; `panoptic` are the categories of panoptic truth."""
         shared = {
             "kind": "objects",
             "mean": [value / 255 for value in self.mean],
             "std": [value / 255 for value in self.std],
             "channels": self.channels,
             "divisibility": self.size_divisibility,
+            **({} if self.panoptic is None else {"panoptic": self.panoptic.facts()}),
         }
         steps = self.eval_transforms or []
         if not steps:
@@ -901,7 +902,8 @@ class DetectionDataModule(SeededDataModule):
         first = "train" if self._layout is None or "train" in self._layout.parts else "val"
         source: Any = self._open(first)[0]
         if self.semantic != "none":
-            self.panoptic = PanopticClasses(tuple(source.category_names), tuple(source.things), self.semantic)
+            ids = tuple(getattr(source, "panoptic_ids", ()))
+            self.panoptic = PanopticClasses(tuple(source.category_names), tuple(source.things), self.semantic, ids)
         return source.class_names, source.keypoint_names
 
     def _open(self, split: str) -> tuple[RecordSource, np.ndarray]:

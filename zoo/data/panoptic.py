@@ -38,11 +38,13 @@ class PanopticClasses:
         names: of all.
         things: which of them are things.
         scheme: of semantic labels, "separated" or "all"; see the module.
+        ids: the set's own numbers of them; empty: 1, 2, ...
     """
 
     names: tuple[str, ...]
     things: tuple[bool, ...]
     scheme: str = "separated"
+    ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -66,6 +68,38 @@ class PanopticClasses:
     def thing_labels(self) -> tuple[int, ...]:
         """The semantic labels that stand for things."""
         return (0,) if self.scheme == "separated" else tuple(np.flatnonzero(self.things).tolist())
+
+    def place(self, thing: bool, label: int) -> int:
+        """The category of a thing's label, or of a semantic label of stuff."""
+        at = np.flatnonzero((np.array(self.things, bool) == thing) & (self.labels() == label))
+        if len(at) != 1:
+            raise ZooError(f"no {'thing' if thing else 'stuff'} has the label {label}")
+        return int(at[0])
+
+    def facts(self) -> dict[str, Any]:
+        """In plain types; `PanopticClasses.of` takes them back."""
+        return {
+            "names": list(self.names),
+            "things": [bool(thing) for thing in self.things],
+            "scheme": self.scheme,
+            "ids": [int(number) for number in self.ids],
+        }
+
+    @classmethod
+    def of(cls, facts: Any) -> PanopticClasses:
+        """What :meth:`facts` gave.
+
+        Raises:
+            ZooError: it is something else.
+        """
+        try:
+            names, things, ids = (tuple(facts[key]) for key in ("names", "things", "ids"))
+            plain = all(isinstance(n, str) for n in names) and all(isinstance(n, int) for n in (*things, *ids))
+            if not plain or len(things) != len(names) or len(ids) not in (0, len(names)):
+                raise ValueError
+            return cls(names, things, str(facts["scheme"]), ids)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ZooError(f"no names of panoptic categories: {str(facts)[:80]}") from error
 
     def semantic(self) -> np.ndarray:
         """(n,) the semantic label of each category."""
@@ -131,6 +165,32 @@ def colours_of(ids: np.ndarray) -> np.ndarray:
     return np.stack([ids & 255, (ids >> 8) & 255, (ids >> 16) & 255], -1).astype(np.uint8)
 
 
+def coco_panoptic(results: Sequence[dict[str, Any]], classes: PanopticClasses) -> dict[str, Any]:
+    """The content of a json in COCO's panoptic format, of files that were parted into segments.
+
+    Args:
+        results: {"image", "height", "width", "map", "segments": [{"id", "thing", "index", "area"}]} of each file; those
+            with an "error" are left out. The file's name without its ending is the picture's id where it is a number.
+        classes: the categories.
+    """
+    ids = classes.ids or tuple(range(1, len(classes.names) + 1))
+    images, annotations = [], []
+    for n, row in enumerate(results):
+        if "error" in row:
+            continue
+        stem = Path(row["image"]).stem
+        number = int(stem) if stem.isdecimal() else n
+        images.append({"id": number, "file_name": Path(row["image"]).name, **{k: row[k] for k in ("height", "width")}})
+        segments = []
+        for one in row["segments"]:
+            category = ids[classes.place(one["thing"], one["index"])]
+            segments.append({"id": one["id"], "category_id": category, "area": one["area"], "iscrowd": 0})
+        annotations.append({"image_id": number, "file_name": Path(row["map"]).name, "segments_info": segments})
+    names = zip(ids, classes.names, classes.things, strict=True)
+    categories = [{"id": number, "name": name, "isthing": int(thing)} for number, name, thing in names]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
 class PanopticSource(CocoSource):
     """A split in COCO's panoptic format. Its objects are the segments of things or, where there is such a file too,
     those of COCO's instances of the same pictures, which have polygons.
@@ -144,7 +204,7 @@ class PanopticSource(CocoSource):
         root, outside: as of :class:`~zoo.data.coco.CocoSource`.
 
     Attributes:
-        category_names, things: of all categories, in the order of their ids.
+        category_names, things, panoptic_ids: of all categories, in the order of their ids.
 
     Raises:
         ZooError: as of CocoSource; a category that does not say whether it is a thing, a picture without segments, a
@@ -165,6 +225,7 @@ class PanopticSource(CocoSource):
         known = sorted(_categories(content, file), key=lambda row: row[0])
         places = {number: n for n, (number, _, _) in enumerate(known)}
         self.category_names, self.things = [name for _, name, _ in known], [thing for _, _, thing in known]
+        self.panoptic_ids = list(places)
         rows = {}
         for entry in content["annotations"]:
             if not isinstance(entry, dict) or not isinstance(entry.get("segments_info"), list):

@@ -543,7 +543,8 @@ def render(
         A dict with, for m = `max_objects` slots (object 0 the large one; -1 or zeros in empty slots):
 
         - image (n, 3, size, size) uint8; label (n,) int64; caption, a list of n sentences;
-        - count (n,) of objects, scene (n,) kind of (the first region of) the background; shape, color, texture (n, m) int64;
+        - count (n,) of objects, scene (n,) kind of the background (of its first region); shape, color, texture (n, m)
+          int64;
         - boxes (n, m, 4) float32, tight around the visible part; masks (n, m, size, size) bool, the visible part;
         - visible (n, m) float32, the share of an object's pixels in the picture that no other hides;
         - panoptic (n, size, size) int64, category * 256 + instance: categories 0..9 are the shapes (instance 1..m),

@@ -415,6 +415,22 @@ def panoptic_fpn_r101_dconv_cascade_gn(**overrides: Any) -> PanopticFPN:
     return _build(101, _DEMO, overrides)
 
 
+def semantic_fpn_r50(**overrides: Any) -> SemanticFPN:
+    """Semantic FPN, ResNet-50."""
+    return SemanticFPN(**{"resnet": {"depth": 50}, **overrides})
+
+
+def semantic_fpn_r101(**overrides: Any) -> SemanticFPN:
+    """Semantic FPN, ResNet-101."""
+    return SemanticFPN(**{"resnet": {"depth": 101}, **overrides})
+
+
+def semantic_fpn_x101_32x8d(**overrides: Any) -> SemanticFPN:
+    """Semantic FPN, ResNeXt-101-32x8d."""
+    trunk = {"depth": 101, "groups": 32, "width_per_group": 8, "stride_in_1x1": False}
+    return SemanticFPN(**{"resnet": trunk, **overrides})
+
+
 # ------------------------------------------------------------------------------------------------- 5. official weights
 
 _OURS = re.compile(r"(?:backbone|rpn\.head|roi_heads|semantic_backbone|semantic_head)\..+")
@@ -459,9 +475,12 @@ def load_weights(network: PanopticFPN | SemanticFPN, source: str | Path) -> None
         fresh = {key: value for key, value in own.items() if key.split(".")[0] in lacking}
         detectron2.fill_detector(network, {**fresh, **converted}, source, _CLASS_LAYERS)
         return
-    detectron2.fill_trunk(network, state, source)
-    if isinstance(network, PanopticFPN) and network.semantic_backbone is not None:
-        detectron2.fill_trunk(network, state, source, "semantic_backbone.bottom_up.")
+    for prefix in ("backbone.bottom_up.", "semantic_backbone.bottom_up."):
+        own = {key: value for key, value in network.state_dict().items() if key.startswith(prefix)}
+        # A classifier has no offsets of deformable convolutions: these stay as they are.
+        offsets = {key.removeprefix(prefix): value for key, value in own.items() if ".conv2_offset." in key}
+        if own:
+            detectron2.fill_trunk(network, {**state, **offsets}, source, prefix)
 
 
 def _parts(state: Mapping[str, Tensor]) -> set[str]:

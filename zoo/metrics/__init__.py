@@ -7,6 +7,7 @@ from zoo.metrics.boundary import BoundaryIoU
 from zoo.metrics.coco import CocoAP
 from zoo.metrics.knn import KNNAccuracy, knn_scores
 from zoo.metrics.lvis import LvisAP
+from zoo.metrics.panoptic import PanopticQuality
 from zoo.metrics.retrieval import ImageTextRetrieval
 from zoo.metrics.semantic import SemanticIoU
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
@@ -22,6 +23,7 @@ __all__ = [
     "LvisAP",
     "MultiLabelMAP",
     "MultiViewAccuracy",
+    "PanopticQuality",
     "SemanticIoU",
     "class_features",
     "knn_scores",

@@ -10,7 +10,15 @@ from zoo.training.ema import EMA, choose_average, evaluation_weights, half_life_
 from zoo.training.error_analysis import ErrorAnalysis
 from zoo.training.inpainting import Inpainting
 from zoo.training.lars import LARC, LARS
-from zoo.training.measures import FactorAccuracy, GivenBoxMasks, GradientSpread, Instability, UnitDeletion, ViewVariance
+from zoo.training.measures import (
+    FactorAccuracy,
+    GivenBoxMasks,
+    GradientSpread,
+    Instability,
+    ParameterCount,
+    UnitDeletion,
+    ViewVariance,
+)
 from zoo.training.muon import Muon, NAdam
 from zoo.training.optim import Optim, build, hold_global_batch, lr_at, make_optimizer, param_groups, run_position
 from zoo.training.plane import PlaneEvaluation
@@ -43,6 +51,7 @@ __all__ = [
     "NAdam",
     "NonFiniteGuard",
     "Optim",
+    "ParameterCount",
     "Pictures",
     "PlaneEvaluation",
     "PreciseBN",

@@ -174,6 +174,14 @@ class FactorAccuracy(L.Callback):
         self._log(trainer, pl_module, "test")
 
 
+class ParameterCount(L.Callback):
+    """Logs `parameters`, millions of numbers that the optimiser trains."""
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        count = sum(parameter.numel() for parameter in pl_module.trainable().parameters() if parameter.requires_grad)
+        pl_module.log("parameters", count / 1e6)
+
+
 class GivenBoxMasks(L.Callback):
     """Logs how well a detector draws masks in boxes that are given, whatever its proposals.
 

@@ -98,21 +98,25 @@ class Bottleneck(resnet.Bottleneck):
 
     def __init__(self, *args: Any, stride_in_1x1: bool = False, deform: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        first: Any = self.conv1
+        middle: Any = self.get_submodule("conv2")
         if stride_in_1x1:
-            self.conv1.stride, self.conv2.stride = self.conv2.stride, self.conv1.stride
+            first.stride, middle.stride = middle.stride, first.stride
         if deform:
-            plain = self.conv2
-            place: dict[str, Any] = {"stride": plain.stride, "padding": plain.padding, "dilation": plain.dilation}
-            self.conv2_offset = nn.Conv2d(plain.in_channels, 18, 3, **place)
-            inputs, outputs = plain.in_channels, plain.out_channels
-            self.conv2 = DeformConv2d(inputs, outputs, 3, groups=plain.groups, bias=False, **place)  # type: ignore[assignment]
+            place = {"stride": middle.stride, "padding": middle.padding, "dilation": middle.dilation}
+            self.conv2_offset = nn.Conv2d(middle.in_channels, 18, 3, **place)
+            own: Any = DeformConv2d(
+                middle.in_channels, middle.out_channels, 3, groups=middle.groups, bias=False, **place
+            )
+            self.conv2 = own  # in its place
 
     def forward(self, x: Tensor) -> Tensor:
         out = relu_(conv_norm(self.conv1, self.bn1, x))
-        if isinstance(self.conv2, DeformConv2d):
-            out = relu_(self.bn2(self.conv2(out, self.conv2_offset(out))))
+        middle: Any = self.get_submodule("conv2")
+        if isinstance(middle, DeformConv2d):
+            out = relu_(self.bn2(middle(out, self.conv2_offset(out))))
         else:
-            out = relu_(conv_norm(self.conv2, self.bn2, out))
+            out = relu_(conv_norm(middle, self.bn2, out))
         out = conv_norm(self.conv3, self.bn3, out)
         return relu_(out.add_(_shortcut(self.downsample, x)))
 
