@@ -16,25 +16,27 @@ from zoo.detection import pointrend
 from zoo.detection.pointrend import (
     PointHeadConfig,
     PointMaskConfig,
-    PointNoise,
     PointRend,
     PointRendDetection,
     PointRendMaskHead,
     PointRendSegmentation,
     PointRendSemantic,
-    class_uncertainty,
     convert_official,
+    load_weights,
+)
+from zoo.errors import ZooError
+from zoo.nn.detection.roi_heads import MaskHead, MaskHeadConfig
+from zoo.ops.points import (
+    PointNoise,
+    class_uncertainty,
     fine_features,
     grid_points,
-    load_weights,
     margin_uncertainty,
     sample_masks,
     sample_points,
     uncertain_cells,
     uncertain_points,
 )
-from zoo.errors import ZooError
-from zoo.nn.detection.roi_heads import MaskHead, MaskHeadConfig
 
 HEAD = {"channels": 8, "train_points": 16, "steps": 2, "points": 64}
 TINY: dict[str, Any] = {
@@ -232,7 +234,7 @@ def test_label_maps_are_refined_and_pixels_without_label_do_not_count() -> None:
     assert set(branch.train()(batch())) == {"loss_sem_seg"}
     assert branch.eval()(batch())[1]["semantic"].shape == (112, 144)
     two = PointRendSemantic(**{**STREETS, "point": {**STREETS["point"], "levels": ("p2", "p3")}}).eval()
-    assert two(given)[0]["semantic"].dtype == torch.uint8  # levels side by side
+    assert two.segment(given)[0]["semantic"].dtype == torch.uint8  # levels side by side
     with pytest.raises(ZooError, match="semantic"):
         network.train()({**given, "target": [{}, {}]})
 
@@ -304,6 +306,6 @@ def test_tasks_take_numbers_from_the_batch_and_metrics_by_name() -> None:
         assert task.training_step(given, 0).item() != first
     assert type(instances.val_metric).__name__ == "LvisAP"
     pixels.network.eval()
-    pixels._evaluate({**given, "original_size": given["size"]}, pixels.val_metric)
-    assert 0 < pixels.val_metric.compute()["pACC"] < 100
+    pixels._evaluate({**given, "original_size": given["size"]}, pixels.val_semantic)
+    assert 0 < pixels.val_semantic.compute()["pACC"] < 100
     assert PointHeadConfig().train_points == 196

@@ -157,7 +157,7 @@ class PanopticFPN(MaskRCNN):
         self.options |= {"semantic": semantic, "combine": combine}
         self.options |= {"instance_loss_weight": instance_loss_weight, "shared": shared}
 
-    def forward(self, batch: Mapping[str, Any], noise: Tensor | None = None) -> Any:
+    def forward(self, batch: Mapping[str, Any], noise: Tensor | None = None, **further: Any) -> Any:
         """Losses by name in training mode, else what :meth:`segment` gives.
 
         Args:
@@ -175,7 +175,7 @@ class PanopticFPN(MaskRCNN):
         losses = {"loss_sem_seg": self.semantic_head.loss(logits, [target["semantic"] for target in targets])}
         sizes, permute = [(height, width) for height, width in batch["size"].tolist()], permutation(noise)
         proposals, of_proposals = self.rpn(maps, sizes, targets, permute)
-        of_regions = self.roi_heads.losses(maps, proposals, sizes, targets, permute)
+        of_regions = self.roi_heads.losses(maps, proposals, sizes, targets, permute, **further)
         return losses | of_proposals | {key: value * self.instance_loss_weight for key, value in of_regions.items()}
 
     def _semantic_logits(self, batch: Mapping[str, Any], maps: Mapping[str, Tensor]) -> Tensor:
@@ -226,7 +226,7 @@ class SemanticFPN(nn.Module):
         self.semantic_head = SemanticHead(self.backbone, semantic)
         self.options: dict[str, Any] = {"resnet": resnet, "fpn": fpn, "semantic": semantic}
 
-    def forward(self, batch: Mapping[str, Any], noise: Tensor | None = None) -> Any:
+    def forward(self, batch: Mapping[str, Any], noise: Tensor | None = None, **further: Any) -> Any:
         """{"loss_sem_seg"} in training mode, else what :meth:`segment` gives; nothing of it is drawn from `noise`."""
         if not self.training:
             return self.segment(batch)

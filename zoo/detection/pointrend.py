@@ -11,6 +11,8 @@ uncertain (section 3.2). The same head sharpens the label map of a semantic segm
 Conventions: points (x, y) in [0, 1] of a box, or of a padded image, whose pixel centres lie at half numbers; R regions,
 image after image, P points of each, K classes, C channels. The numbers that points are drawn by may be given.
 
+Sampling of points and their uncertainty are in :mod:`zoo.ops.points`.
+
 Deviations from the official code (detectron2's projects/PointRend), none of which changes a value beyond rounding:
 - Only the map of a region's own class is upsampled and refined, not those of all classes.
 - All points of all regions go through the point head as one matrix.
@@ -22,16 +24,17 @@ Deviations from the official code (detectron2's projects/PointRend), none of whi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, grid_sample, interpolate, relu
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate, relu
 
 from zoo.detection.mask_rcnn import MaskRCNN
+from zoo.detection.panoptic_fpn import SemanticSegmentation
 from zoo.errors import ZooError, unknown
 from zoo.metrics.semantic import SemanticIoU
 from zoo.nn.detection import FPN, BoxHeadConfig, FPNConfig, ResNetBackbone, ResNetConfig, Subsample, configured
@@ -45,159 +48,26 @@ from zoo.nn.detection.semantic import (
     resize_logits,
 )
 from zoo.ops.boxes import at_least_float32
+from zoo.ops.points import (
+    PointNoise,
+    class_uncertainty,
+    fine_features,
+    grid_points,
+    image_points,
+    margin_uncertainty,
+    of_class,
+    sample_masks,
+    sample_points,
+    uncertain_cells,
+    uncertain_points,
+)
 from zoo.training import BaseModule, Optim
 from zoo.training.detection import Detection, MetricName
 from zoo.training.tta import TTA
 from zoo.weights import detectron2
 from zoo.weights.pretrained import read_source
 
-# ------------------------------------------------------------------------------------------------------- 1. functions
-
-
-class PointNoise(NamedTuple):
-    """Numbers in [0, 1) that training points are made of, row by row: `oversampled`, k N points of each region or image
-    of which the most uncertain stay, and `fresh`, those that cover everything. More than are needed will do."""
-
-    oversampled: Tensor
-    fresh: Tensor
-
-
-def sample_points(maps: Tensor, points: Tensor, mode: Literal["bilinear", "nearest"] = "bilinear") -> Tensor:
-    """Values (N, C, P) of `maps` (N, C, H, W) at `points` (N, P, 2) in [0, 1]; zero half a cell beyond the border.
-
-    In at least float32: a half-precision number cannot tell two cells of a large map apart.
-    """
-    maps = at_least_float32(maps)
-    return grid_sample(maps, 2 * points.to(maps.dtype)[:, :, None] - 1, mode=mode, align_corners=False)[..., 0]
-
-
-def grid_points(height: int, width: int, like: Tensor) -> Tensor:
-    """The centres (height * width, 2) of a regular grid's cells, row by row."""
-    y = (torch.arange(height, dtype=like.dtype, device=like.device) + 0.5) / height
-    x = (torch.arange(width, dtype=like.dtype, device=like.device) + 0.5) / width
-    return torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=1)
-
-
-def of_class(logits: Tensor, labels: Tensor) -> Tensor:
-    """The map (R, ...) of each region's class out of (R, K, ...); the only one where K is 1."""
-    if logits.shape[1] == 1:
-        return logits[:, 0]
-    return logits[torch.arange(len(labels), device=labels.device), labels]
-
-
-def class_uncertainty(logits: Tensor, labels: Tensor) -> Tensor:
-    """(R, ...) of class logits (R, K, ...): how near a probability of one half is, -|logit| of the region's class."""
-    return -of_class(logits, labels).abs()
-
-
-def margin_uncertainty(logits: Tensor) -> Tensor:
-    """(B, ...) of class logits (B, K, ...): how near the second best class is to the best, their difference (<= 0)."""
-    best = logits.topk(2, dim=1).values
-    return best[:, 1] - best[:, 0]
-
-
-def _uniform(numbers: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    if numbers is None:
-        return torch.rand(shape, device=like.device, dtype=like.dtype)
-    count = torch.Size(shape).numel()
-    if numbers.numel() < count:
-        raise ZooError(f"points want {count} random numbers, {numbers.numel()} are given")
-    return numbers.flatten()[:count].view(shape).to(like)
-
-
-@torch.no_grad()
-def uncertain_points(
-    logits: Tensor,
-    uncertainty: Callable[[Tensor], Tensor],
-    count: int,
-    oversample: float = 3,
-    importance: float = 0.75,
-    noise: PointNoise | None = None,
-) -> Tensor:
-    """Points (N, count, 2) to train on, more of them where `logits` (N, K, H, W) are uncertain (section 3.2).
-
-    Of `oversample` times as many uniform points the `importance` share of `count` that are the most uncertain, then
-    uniform ones. The uncertainty is that of the logits at the points: between two cells of opposite sign it is large,
-    and neither of them need be uncertain itself.
-
-    Args:
-        logits: coarse predictions.
-        uncertainty: of sampled logits (N, K, P), as (N, P).
-        count, oversample, importance: N, k and beta of the paper.
-        noise: what the points are drawn by; by default torch's global generator.
-    """
-    logits, n = at_least_float32(logits), len(logits)
-    oversampled, fresh = noise or (None, None)
-    drawn = _uniform(oversampled, (n, int(count * oversample), 2), logits)
-    chosen = int(importance * count)
-    most = uncertainty(sample_points(logits, drawn)).topk(chosen, dim=1).indices
-    points = drawn.gather(1, most[..., None].expand(-1, -1, 2))
-    return torch.cat([points, _uniform(fresh, (n, count - chosen, 2), logits)], dim=1)
-
-
-def uncertain_cells(uncertainty: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The most uncertain cells of maps (N, H, W): their places (N, P) row by row, and centres (N, P, 2); P is `count`,
-    or all there are."""
-    height, width = uncertainty.shape[-2:]
-    places = uncertainty.flatten(1).topk(min(height * width, count), dim=1).indices
-    x, y = (places % width + 0.5) / width, (places // width + 0.5) / height
-    return places, torch.stack([x, y], dim=2).to(uncertainty.dtype)
-
-
-def image_points(boxes: Tensor, points: Tensor) -> Tensor:
-    """Points (R, P, 2) of `boxes` (R, 4) in pixels of the image."""
-    return boxes[:, None, :2] + points * (boxes[:, None, 2:] - boxes[:, None, :2])
-
-
-def fine_features(maps: Sequence[Tensor], strides: Sequence[int], pixels: Tensor, counts: Sequence[int]) -> Tensor:
-    """Features (C, R, P) at `pixels` (R, P, 2), the channels of all `maps` (B, C, H, W) beside each other.
-
-    A map covers the padded image, W times its stride pixels: by these the coordinates are divided.
-
-    Args:
-        maps, strides: the levels.
-        pixels: of the regions, image after image.
-        counts: regions of each image.
-    """
-    levels = []
-    for features, stride in zip(maps, strides, strict=True):
-        features = at_least_float32(features)
-        side = pixels.new_tensor([features.shape[-1] * stride, features.shape[-2] * stride])
-        grids = (2 * (pixels / side) - 1).to(features.dtype).split(list(counts))
-        levels.append(
-            torch.cat(
-                [
-                    grid_sample(x[None], grid[None], align_corners=False)[0]
-                    for x, grid in zip(features, grids, strict=True)
-                ],
-                dim=1,
-            )
-        )
-    return torch.cat(levels) if len(levels) > 1 else levels[0]
-
-
-@torch.no_grad()
-def sample_masks(masks: Tensor, index: Tensor, pixels: Tensor) -> Tensor:
-    """Values (n, P) in [0, 1] of the masks (G, h, w) bool that `index` (n,) names at `pixels` (n, P, 2), bilinear, zero
-    outside."""
-    height, width = masks.shape[-2:]
-    flat, base = masks.flatten(), (index * (height * width))[:, None]
-    place = pixels - 0.5
-    low = place.floor()
-    share = place - low
-    value = torch.zeros_like(place[..., 0])
-    for right in (0, 1):
-        for below in (0, 1):
-            x, y = low[..., 0].long() + right, low[..., 1].long() + below
-            inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-            at = base + y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
-            across = share[..., 0] if right else 1 - share[..., 0]
-            down = share[..., 1] if below else 1 - share[..., 1]
-            value += across * down * (flat[at] & inside)
-    return value
-
-
-# --------------------------------------------------------------------------------------------------------- 2. network
+# --------------------------------------------------------------------------------------------------------- 1. network
 
 
 @dataclass(frozen=True)
@@ -456,7 +326,7 @@ class PointRendSemanticHead(nn.Module):
     def __init__(self, backbone: nn.Module, coarse: SemanticHeadConfig, point: PointHeadConfig | None) -> None:
         super().__init__()
         below: Any = backbone
-        self.config = point
+        self.config, self.point = coarse, point
         self.coarse_head = SemanticHead(backbone, coarse)
         self.point_head = None
         if point is not None:
@@ -481,7 +351,7 @@ class PointRendSemanticHead(nn.Module):
             semantic: labels (h, w) of each image; 255 for pixels that do not count.
             points: numbers that the points are drawn by.
         """
-        coarse, config = self.coarse_head(maps), self.config
+        coarse, config = self.coarse_head(maps), self.point
         losses = {"loss_sem_seg": self.coarse_head.loss(coarse, semantic)}
         if config is None:
             return losses
@@ -500,7 +370,7 @@ class PointRendSemanticHead(nn.Module):
 
     def forward(self, maps: Mapping[str, Tensor]) -> Tensor:
         """Logits (B, C, H, W) in evaluation, doubled in each step."""
-        coarse, config = self.coarse_head(maps), self.config
+        coarse, config = self.coarse_head(maps), self.point
         if config is None:
             return self.coarse_head.upsampled(coarse)
         coarse = logits = at_least_float32(coarse)
@@ -577,13 +447,12 @@ class PointRendSemantic(nn.Module):
         point = None if point is None else configured(PointHeadConfig, point)
         self.backbone = FPN(ResNetBackbone(resnet, fpn.inputs), fpn, Subsample())
         self.semantic_head = PointRendSemanticHead(self.backbone, head, point)
-        self.num_classes = head.classes
         self.options: dict[str, Any] = {"resnet": resnet, "fpn": fpn, "head": head, "point": point}
 
     @property
     def size_divisibility(self) -> int:
         """What the sides of a padded batch must be multiples of."""
-        return max(self.backbone.bottom_up.strides.values())  # type: ignore[union-attr]
+        return max(self.backbone.bottom_up.strides.values())  # type: ignore[operator]
 
     def logits(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """Logits (C, H, W) of each picture in its file's pixels; of `image`, `size` and, if any, `original_size`."""
@@ -595,8 +464,12 @@ class PointRendSemantic(nn.Module):
             for x, size, original in zip(found, sizes, originals, strict=True)
         ]
 
+    def segment(self, batch: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+        """{"semantic": (H, W) uint8}, the label map of each picture in its file's pixels."""
+        return [{"semantic": x.argmax(0).to(torch.uint8)} for x in self.logits(batch)]
+
     def forward(self, batch: Mapping[str, Any], points: PointNoise | None = None) -> Any:
-        """Losses by name in training mode, else a list of {"semantic": (H, W) uint8} in the files' pixels.
+        """Losses by name in training mode, else what :meth:`segment` gives.
 
         Args:
             batch: as of :class:`zoo.nn.detection.RCNN`; in training each `target` holds `semantic` (h, w).
@@ -606,14 +479,14 @@ class PointRendSemantic(nn.Module):
             ZooError: training without label maps.
         """
         if not self.training:
-            return [{"semantic": x.argmax(0).to(torch.uint8)} for x in self.logits(batch)]
+            return self.segment(batch)
         if any("semantic" not in target for target in batch.get("target", [{}])):
             raise ZooError("training wants label maps, `semantic` in every target: set data.semantic")
         semantic = [target["semantic"] for target in batch["target"]]
         return self.semantic_head.losses(self.backbone(batch["image"]), semantic, points)
 
 
-# ------------------------------------------------------------------------------------------------------------ 3. task
+# ------------------------------------------------------------------------------------------------------------ 2. tasks
 
 
 class PointRendDetection(Detection):
@@ -646,18 +519,16 @@ class PointRendDetection(Detection):
         super().__init__(detector, optim, detector.iou_types, None, clip_each, init_from, metric, tta)
         self.save_hyperparameters()
 
-    def draws(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def further(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {"points": batch["point_noise"]} if "point_noise" in batch else {}
 
     def load_initial(self, source: str) -> None:
         load_weights(self.network, source)
 
 
-class PointRendSegmentation(BaseModule):
-    """Training and evaluation of a :class:`PointRendSemantic`.
-
-    Logs `train/` + each loss, and `{val,test}/mIoU`, `/fIoU`, `/mACC` and `/pACC` (percent), each picture once on any
-    number of processes.
+class PointRendSegmentation(SemanticSegmentation):
+    """Training and evaluation of a :class:`PointRendSemantic`. Logs `train/loss_sem_seg`, `train/loss_sem_seg_point`,
+    and `{val,test}/semantic/mIoU` with fIoU, mACC and pACC.
 
     Args:
         init_from: as of :class:`PointRendDetection`.
@@ -665,9 +536,7 @@ class PointRendSegmentation(BaseModule):
         network: of :class:`PointRendSemantic`.
     """
 
-    monitor = ("val/mIoU", "max")
-    batch_keys = ("image", "size", "target")
-    not_exported = "takes a whole batch of pictures of different sizes"
+    network: Any
 
     def __init__(
         self,
@@ -677,54 +546,22 @@ class PointRendSegmentation(BaseModule):
         ),
         **network: Any,
     ) -> None:
-        super().__init__(optim)
-        self.init_from, self.network = init_from, PointRendSemantic(**network)
-        self.val_metric, self.test_metric = (SemanticIoU(self.network.num_classes) for _ in range(2))
+        BaseModule.__init__(self, optim)  # the parent's own would build the branch alone
+        self.network, self.init_from = PointRendSemantic(**network), init_from
+        classes = self.network.semantic_head.config.classes
+        self.val_semantic, self.test_semantic = (SemanticIoU(classes) for _ in range(2))
         self.save_hyperparameters()
-
-    def trainable(self) -> nn.Module:
-        return self.network
 
     def load_initial(self, source: str) -> None:
         load_weights(self.network, source)
-
-    def forward(self, batch: Mapping[str, Any]) -> Any:
-        return self.network(batch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses: dict[str, Tensor] = self.network(batch, batch.get("point_noise"))
         self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(batch["image"]))
         return torch.stack(list(losses.values())).sum()
 
-    def _evaluate(self, batch: Mapping[str, Any], metric: SemanticIoU) -> None:
-        found = [one["semantic"] for one in self.network(batch)]
-        metric.update(found, [target["semantic"] for target in batch["target"]])
 
-    def _report(self, metric: SemanticIoU, split: str) -> None:
-        for name, value in metric.compute().items():
-            self.log(f"{split}/{name}", value.float(), prog_bar=split == "val" and name == "mIoU")
-        metric.reset()
-
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metric)
-
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        self._report(self.val_metric, "val")
-
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metric)
-
-    def on_test_epoch_end(self) -> None:
-        super().on_test_epoch_end()
-        self._report(self.test_metric, "test")
-
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Tensor]]:
-        """The label map of each picture, in its file's pixels."""
-        return self.network(batch)
-
-
-# ---------------------------------------------------------------------------------------------------------- 4. models
+# ---------------------------------------------------------------------------------------------------------- 3. models
 
 _X101 = {"depth": 101, "groups": 32, "width_per_group": 8, "stride_in_1x1": False}
 
@@ -753,7 +590,7 @@ def pointrend_semantic_r101_fpn(**overrides: Any) -> PointRendSemantic:
     return PointRendSemantic(**_msra(101, overrides, freeze=0))
 
 
-# ------------------------------------------------------------------------------------------------ 5. official weights
+# ------------------------------------------------------------------------------------------------ 4. official weights
 
 _OURS = re.compile(r"(?:backbone|rpn\.head|roi_heads|semantic_head)\..+")
 _CLASS_LAYERS = re.compile(

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from zoo.detection.pointrend import (
-    PointNoise,
     PointRend,
     PointRendDetection,
     PointRendSegmentation,
     PointRendSemantic,
-    class_uncertainty,
     convert_official,
+)
+from zoo.ops.points import (
+    PointNoise,
+    class_uncertainty,
     fine_features,
     grid_points,
     image_points,

@@ -473,7 +473,9 @@ class RoIHeads(nn.Module):
         self.levels = tuple(roi.levels or below.channels)
         channels, strides = below.channels[self.levels[0]], [below.strides[name] for name in self.levels]
         self._build_box(channels, strides)
-        self.mask_pooler = self.mask_head = self.keypoint_head = None
+        self.mask_pooler: Any = None
+        self.mask_head: Any = None
+        self.keypoint_head = None
         if mask is not None:
             self.mask_pooler, self.mask_head = RoIPooler(strides, mask.pool), self._mask_head(channels, mask)
         if keypoint is not None:
@@ -484,7 +486,7 @@ class RoIHeads(nn.Module):
         return MaskHead(channels, self.num_classes, mask)
 
     def replace_mask_head(self, head: nn.Module) -> None:
-        """Puts in a mask head that pools for itself: `losses(maps, regions, targets, **draws)` by name, and
+        """Puts in a mask head that pools for itself: `losses(maps, regions, targets, **further)` by name, and
         `probabilities(maps, rois, labels)` (R, M, M), of the maps by level."""
         self.mask_pooler, self.mask_head = None, head
 
