@@ -187,8 +187,11 @@ def test_losses_start_as_theory_says_and_reach_every_parameter() -> None:
     assert reached == {key for key, p in network.named_parameters() if p.requires_grad}
     bare = build(point={**TINY["point"], "head": None}).train()
     assert "loss_mask_point" not in bare(batch())
-    grid = build(point={**TINY["point"], "head": {**HEAD, "regular": True}}).train()
-    assert grid(batch())["loss_mask_point"].isfinite()
+    given, grid = batch(), build(point={**TINY["point"], "head": {**HEAD, "regular": True}}).train()
+    assert grid(given)["loss_mask_point"].isfinite()
+    given["target"][0]["polygons"] = []
+    with pytest.raises(ZooError, match="bit masks"):
+        grid(given)
 
 
 def test_images_without_objects_keep_every_parameter_in_the_graph() -> None:
@@ -252,13 +255,6 @@ def test_label_maps_are_refined_and_pixels_without_label_do_not_count() -> None:
 def test_what_does_not_go_together_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ZooError, match=message):
         build(**options)
-
-
-def test_polygons_are_refused() -> None:
-    given = batch()
-    given["target"][0] = {**given["target"][0], "polygons": []}
-    with pytest.raises(ZooError, match="bit masks"):
-        build().train()(given)
 
 
 # -------------------------------------------------------------------------------------------------------------- weights

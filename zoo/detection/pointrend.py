@@ -24,7 +24,7 @@ Deviations from the official code (detectron2's projects/PointRend), none of whi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -267,18 +267,7 @@ class PointRendMaskHead(nn.Module):
         losses = {"loss_mask": binary_cross_entropy_with_logits(cells, wanted)}
         if config is None:
             return losses
-        if config.regular:
-            side = round(config.train_points**0.5)
-            chosen = grid_points(side, side, cells).expand(len(rois), -1, -1)
-        else:
-            chosen = uncertain_points(
-                coarse.detach(),
-                lambda logits: class_uncertainty(logits, labels),
-                config.train_points,
-                config.oversample,
-                config.importance,
-                points,
-            )
+        chosen = _training_points(coarse, lambda logits: class_uncertainty(logits, labels), config, points)
         pixels = image_points(rois[:, 1:], chosen)
         truth = torch.cat(
             [
@@ -309,6 +298,16 @@ class PointRendMaskHead(nn.Module):
             places, points = uncertain_cells(-logits.abs(), config.points)
             logits = logits.flatten(1).scatter(1, places, predicted(points)).view_as(logits)
         return logits.sigmoid()
+
+
+def _training_points(
+    coarse: Tensor, uncertainty: Callable[[Tensor], Tensor], config: PointHeadConfig, noise: PointNoise | None
+) -> Tensor:
+    coarse = at_least_float32(coarse.detach())
+    if config.regular:
+        side = round(config.train_points**0.5)
+        return grid_points(side, side, coarse).expand(len(coarse), -1, -1)
+    return uncertain_points(coarse, uncertainty, config.train_points, config.oversample, config.importance, noise)
 
 
 def _doubled(logits: Tensor) -> Tensor:
@@ -355,12 +354,7 @@ class PointRendSemanticHead(nn.Module):
         losses = {"loss_sem_seg": self.coarse_head.loss(coarse, semantic)}
         if config is None:
             return losses
-        if config.regular:
-            side = round(config.train_points**0.5)
-            chosen = grid_points(side, side, at_least_float32(coarse)).expand(len(coarse), -1, -1)
-        else:
-            share = (config.train_points, config.oversample, config.importance)
-            chosen = uncertain_points(coarse.detach(), margin_uncertainty, *share, points)
+        chosen = _training_points(coarse, margin_uncertainty, config, points)
         stride = self.coarse_head.config.stride
         labels = padded_labels(semantic, (coarse.shape[-2] * stride, coarse.shape[-1] * stride))
         truth = sample_points(labels[:, None].to(chosen.dtype), chosen, "nearest")[:, 0].long()

@@ -8,60 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.detection.pointrend import (
-    PointRend,
-    PointRendDetection,
-    PointRendSegmentation,
-    PointRendSemantic,
-    convert_official,
-)
-from zoo.ops.points import (
-    PointNoise,
-    class_uncertainty,
-    fine_features,
-    grid_points,
-    image_points,
-    margin_uncertainty,
-    sample_points,
-    uncertain_cells,
-    uncertain_points,
-)
+from zoo.detection import pointrend
+from zoo.detection.pointrend import PointRend, PointRendSemantic, convert_official
+from zoo.ops import points
 from zoo.parity import Case, filled_inputs, gradients, load_filled, named, shared, train
 
 official = shared("detectron2")
 
-_SAME = lambda value: value  # noqa: E731
-_HEAD = {
-    "IN_FEATURES": "levels",
-    "FC_DIM": "channels",
-    "NUM_FC": "layers",
-    "COARSE_PRED_EACH_LAYER": "coarse_each_layer",
-    "CLS_AGNOSTIC_MASK": "class_agnostic",
-    "TRAIN_NUM_POINTS": "train_points",
-    "OVERSAMPLE_RATIO": "oversample",
-    "IMPORTANCE_SAMPLE_RATIO": "importance",
-    "SUBDIVISION_STEPS": "steps",
-    "SUBDIVISION_NUM_POINTS": "points",
-}
-_MASK = {
-    "IN_FEATURES": "levels",
-    "POOLER_RESOLUTION": "pool",
-    "CONV_DIM": "channels",
-    "FC_DIM": "fc_channels",
-    "NUM_FC": "fcs",
-    "OUTPUT_SIDE_RESOLUTION": "size",
-}
-_SEMANTIC = {
-    "IN_FEATURES": "levels",
-    "NUM_CLASSES": "classes",
-    "CONVS_DIM": "channels",
-    "COMMON_STRIDE": "stride",
-    "LOSS_WEIGHT": "loss_weight",
-}
-INSTANCES = {f"POINT_HEAD.{theirs}": (f"point.head.{ours}", _SAME) for theirs, ours in _HEAD.items()}
-INSTANCES |= {f"ROI_MASK_HEAD.{theirs}": (f"point.{ours}", _SAME) for theirs, ours in _MASK.items()}
-PIXELS = {f"POINT_HEAD.{theirs}": (f"point.{ours}", _SAME) for theirs, ours in _HEAD.items()}
-PIXELS |= {f"SEM_SEG_HEAD.{theirs}": (f"head.{ours}", _SAME) for theirs, ours in _SEMANTIC.items()}
+# Our fields by detectron2's settings, as pairs of words.
+_HEAD = """IN_FEATURES levels FC_DIM channels NUM_FC layers COARSE_PRED_EACH_LAYER coarse_each_layer TRAIN_NUM_POINTS
+    train_points CLS_AGNOSTIC_MASK class_agnostic OVERSAMPLE_RATIO oversample IMPORTANCE_SAMPLE_RATIO importance
+    SUBDIVISION_STEPS steps SUBDIVISION_NUM_POINTS points"""
+_MASK = """IN_FEATURES levels POOLER_RESOLUTION pool CONV_DIM channels FC_DIM fc_channels NUM_FC fcs
+    OUTPUT_SIDE_RESOLUTION size"""
+_SEMANTIC = "IN_FEATURES levels NUM_CLASSES classes CONVS_DIM channels COMMON_STRIDE stride LOSS_WEIGHT loss_weight"
+
+
+def _fields(section: str, part: str, words: str) -> dict[str, Any]:
+    names = words.split()
+    return {f"{section}.{a}": (f"{part}.{b}", lambda x: x) for a, b in zip(names[::2], names[1::2], strict=True)}
+
+
+INSTANCES = _fields("POINT_HEAD", "point.head", _HEAD) | _fields("ROI_MASK_HEAD", "point", _MASK)
+PIXELS = _fields("POINT_HEAD", "point", _HEAD) | _fields("SEM_SEG_HEAD", "head", _SEMANTIC)
 PIXELS |= {"SEM_SEG_HEAD.NORM": ("head.norm", official.NORMS.__getitem__)}
 ELSEWHERE = {
     "POINT_HEAD.NAME": ("StandardPointHead",),
@@ -106,8 +75,8 @@ def create(given: Mapping[str, Any]) -> PointRend | PointRendSemantic:
     return PointRend(**found)
 
 
-def noise_of(inputs: Mapping[str, Tensor]) -> PointNoise:
-    return PointNoise(inputs["points_oversampled"], inputs["points_random"])
+def noise_of(inputs: Mapping[str, Tensor]) -> points.PointNoise:
+    return points.PointNoise(inputs["points_oversampled"], inputs["points_random"])
 
 
 def targets(semantic: bool, config: Mapping[str, Any], case: Case, inputs: Mapping[str, Tensor], at: Any = None) -> Any:
@@ -150,9 +119,8 @@ def train_run(case: Case) -> dict[str, Tensor]:
     with torch.device("meta"):
         options = create(given).options
     clip = {} if semantic else {"clip_each": clip_each}
-    task: Any = (PointRendSegmentation if semantic else PointRendDetection)(
-        **options, optim=official.optim(solver), **clip
-    )
+    kind: Any = pointrend.PointRendSegmentation if semantic else pointrend.PointRendDetection
+    task = kind(**options, optim=official.optim(solver), **clip)
 
     def batch(step: dict[str, Tensor], k: int) -> dict[str, Any]:
         images = [step[f"image{n}"] for n in range(len(model["image_sizes"]))]
@@ -166,24 +134,26 @@ def train_run(case: Case) -> dict[str, Tensor]:
 
 def points_alone(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
-    coarse, classes, points = inputs["coarse"], inputs["classes"].long(), inputs["coords"]
-    boxes = points.new_tensor(config["boxes"])
+    coarse, classes, coords = inputs["coarse"], inputs["classes"].long(), inputs["coords"]
+    boxes = coords.new_tensor(config["boxes"])
     maps = [inputs[name] for name in sorted(inputs) if name.startswith("feat")]
     first = config["boxes_image0"]
-    pixels = image_points(boxes, points)
-    instance = class_uncertainty(coarse, classes)
-    places, centres = uncertain_cells(instance, config["grid_points"])
+    pixels = points.image_points(boxes, coords)
+    instance = points.class_uncertainty(coarse, classes)
+    places, centres = points.uncertain_cells(instance, config["grid_points"])
     side = config["grid_side"]
     share = (config["num_points"], config["oversample_ratio"], config["importance_ratio"])
     counts = [first, len(boxes) - first]
     return {
-        "train_points": uncertain_points(coarse, lambda x: class_uncertainty(x, classes), *share, noise_of(inputs)),
+        "train_points": points.uncertain_points(
+            coarse, lambda x: points.class_uncertainty(x, classes), *share, noise_of(inputs)
+        ),
         "grid_indices": places,
         "grid_coords": centres,
-        "regular_grid": grid_points(side, side, points).expand(2, -1, -1),
+        "regular_grid": points.grid_points(side, side, coords).expand(2, -1, -1),
         "uncertainty_instance": instance[:, None],
-        "uncertainty_semantic": margin_uncertainty(coarse)[:, None],
-        "sampled": sample_points(coarse, points),
-        "fine_features": fine_features(maps, [4 * 2**k for k in range(len(maps))], pixels, counts).transpose(0, 1),
+        "uncertainty_semantic": points.margin_uncertainty(coarse)[:, None],
+        "sampled": points.sample_points(coarse, coords),
+        "fine_features": points.fine_features(maps, strides, pixels, counts).transpose(0, 1),
         "coords_wrt_image": pixels,
     }
