@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zoo.detection import pointrend
 from zoo.detection.pointrend import PointRend, PointRendSemantic, convert_official
+from zoo.nn.detection.roi_heads import rois_of
 from zoo.ops import points
 from zoo.parity import Case, filled_inputs, gradients, load_filled, named, shared, train
 
@@ -91,10 +92,7 @@ def masks(config: Mapping[str, Any], net: Any, batch: dict[str, Any]) -> dict[st
     features, proposals = net.propose(batch)
     sizes = [(height, width) for height, width in batch["size"].tolist()]
     found = net.roi_heads.detect(features, proposals, sizes)
-    counts = torch.tensor([len(one["boxes"]) for one in found])
-    image = torch.arange(len(found)).repeat_interleave(counts).to(found[0]["boxes"])
-    rois = torch.cat([image[:, None], torch.cat([one["boxes"] for one in found])], dim=1)
-    outputs = {"coarse_mask": net.roi_heads.mask_head.coarse(features, rois)}
+    outputs = {"coarse_mask": net.roi_heads.mask_head.coarse(features, rois_of([one["boxes"] for one in found]))}
     for n, (one, size, original) in enumerate(zip(found, sizes, config["output_sizes"], strict=True)):
         outputs |= {f"boxes{n}": one["boxes"], f"scores{n}": one["scores"], f"classes{n}": one["labels"]}
         outputs[f"mask_probs{n}"] = one["mask_probs"][:, None]
@@ -118,9 +116,8 @@ def train_run(case: Case) -> dict[str, Tensor]:
     clip_each, clipping = official.clipping(solver)
     with torch.device("meta"):
         options = create(given).options
-    clip = {} if semantic else {"clip_each": clip_each}
     kind: Any = pointrend.PointRendSegmentation if semantic else pointrend.PointRendDetection
-    task = kind(**options, optim=official.optim(solver), **clip)
+    task = kind(**options, optim=official.optim(solver), **({} if semantic else {"clip_each": clip_each}))
 
     def batch(step: dict[str, Tensor], k: int) -> dict[str, Any]:
         images = [step[f"image{n}"] for n in range(len(model["image_sizes"]))]
@@ -135,25 +132,24 @@ def train_run(case: Case) -> dict[str, Tensor]:
 def points_alone(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
     coarse, classes, coords = inputs["coarse"], inputs["classes"].long(), inputs["coords"]
-    boxes = coords.new_tensor(config["boxes"])
+    boxes, first, side = coords.new_tensor(config["boxes"]), config["boxes_image0"], config["grid_side"]
     maps = [inputs[name] for name in sorted(inputs) if name.startswith("feat")]
-    first = config["boxes_image0"]
-    pixels = points.image_points(boxes, coords)
-    instance = points.class_uncertainty(coarse, classes)
+    pixels, instance = points.image_points(boxes, coords), points.class_uncertainty(coarse, classes)
     places, centres = points.uncertain_cells(instance, config["grid_points"])
-    side = config["grid_side"]
     share = (config["num_points"], config["oversample_ratio"], config["importance_ratio"])
-    counts = [first, len(boxes) - first]
+    counts, strides = [first, len(boxes) - first], [4 * 2**k for k in range(len(maps))]
+
+    def uncertainty(logits: Tensor) -> Tensor:
+        return points.class_uncertainty(logits, classes)
+
     return {
-        "train_points": points.uncertain_points(
-            coarse, lambda x: points.class_uncertainty(x, classes), *share, noise_of(inputs)
-        ),
+        "fine_features": points.fine_features(maps, strides, pixels, counts).transpose(0, 1),
+        "train_points": points.uncertain_points(coarse, uncertainty, *share, noise_of(inputs)),
         "grid_indices": places,
         "grid_coords": centres,
         "regular_grid": points.grid_points(side, side, coords).expand(2, -1, -1),
         "uncertainty_instance": instance[:, None],
         "uncertainty_semantic": points.margin_uncertainty(coarse)[:, None],
         "sampled": points.sample_points(coarse, coords),
-        "fine_features": points.fine_features(maps, strides, pixels, counts).transpose(0, 1),
         "coords_wrt_image": pixels,
     }
