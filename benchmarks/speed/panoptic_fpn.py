@@ -1,0 +1,171 @@
+"""Speed of Panoptic FPN: our training step beside detectron2's, and beside torchvision's Mask R-CNN, which has no
+semantic branch and so less to do; and inference, from normalised images to panoptic maps, beside detectron2's.
+
+The settings are those of mask_rcnn.py: ResNet-50-FPN, 256 anchors and 512 regions an image, polygons as masks for
+detectron2 and us, all from the same weights. Every pixel has one of 54 labels, in blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.environment import package_version
+from benchmarks.speed import harness
+from benchmarks.speed.harness import Loader, Setting, Trainer, Work
+from benchmarks.speed.shared import detection
+from zoo.detection.panoptic_fpn import convert_official
+
+RECIPE, LR = "panoptic_fpn/train_coco", 1e-3
+PACKAGES = ("fvcore", "pycocotools")
+_ABOUT = "facebookresearch/detectron2 (its compiled module not built)"
+CONFIG = "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Images and samples; `depth` and `samples` are the recipe's, but in the harness's own test."""
+
+    height: int
+    width: int
+    depth: int = 50
+    samples: int = 512
+    anchors: int = 256
+
+    @property
+    def channels(self) -> int:
+        return 256 if self.depth >= 50 else 64
+
+    @property
+    def options(self) -> dict[str, Any]:
+        trunk = {"depth": self.depth, "channels": self.channels, "stride_in_1x1": False}
+        own: dict[str, Any] = {f"model.resnet.{name}": value for name, value in trunk.items()}
+        own |= {"model.roi.samples": self.samples, "model.rpn.samples": self.anchors, "model.init_from": None}
+        return {**own, "model.optim.lr": LR}
+
+
+MODELS = {
+    "panoptic_fpn_r50": Size(320, 480),
+    "tiny": Size(64, 96, depth=18, samples=32, anchors=32),  # for the harness's own test
+}
+DEFAULT_MODEL = "panoptic_fpn_r50"
+
+
+def _start(size: Size) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return detection.calmed(harness.recipe_task(RECIPE, size.options).network).state_dict()
+
+
+def _labels(size: Size, setting: Setting) -> list[Tensor]:
+    """(H, W) labels of blocks of 16 pixels."""
+    draw = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 54, (setting.batch, -(-size.height // 16), -(-size.width // 16)), generator=draw)
+    whole = coarse.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, : size.height, : size.width]
+    return list(whole.to(setting.device))
+
+
+def _targets(size: Size, setting: Setting) -> list[dict[str, Any]]:
+    made = detection.objects(size.height, size.width, setting.batch, setting.device)
+    return [{**one, "semantic": labels} for one, labels in zip(made, _labels(size, setting), strict=True)]
+
+
+def _ours(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
+    sizes = torch.tensor([[size.height, size.width]] * setting.batch)
+    batch = {"size": sizes, "target": _targets(size, setting)}
+    return harness.from_recipe(RECIPE, size.options, lambda x: {"image": x, **batch}, setting, start)
+
+
+def _official_network(size: Size, setting: Setting, start: dict[str, Tensor], threshold: float) -> tuple[Any, Any]:
+    """detectron2's network, and its settings."""
+    checkout = setting.official
+    assert checkout is not None
+    config = detection.detectron2_config(checkout, CONFIG, setting.device)
+    config.MODEL.RESNETS.DEPTH, config.MODEL.RESNETS.RES2_OUT_CHANNELS = size.depth, size.channels
+    config.MODEL.RESNETS.STRIDE_IN_1X1 = False  # as torchvision's
+    config.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, config.MODEL.RPN.BATCH_SIZE_PER_IMAGE = size.samples, size.anchors
+    config.MODEL.ROI_HEADS.SCORE_THRESH_TEST = min(threshold, 0.05)
+    config.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = threshold
+    config.SOLVER.BASE_LR = LR
+    network = detection.detectron2(checkout, "detectron2.modeling").build_model(config)
+    theirs = {next(iter(convert_official({key: value}))): key for key, value in network.state_dict().items()}
+    network.load_state_dict({theirs[key]: value for key, value in start.items()})
+    return network, config
+
+
+def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
+    checkout = setting.official
+    assert checkout is not None
+    network, config = _official_network(size, setting, start, 0.5)
+    network.train()
+    optimizer = detection.detectron2(checkout, "detectron2.solver").build_optimizer(config, network)
+    labels, given = _labels(size, setting), network.forward
+
+    def with_labels(inputs: list[dict[str, Any]]) -> Any:
+        return given([{**one, "sem_seg": some} for one, some in zip(inputs, labels, strict=True)])
+
+    network.forward = with_labels
+    loss = detection.detectron2_loss(checkout, network, _targets(size, setting), True)
+    return Trainer(
+        "official", harness.revision(checkout), loss, optimizer, f"{_ABOUT} with its own optimizer; polygons"
+    )
+
+
+def torchvision_rcnn(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
+    """torchvision's Mask R-CNN, without a semantic branch: less work."""
+    samples = {"rpn_batch_size_per_image": size.anchors, "box_batch_size_per_image": size.samples}
+    network = detection.torchvision_rcnn(size.depth, True, start, **samples).to(setting.device)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, LR, momentum=0.9, weight_decay=1e-4)
+    about = "torchvision's Mask R-CNN, which does less: no semantic branch; torch.optim.SGD; bit masks"
+    loss = detection.torchvision_loss(network, _targets(size, setting))
+    return Trainer("torchvision", package_version("torchvision") or "", loss, optimizer, about)
+
+
+def trainers(setting: Setting) -> list[Trainer]:
+    """Everyone who is here, ours first. detectron2 is left out where its checkout is not given."""
+    size = MODELS[setting.model]
+    contenders = [_ours, *([official] if setting.official is not None else []), torchvision_rcnn]
+    return [build(size, setting, _start(size)) for build in contenders]
+
+
+def images(setting: Setting) -> Tensor:
+    """Noise (B,3,H,W)."""
+    size = MODELS[setting.model]
+    return harness.noise(setting, setting.batch, 3, size.height, size.width)
+
+
+def work(setting: Setting) -> Work:
+    """What a step works on; its FLOPs are not counted."""
+    size = MODELS[setting.model]
+    detail = {"image": [size.height, size.width], "regions": size.samples, "anchors": size.anchors}
+    return Work(setting.batch, detail={**detail, "objects": detection.OBJECTS, "labels": 54})
+
+
+def samplers(setting: Setting) -> tuple[list[Loader], Work]:
+    """Inference from normalised images to panoptic maps, in which 100 detections an image are pasted: with random
+    weights none would be sure enough, so the thresholds of scores are 0."""
+    size, batch = MODELS[setting.model], setting.batch
+    options = {**size.options, "model.roi.score_threshold": 0.0, "model.combine.score": 0.0}
+    network = harness.recipe_task(RECIPE, options, setting.device).network.eval()
+    start = {key: value.to(setting.device) for key, value in _start(size).items()}
+    network.load_state_dict(start)
+    pictures, sizes = images(setting), torch.tensor([[size.height, size.width]] * batch)
+
+    def forever(maps: Callable[[], list[Tensor]]) -> Iterator[Tensor]:
+        while True:
+            with torch.no_grad():
+                yield torch.stack(maps())
+
+    ours = forever(lambda: [found["panoptic"] for found in network({"image": pictures, "size": sizes})])
+    found = [Loader("zoo", package_version("zoo") or "", ours, "the network of the recipe in evaluation")]
+    if setting.official is not None:
+        theirs = _official_network(size, setting, start, 0.0)[0].eval()
+        inputs = [{"image": x, "height": size.height, "width": size.width} for x in pictures]
+        maps = forever(lambda: [one["panoptic_seg"][0] for one in theirs(inputs)])
+        found.append(Loader("official", harness.revision(setting.official), maps, _ABOUT))
+    detail = {"image": [size.height, size.width], "detections": 100}
+    return found, Work(batch, detail=detail)
