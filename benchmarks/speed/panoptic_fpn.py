@@ -1,8 +1,7 @@
-"""Speed of Panoptic FPN: our training step beside detectron2's, and beside torchvision's Mask R-CNN, which has no
-semantic branch and so less to do; and inference, from normalised images to panoptic maps, beside detectron2's.
+"""Speed of Panoptic FPN: our training step beside detectron2's, and inference, from normalised images to panoptic maps.
 
-The settings are those of mask_rcnn.py: ResNet-50-FPN, 256 anchors and 512 regions an image, polygons as masks for
-detectron2 and us, all from the same weights. Every pixel has one of 54 labels, in blocks.
+The settings are those of mask_rcnn.py: ResNet-50-FPN, 256 anchors and 512 regions an image, polygons as masks, all from
+the same weights. Every pixel has one of 54 labels, in blocks. torchvision's detectors have no semantic branch.
 """
 
 from __future__ import annotations
@@ -28,29 +27,22 @@ CONFIG = "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x"
 
 @dataclass(frozen=True)
 class Size:
-    """Images and samples; `depth` and `samples` are the recipe's, but in the harness's own test."""
+    """Images and samples; all else is the recipe's."""
 
     height: int
     width: int
-    depth: int = 50
     samples: int = 512
     anchors: int = 256
 
     @property
-    def channels(self) -> int:
-        return 256 if self.depth >= 50 else 64
-
-    @property
     def options(self) -> dict[str, Any]:
-        trunk = {"depth": self.depth, "channels": self.channels, "stride_in_1x1": False}
-        own: dict[str, Any] = {f"model.resnet.{name}": value for name, value in trunk.items()}
-        own |= {"model.roi.samples": self.samples, "model.rpn.samples": self.anchors, "model.init_from": None}
-        return {**own, "model.optim.lr": LR}
+        samples = {"model.roi.samples": self.samples, "model.rpn.samples": self.anchors}
+        return {**samples, "model.init_from": None, "model.optim.lr": LR}
 
 
 MODELS = {
     "panoptic_fpn_r50": Size(320, 480),
-    "tiny": Size(64, 96, depth=18, samples=32, anchors=32),  # for the harness's own test
+    "tiny": Size(64, 96, samples=32, anchors=32),  # for the harness's own test
 }
 DEFAULT_MODEL = "panoptic_fpn_r50"
 
@@ -84,8 +76,6 @@ def _official_network(size: Size, setting: Setting, start: dict[str, Tensor], th
     checkout = setting.official
     assert checkout is not None
     config = detection.detectron2_config(checkout, CONFIG, setting.device)
-    config.MODEL.RESNETS.DEPTH, config.MODEL.RESNETS.RES2_OUT_CHANNELS = size.depth, size.channels
-    config.MODEL.RESNETS.STRIDE_IN_1X1 = False  # as torchvision's
     config.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, config.MODEL.RPN.BATCH_SIZE_PER_IMAGE = size.samples, size.anchors
     config.MODEL.ROI_HEADS.SCORE_THRESH_TEST = min(threshold, 0.05)
     config.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = threshold
@@ -114,21 +104,10 @@ def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
     )
 
 
-def torchvision_rcnn(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
-    """torchvision's Mask R-CNN, without a semantic branch: less work."""
-    samples = {"rpn_batch_size_per_image": size.anchors, "box_batch_size_per_image": size.samples}
-    network = detection.torchvision_rcnn(size.depth, True, start, **samples).to(setting.device)
-    trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, LR, momentum=0.9, weight_decay=1e-4)
-    about = "torchvision's Mask R-CNN, which does less: no semantic branch; torch.optim.SGD; bit masks"
-    loss = detection.torchvision_loss(network, _targets(size, setting))
-    return Trainer("torchvision", package_version("torchvision") or "", loss, optimizer, about)
-
-
 def trainers(setting: Setting) -> list[Trainer]:
     """Everyone who is here, ours first. detectron2 is left out where its checkout is not given."""
     size = MODELS[setting.model]
-    contenders = [_ours, *([official] if setting.official is not None else []), torchvision_rcnn]
+    contenders = [_ours, *([official] if setting.official is not None else [])]
     return [build(size, setting, _start(size)) for build in contenders]
 
 
@@ -139,10 +118,23 @@ def images(setting: Setting) -> Tensor:
 
 
 def work(setting: Setting) -> Work:
-    """What a step works on; its FLOPs are not counted."""
+    """Measured FLOPs of the convolutions and linear layers, with a quarter of the regions under the mask head."""
     size = MODELS[setting.model]
-    detail = {"image": [size.height, size.width], "regions": size.samples, "anchors": size.anchors}
-    return Work(setting.batch, detail={**detail, "objects": detection.OBJECTS, "labels": 54})
+    network = harness.recipe_task(RECIPE, size.options, "meta").network
+    with torch.device("meta"):
+        batch = torch.empty(setting.batch, 3, size.height, size.width)
+
+        def loss() -> Tensor:
+            maps, heads = network.backbone(batch), network.roi_heads
+            logits, deltas = network.rpn.head(list(maps.values()))
+            regions = torch.empty(setting.batch * size.samples, 256, 7, 7, requires_grad=True)
+            found = heads.box_predictors[0](heads.box_heads[0](regions))
+            masks = heads.mask_head(torch.empty(len(regions) // 4, 256, 14, 14, requires_grad=True))
+            return sum(x.sum() for x in (*logits, *deltas, *found, masks, network.semantic_head(maps)))  # type: ignore[return-value]
+
+        flops = harness.count_flops(loss)
+    detail = {"image": [size.height, size.width], "regions": size.samples, "anchors": size.anchors, "labels": 54}
+    return Work(setting.batch, flops=flops, detail=detail)
 
 
 def samplers(setting: Setting) -> tuple[list[Loader], Work]:
@@ -167,5 +159,5 @@ def samplers(setting: Setting) -> tuple[list[Loader], Work]:
         inputs = [{"image": x, "height": size.height, "width": size.width} for x in pictures]
         maps = forever(lambda: [one["panoptic_seg"][0] for one in theirs(inputs)])
         found.append(Loader("official", harness.revision(setting.official), maps, _ABOUT))
-    detail = {"image": [size.height, size.width], "detections": 100}
-    return found, Work(batch, detail=detail)
+    what = f"inference of {size.height} x {size.width} pixels to panoptic maps, 100 detections"
+    return found, Work(batch, detail={"title": what})
