@@ -12,7 +12,20 @@ from benchmarks.speed import run
 
 @pytest.mark.parametrize("section", ["step", "sample"])
 def test_speed_times_whole_steps_and_inference(section: str, tmp_path: Path) -> None:
-    arguments = ["panoptic_fpn", "--model", "tiny", "--batch", "1", "--repeats", "1", "--warmup", "0", "--only", section]
+    arguments = [
+        "panoptic_fpn",
+        "--model",
+        "tiny",
+        "--batch",
+        "1",
+        "--repeats",
+        "1",
+        "--warmup",
+        "0",
+        "--only",
+        section,
+    ]
+    arguments += ["--only", section]
     assert run.main([*arguments, "--out", str(tmp_path / "results")]) == 0
     (file,) = (tmp_path / "results").glob("*.json")
     record = json.loads(file.read_text())[section]
