@@ -6,14 +6,15 @@ the same weights. Every pixel has one of 54 labels, in blocks. torchvision's det
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.environment import package_version
+import zoo
 from benchmarks.speed import harness
 from benchmarks.speed.harness import Loader, Setting, Trainer, Work
 from benchmarks.speed.shared import detection
@@ -71,11 +72,9 @@ def _ours(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
     return harness.from_recipe(RECIPE, size.options, lambda x: {"image": x, **batch}, setting, start)
 
 
-def _official_network(size: Size, setting: Setting, start: dict[str, Tensor], threshold: float) -> tuple[Any, Any]:
+def _official_network(checkout: Path, size: Size, device: str, start: Mapping[str, Tensor], threshold: float) -> Any:
     """detectron2's network, and its settings."""
-    checkout = setting.official
-    assert checkout is not None
-    config = detection.detectron2_config(checkout, CONFIG, setting.device)
+    config = detection.detectron2_config(checkout, CONFIG, device)
     config.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, config.MODEL.RPN.BATCH_SIZE_PER_IMAGE = size.samples, size.anchors
     config.MODEL.ROI_HEADS.SCORE_THRESH_TEST = min(threshold, 0.05)
     config.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = threshold
@@ -89,32 +88,23 @@ def _official_network(size: Size, setting: Setting, start: dict[str, Tensor], th
 def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
     checkout = setting.official
     assert checkout is not None
-    network, config = _official_network(size, setting, start, 0.5)
-    network.train()
+    network, config = _official_network(checkout, size, setting.device, start, 0.5)
     optimizer = detection.detectron2(checkout, "detectron2.solver").build_optimizer(config, network)
-    labels, given = _labels(size, setting), network.forward
-
-    def with_labels(inputs: list[dict[str, Any]]) -> Any:
-        return given([{**one, "sem_seg": some} for one, some in zip(inputs, labels, strict=True)])
-
-    network.forward = with_labels
+    labels, given = _labels(size, setting), network.train().forward
+    network.forward = lambda inputs: given([{**x, "sem_seg": y} for x, y in zip(inputs, labels, strict=True)])
     loss = detection.detectron2_loss(checkout, network, _targets(size, setting), True)
-    return Trainer(
-        "official", harness.revision(checkout), loss, optimizer, f"{_ABOUT} with its own optimizer; polygons"
-    )
+    return Trainer("official", harness.revision(checkout), loss, optimizer, f"{_ABOUT}, its optimizer, polygons")
 
 
 def trainers(setting: Setting) -> list[Trainer]:
     """Everyone who is here, ours first. detectron2 is left out where its checkout is not given."""
-    size = MODELS[setting.model]
-    contenders = [_ours, *([official] if setting.official is not None else [])]
+    size, contenders = MODELS[setting.model], [_ours, official][: 1 + (setting.official is not None)]
     return [build(size, setting, _start(size)) for build in contenders]
 
 
 def images(setting: Setting) -> Tensor:
     """Noise (B,3,H,W)."""
-    size = MODELS[setting.model]
-    return harness.noise(setting, setting.batch, 3, size.height, size.width)
+    return harness.noise(setting, setting.batch, 3, MODELS[setting.model].height, MODELS[setting.model].width)
 
 
 def work(setting: Setting) -> Work:
@@ -127,9 +117,9 @@ def work(setting: Setting) -> Work:
         def loss() -> Tensor:
             maps, heads = network.backbone(batch), network.roi_heads
             logits, deltas = network.rpn.head(list(maps.values()))
-            regions = torch.empty(setting.batch * size.samples, 256, 7, 7, requires_grad=True)
-            found = heads.box_predictors[0](heads.box_heads[0](regions))
-            masks = heads.mask_head(torch.empty(len(regions) // 4, 256, 14, 14, requires_grad=True))
+            count = setting.batch * size.samples
+            found = heads.box_predictors[0](heads.box_heads[0](torch.empty(count, 256, 7, 7, requires_grad=True)))
+            masks = heads.mask_head(torch.empty(count // 4, 256, 14, 14, requires_grad=True))
             return sum(x.sum() for x in (*logits, *deltas, *found, masks, network.semantic_head(maps)))  # type: ignore[return-value]
 
         flops = harness.count_flops(loss)
@@ -138,13 +128,11 @@ def work(setting: Setting) -> Work:
 
 
 def samplers(setting: Setting) -> tuple[list[Loader], Work]:
-    """Inference from normalised images to panoptic maps, in which 100 detections an image are pasted: with random
-    weights none would be sure enough, so the thresholds of scores are 0."""
+    """Inference, with 100 detections an image: of random weights none is sure, so the thresholds of scores are 0."""
     size, batch = MODELS[setting.model], setting.batch
     options = {**size.options, "model.roi.score_threshold": 0.0, "model.combine.score": 0.0}
     network = harness.recipe_task(RECIPE, options, setting.device).network.eval()
-    start = {key: value.to(setting.device) for key, value in _start(size).items()}
-    network.load_state_dict(start)
+    network.load_state_dict(start := _start(size))
     pictures, sizes = images(setting), torch.tensor([[size.height, size.width]] * batch)
 
     def forever(maps: Callable[[], list[Tensor]]) -> Iterator[Tensor]:
@@ -153,11 +141,10 @@ def samplers(setting: Setting) -> tuple[list[Loader], Work]:
                 yield torch.stack(maps())
 
     ours = forever(lambda: [found["panoptic"] for found in network({"image": pictures, "size": sizes})])
-    found = [Loader("zoo", package_version("zoo") or "", ours, "the network of the recipe in evaluation")]
+    found = [Loader("zoo", zoo.__version__, ours, "the network of the recipe in evaluation")]
     if setting.official is not None:
-        theirs = _official_network(size, setting, start, 0.0)[0].eval()
+        theirs = _official_network(setting.official, size, setting.device, start, 0.0)[0].eval()
         inputs = [{"image": x, "height": size.height, "width": size.width} for x in pictures]
         maps = forever(lambda: [one["panoptic_seg"][0] for one in theirs(inputs)])
         found.append(Loader("official", harness.revision(setting.official), maps, _ABOUT))
-    what = f"inference of {size.height} x {size.width} pixels to panoptic maps, 100 detections"
-    return found, Work(batch, detail={"title": what})
+    return found, Work(batch, detail={"title": f"panoptic maps of {size.height} x {size.width} pixels"})
