@@ -245,7 +245,9 @@ class SemanticFPN(nn.Module):
 
 def _with_labels(batch: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     if "target" not in batch or any("semantic" not in target for target in batch["target"]):
-        raise ZooError("semantic segmentation trains on batches whose targets hold `semantic`: set data.semantic")
+        raise ZooError(
+            "semantic segmentation trains on batches with `target` whose dicts hold `semantic`: set data.semantic"
+        )
     return batch["target"]
 
 

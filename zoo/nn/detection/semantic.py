@@ -29,6 +29,8 @@ class SemanticHeadConfig:
         stride: of its logits; the finest map's, or a finer one.
         fuse: how the levels are joined, added up or as channels beside each other (Table 1d).
         loss_weight: lambda_s of equation 1.
+        init_std: deviation of the initial weights of the last layer; null: He-normal (fan out), as the official code
+            has it, which for few classes are so large that training begins by making them smaller.
     """
 
     levels: tuple[str, ...] = ("p2", "p3", "p4", "p5")
@@ -38,6 +40,7 @@ class SemanticHeadConfig:
     stride: int = 4
     fuse: Literal["sum", "concat"] = "sum"
     loss_weight: float = 0.5
+    init_std: float | None = None
 
     def __post_init__(self) -> None:
         if self.fuse not in ("sum", "concat"):
@@ -89,6 +92,8 @@ class SemanticHead(nn.Module):
         joined = config.channels * (len(self.branches) if config.fuse == "concat" else 1)
         self.predictor = nn.Conv2d(joined, config.classes, 1)
         he_normal(self.predictor)
+        if config.init_std is not None:
+            nn.init.normal_(self.predictor.weight, std=config.init_std)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Logits (B, C, H / stride, W / stride) of the backbone's maps."""
