@@ -284,7 +284,8 @@ class Columns(Facts):
 
 
 class DataCard(Facts):
-    """All that is known about a data set; ``data/<name>.yaml``. `splits` gives the number of samples where known."""
+    """All that is known about a data set; ``data/<name>.yaml``. `splits` gives the number of samples where known; of a
+    panoptic set `category_ids` are the file's own numbers of classes and, after them, of stuff."""
 
     name: str
     title: str
@@ -294,6 +295,8 @@ class DataCard(Facts):
     splits: dict[str, int | None]
     num_classes: int | None = None
     class_names: list[str] | None = None
+    stuff_names: list[str] | None = None
+    category_ids: list[int] | None = None
     image_size: int | None = None
     channels: int = 3
     mean: list[float] | None = None

@@ -91,6 +91,37 @@ def _draw_labels(
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
 
 
+def draw_segments(picture: Tensor, ids: Tensor, numbers: Sequence[int], labels: Sequence[str]) -> Tensor:
+    """The picture (3, H, W) uint8 under the segments of `ids` (H, W), each in a colour, parted by lines and, where it
+    is large enough, with its label; what belongs to none of the `numbers` stays grey."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    zoom = max(1, round(_LEAST / max(picture.shape[-2:])))
+    picture = picture.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).float()
+    ids = ids.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).cpu().long()
+    colors = colors_of(len(numbers))
+    drawn = picture.mean(dim=0, keepdim=True).expand(3, -1, -1) * 0.6
+    for number, color in zip(numbers, colors, strict=True):
+        paint = 0.45 * picture + 0.55 * torch.tensor(color, dtype=torch.float32)[:, None, None]
+        drawn = torch.where(ids == number, paint, drawn)
+    edge = torch.zeros_like(ids, dtype=torch.bool)
+    edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    edge[1:] |= ids[1:] != ids[:-1]
+    drawn = torch.where(edge, drawn.new_tensor(255.0), drawn)
+    canvas = Image.fromarray(drawn.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+    pen, size = ImageDraw.Draw(canvas), max(10, round(min(canvas.size) / 40))
+    font = ImageFont.load_default(size)
+    for number, label in zip(numbers, labels, strict=True):
+        y, x = (ids == number).nonzero(as_tuple=True)
+        if len(y) < 8 * size * size:
+            continue
+        # The pixel of the segment that is nearest to its middle.
+        at = int(((y - y.float().mean()) ** 2 + (x - x.float().mean()) ** 2).argmin())
+        place, text = (int(x[at]), int(y[at])), drawable(label)
+        pen.text(place, text, fill="white", stroke_fill="black", stroke_width=2, font=font, anchor="mm")
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
+
+
 def draw_classes(picture: Tensor, rows: Sequence[Mapping[str, Any]]) -> Tensor:
     """The picture (3, H, W) uint8, small ones enlarged, and under it a bar for each of the `rows` {"label",
     "probability"}."""

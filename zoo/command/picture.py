@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from zoo import catalog, files
 from zoo.command.common import progress
-from zoo.command.drawing import draw_classes, draw_objects, strip
+from zoo.command.drawing import draw_classes, draw_objects, draw_segments, strip
+from zoo.data.panoptic import PanopticClasses, coco_panoptic, colours_of
 from zoo.data.shown import name_of
 from zoo.data.sources import EXTENSIONS as PICTURES
 from zoo.data.sources import read_image
@@ -35,14 +36,15 @@ class Subject:
     Attributes:
         name: as the user wrote it.
         label: of it in the names of files.
-        does: "draws" a sheet, finds "objects", says which "classes", or which of any "labels"; of videos "clips", of
-            grids "grids".
+        does: "draws" a sheet, finds "objects", parts a picture into "segments", says which "classes", or which of any
+            "labels"; of videos "clips", of grids "grids".
         ask: of a prepared batch what it makes of it: sheets, probabilities (B, K), or what the network finds.
         prepare: of a file's picture, or its path.
         names: of the classes, None where they are numbers.
         mean, std: by which pictures were normalised.
         by_default: draws where no file is named.
         tasks: of grids, the names of those that it knows.
+        panoptic: of segments, their categories; None where they are numbers.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Subject:
     std: Sequence[float] = ()
     by_default: bool = False
     tasks: list[str] = field(default_factory=list)
+    panoptic: PanopticClasses | None = None
 
 
 def predict(
@@ -78,8 +81,9 @@ def predict(
         model: a model, with or without the tag of its weights; without, the first that its card lists are taken. Or a
             run, as of :func:`zoo.weights.runs.is_run`.
         images: the files.
-        out: a ``.png`` for one file, a folder for one picture a file, or a ``.json`` for the result alone. One that
-            draws puts all files on one sheet in a ``.png``, and takes this folder by default.
+        out: a ``.png`` for one file, a folder for one picture a file, or a ``.json`` for the result alone, of one that
+            gives segments in COCO's panoptic format, with its PNGs in a folder of that name beside it. One that draws
+            puts all files on one sheet in a ``.png``, and takes this folder by default.
         weights: load these instead of the published ones: a path, an address, or the name of other weights.
         use_ema: of a file or run that holds raw weights and their average, take the average; False: the raw ones.
         seed: of what a model draws at random, such as masks.
@@ -89,6 +93,7 @@ def predict(
 
     Returns:
         One dict a file: {"image", "picture"}, {"image", "top": [{"label", "index", "probability"}]}, {"image",
+        "segments": [{"id", "label", "thing", "index", "area", "score"}]}, {"image",
         "objects": [{"label", "index", "score", "box", "keypoints"}]} with boxes x0, y0, x1, y1 and keypoints x, y in
         pixels of the file, the best first, or {"image", "grids": [{"task", "test", "prediction"}]}; of those that are
         drawn "picture". A file among several that cannot be read gives {"image", "error"}.
@@ -115,7 +120,8 @@ def predict(
     if failed and len(failed) == len(results):
         raise ZooError(failed[0])
     if out is not None and out.suffix == ".json":
-        files.write_json(out, results)
+        whole = subject.does == "segments" and subject.panoptic is not None
+        files.write_json(out, coco_panoptic(results, subject.panoptic) if whole else results)  # type: ignore[arg-type]
     return results
 
 
@@ -152,6 +158,9 @@ def _published(model: str, weights: str | None, use_ema: bool | str | None, labe
     draws, free = (callable(getattr(net, name, None)) for name in ("picture", "zero_shot"))
     if labels is not None and not free:
         raise ZooError(f"{model} has classes of its own, or none: labels are for models that take any names")
+    if callable(getattr(net, "segment", None)):
+        classes = _panoptic_classes(net)
+        return Subject(model, model, "segments", net, prepare, by_default=True, panoptic=classes)
     if callable(getattr(net, "detect", None)):
         return Subject(model, model, "objects", net, prepare, _object_names(net), by_default=True)
     if kind == "full" and not (draws or free):
@@ -213,6 +222,9 @@ def _of_run(run: RunModel, labels: Sequence[str] | None) -> Subject:
     if isinstance(task, VideoClassification):
         ask = _over_views(lambda views: task.probabilities(task.predict_logits({"video": views})))
         return Subject(does="clips", ask=ask, prepare=prepare, **about)
+    if callable(getattr(net, "segment", None)):
+        about["panoptic"] = PanopticClasses.of(facts["panoptic"]) if facts.get("panoptic") else None
+        return Subject(does="segments", ask=net, prepare=prepare, **about)
     if facts.get("kind") == "objects":
         return Subject(does="objects", ask=net, prepare=prepare, **about)
     if callable(getattr(net, "picture", None)):
@@ -257,6 +269,8 @@ class _Target:
 
     def __init__(self, subject: Subject, images: Sequence[Path], out: Path | None) -> None:
         self.paths: list[Path | None] = [None] * len(images)
+        # Of segments the maps go beside a json.
+        self.maps = out.with_suffix("") if out is not None and out.suffix == ".json" and subject.panoptic else None
         if out is not None and out.suffix == ".png":
             self.paths = [out] * len(images)
         elif out is None and not (subject.by_default or subject.does == "draws"):
@@ -370,6 +384,42 @@ def _detect(subject: Subject, images: Sequence[Path], target: _Target, top: int,
         yield {"image": str(image), **drawn, "objects": _objects(found, subject.names)}
 
 
+def _segment(subject: Subject, images: Sequence[Path], target: _Target, top: int, threshold: float) -> Results:
+    for n, image, picture, failed in _readable(images, lambda path: read_image(path, upright=True)):
+        if failed:
+            yield failed
+            continue
+        found = _asked(subject.ask, picture, subject.prepare)
+        ids, rows = _segments(found, subject.panoptic)
+        numbers = [row["id"] for row in rows]
+        drawn = target.write(n, partial(draw_segments, picture, ids, numbers, [row["label"] for row in rows]))
+        size = {"height": int(picture.shape[-2]), "width": int(picture.shape[-1])}
+        if target.maps is not None:
+            path = target.maps / f"{image.stem}.png"
+            _write(torch.from_numpy(colours_of(ids.numpy())).permute(2, 0, 1), path)
+            size["map"] = str(path)  # type: ignore[assignment]
+        yield {"image": str(image), **drawn, **size, "segments": rows}
+
+
+def _segments(found: Mapping[str, Tensor], classes: PanopticClasses | None) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The segment of each pixel, and what each segment is; of a network without things one a label."""
+    if "panoptic" in found:
+        ids, table, scores = found["panoptic"], found["segments"].tolist(), found["segment_scores"].tolist()
+    else:
+        labels, areas = found["semantic"].unique(return_counts=True)
+        ids = found["semantic"].int() + 1
+        table = [[label + 1, -1, label, area] for label, area in zip(labels.tolist(), areas.tolist(), strict=True)]
+        scores = [float("nan")] * len(table)
+    rows = []
+    for (number, thing, label, area), score in zip(table, scores, strict=True):
+        names = None
+        if classes is not None:
+            names = classes.thing_names if thing > 0 else classes.semantic_names
+        row: dict[str, Any] = {"id": number, "label": name_of(names, label), "index": label, "area": area}
+        rows.append({**row, "thing": thing > 0, **({"score": score} if score == score else {})})
+    return ids.cpu(), rows
+
+
 def _answer(subject: Subject, images: Sequence[Path], target: _Target, top: int, threshold: float) -> Results:
     from zoo.data.arc import evaluation_view, read_grid, read_task_file
     from zoo.data.arc_predictions import draw_grids
@@ -413,7 +463,14 @@ def _answer(subject: Subject, images: Sequence[Path], target: _Target, top: int,
         yield {"image": str(image), **drawn, "grids": grids}
 
 
-_HANDLERS = {"draws": _draw, "objects": _detect, "classes": _classify, "clips": _clips, "grids": _answer}
+_HANDLERS = {
+    "draws": _draw,
+    "objects": _detect,
+    "segments": _segment,
+    "classes": _classify,
+    "clips": _clips,
+    "grids": _answer,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- samples
@@ -499,6 +556,14 @@ def _class_number(word: int | str, names: Sequence[str]) -> int:
 def find_objects(net: Callable[[Any], Any], picture: Tensor, prepare: Any, threshold: float = 0.5) -> dict[str, Tensor]:
     """What a detector finds on a picture (3, H, W) uint8, in its pixels, the best first: boxes (N, 4), scores (N,),
     labels (N,), and masks (N, H, W) and keypoints (N, P, 3) where it gives them. `prepare` is its preprocessing."""
+    found = _asked(net, picture, prepare)
+    order = found["scores"].argsort(descending=True)
+    order = order[found["scores"][order] >= threshold]
+    return {name: value[order] for name, value in found.items()}
+
+
+def _asked(net: Callable[[Any], Any], picture: Tensor, prepare: Any) -> dict[str, Tensor]:
+    """What a network of whole batches finds on a picture (3, H, W) uint8, in its pixels."""
     image = prepare(picture)
     height, width = image.shape[-2:]
     step = getattr(net, "size_divisibility", 32) or 1
@@ -506,10 +571,7 @@ def find_objects(net: Callable[[Any], Any], picture: Tensor, prepare: Any, thres
     padded[..., :height, :width] = image
     sizes = {"size": torch.tensor([[height, width]]), "original_size": torch.tensor([picture.shape[-2:]])}
     with torch.inference_mode():
-        found = net({"image": padded, **sizes})[0]
-    order = found["scores"].argsort(descending=True)
-    order = order[found["scores"][order] >= threshold]
-    return {name: value[order] for name, value in found.items()}
+        return net({"image": padded, **sizes})[0]
 
 
 def _objects(found: Mapping[str, Tensor], names: Sequence[str] | None) -> list[dict[str, Any]]:
@@ -534,6 +596,21 @@ def _object_names(net: nn.Module) -> list[str] | None:
     cards = [catalog.data_card(name) for name in catalog.list_datasets()]
     named = [card.class_names for card in cards if "detection" in card.task and card.num_classes == count]
     return next((names for names in named if names), None)
+
+
+def _panoptic_classes(net: Any) -> PanopticClasses | None:
+    """The categories of the set of a network's numbers of things and of labels of pixels."""
+    count = net.semantic_head.config.classes
+    for card in map(catalog.data_card, catalog.list_datasets()):
+        things, stuff = card.class_names or [], card.stuff_names or []
+        if not stuff or getattr(net, "num_classes", len(things)) != len(things):
+            continue
+        first = (True,) * len(things) + (False,) * len(stuff)
+        if count == len(stuff) + 1:
+            return PanopticClasses((*things, *stuff), first, "separated", tuple(card.category_ids or ()))
+        if count == len(stuff) + len(things) and not card.category_ids:  # Cityscapes: stuff comes first
+            return PanopticClasses((*stuff, *things), first[::-1], "all")
+    return None
 
 
 def _entry(model: str) -> catalog.Weight:

@@ -114,6 +114,9 @@ def _print(results: Sequence[Mapping[str, Any]], model: str) -> None:
         for row in result.get("objects", []):
             box = ", ".join(f"{value:.0f}" for value in row["box"])
             print(f"{name}: {row['score']:6.1%}  {row['label']} ({box})")
+        for row in result.get("segments", []):
+            score = f"{row['score']:6.1%}" if "score" in row else "      "
+            print(f"{name}: {score}  {row['label']} ({row['area']} pixels)")
         if result.get("objects") == []:
             print(f"{name}: nothing found")
         for row in result.get("top", [])[: 1 if many else None]:

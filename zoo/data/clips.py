@@ -236,11 +236,12 @@ def _frames(clips: _Clips, time: np.ndarray, knobs: Knobs) -> tuple[still._Scene
     grain = hash64((s[:, 19] * 2.0**53).astype(np.int64), np.floor(time * 4096).astype(np.int64).reshape(-1))
     scenes = still._Scenes(
         count=shows.reshape(rows, -1).sum(1),
-        scene=(s[:, 1] * len(SCENES)).astype(np.int64),
-        scene_colors=f32(np.stack([base, base + contrast * (0.3 + 0.4 * s[:, 7:10])], 1).clip(0.03, 0.97)),
-        scene_turn=(s[:, 15] * still._TURNS).astype(np.int64),
-        scene_scale=f32(0.5 + 0.8 * s[:, 16]),
-        scene_offset=f32(s[:, 17:19] * still._TILE),
+        site=np.zeros((rows, 1, 2), np.float32),
+        scene=(s[:, 1:2] * len(SCENES)).astype(np.int64),
+        scene_colors=f32(np.stack([base, base + contrast * (0.3 + 0.4 * s[:, 7:10])], 1).clip(0.03, 0.97))[:, None],
+        scene_turn=(s[:, 15:16] * still._TURNS).astype(np.int64),
+        scene_scale=f32(0.5 + 0.8 * s[:, 16:17]),
+        scene_offset=f32(s[:, None, 17:19] * still._TILE),
         light=f32(np.stack([cosine[light_turn] * strength, sine[light_turn] * strength], 1)),
         noise=(grain >> np.uint64(48)).astype(np.int64),
         shape=slot(each(clips.shape)),

@@ -68,6 +68,7 @@ class Record:
         keypoints: (n, P, 3) float64 x, y, visibility (0 not labelled, 1 hidden, 2 visible), or None.
         image_id: the set's number of the picture.
         path: its file, "" where it was drawn.
+        panoptic: what every pixel belongs to (:class:`zoo.data.panoptic.Panoptic`), where the set says.
         neg_labels, not_exhaustive_labels: of a federated set (LVIS), classes that are known not to be on it, and
             classes on it of which objects may be missing here; else None.
         frequency: (n,) int64, of each object's class: 0 rare, 1 common, 2 frequent; None where the set does not say.
@@ -82,6 +83,7 @@ class Record:
     keypoints: np.ndarray | None
     image_id: int
     path: str = ""
+    panoptic: Any = None
     neg_labels: np.ndarray | None = None
     not_exhaustive_labels: np.ndarray | None = None
     frequency: np.ndarray | None = None
@@ -496,8 +498,7 @@ class CocoLayout:
             content = read_json(self.parts[part])
             if self.coco_classes:
                 content = with_coco_classes(content)
-            place = self._pictures(part, content)
-            self._open[part] = source = CocoSource(self.parts[part], place, content, self.root, self.outside)
+            self._open[part] = source = self.source(part, content)
             files.tell(str(self.parts[part]), source.problems)
             other = next(iter(self._open.values()))
             if other.class_names != source.class_names:
@@ -508,6 +509,11 @@ class CocoLayout:
         if not held.any():
             held[-1:] = True
         return source, number if which == "all" else number[held if which == "held" else ~held]
+
+    def source(self, part: str, content: dict[str, Any]) -> CocoSource:
+        """A part, of what its json holds."""
+        place = self._pictures(part, content)
+        return CocoSource(self.parts[part], place, content, self.root, self.outside)
 
     def _pictures(self, part: str, content: dict[str, Any]) -> Path:
         file = self.parts[part]

@@ -32,7 +32,16 @@ from zoo.data.coco import (
     to_rle,
 )
 from zoo.data.loader import EpochSampler, GroupedSampler, Key
-from zoo.data.shapes import KEYPOINTS, SHAPES, make_knobs, render
+from zoo.data.panoptic import (
+    SCHEMES,
+    CityscapesLayout,
+    Panoptic,
+    PanopticClasses,
+    find_cityscapes,
+    find_panoptic,
+    is_cityscapes,
+)
+from zoo.data.shapes import KEYPOINTS, PANOPTIC_BASE, SCENES, SHAPES, make_knobs, render
 from zoo.errors import ZooError, unknown
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -40,6 +49,7 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 _CHANNELS = ("rgb", "bgr")
 _MASKS = ("bitmask", "polygon", "none")
 _MIN_SIDE = 1e-5  # narrower boxes are empty
+IGNORED = 255  # label of a pixel that does not count
 
 
 # --------------------------------------------------------------------------------------------------------------- scenes
@@ -56,6 +66,7 @@ class Scene:
         segments: of each object polygons, each (points, 2) float64, or a (H, W) uint8 mask; None without masks.
         keypoints: (n, P, 3) float64, or None.
         flip_order: which keypoint each becomes in a mirror.
+        semantic: (H, W) uint8 label of each pixel, 255 for those that do not count; or None.
     """
 
     image: Tensor
@@ -64,6 +75,7 @@ class Scene:
     segments: list[Segment] | None = None
     keypoints: np.ndarray | None = None
     flip_order: Sequence[int] = ()
+    semantic: np.ndarray | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -71,7 +83,7 @@ class Scene:
         return int(self.image.shape[-2]), int(self.image.shape[-1])
 
     def resized(self, height: int, width: int) -> Scene:
-        """At another size; masks take the nearest pixel."""
+        """At another size; masks and labels take the nearest pixel."""
         h, w = self.size
         if (h, w) == (height, width):
             return self
@@ -91,13 +103,16 @@ class Scene:
         return replace(out, image=self.image[(slice(None), *window)])
 
     def padded(self, height: int, width: int, value: int) -> Scene:
-        """Filled up to a size on the right and below."""
+        """Filled up to a size on the right and below; labels with 255."""
         h, w = self.size
         if (h, w) == (height, width):
             return self
         image = self.image.new_full((3, height, width), value)
         image[:, :h, :w] = self.image
-        out = self._moved(np.ones(2), np.zeros(2), lambda mask: np.pad(mask, ((0, height - h), (0, width - w))))
+        room = ((0, height - h), (0, width - w))
+        out = self._moved(np.ones(2), np.zeros(2), lambda mask: np.pad(mask, room))
+        if self.semantic is not None:
+            out.semantic = np.pad(self.semantic, room, constant_values=IGNORED)
         return replace(out, image=image)
 
     def flipped(self) -> Scene:
@@ -120,7 +135,8 @@ class Scene:
         keypoints = self.keypoints
         if keypoints is not None:
             keypoints = np.concatenate([keypoints[..., :2] * scale + shift, keypoints[..., 2:]], -1)
-        return replace(self, boxes=boxes, segments=segments, keypoints=keypoints)
+        semantic = None if self.semantic is None else of_mask(self.semantic)
+        return replace(self, boxes=boxes, segments=segments, keypoints=keypoints, semantic=semantic)
 
     def with_boxes_of_segments(self) -> Scene:
         """Boxes tight around the objects' masks."""
@@ -355,6 +371,98 @@ class RandomFlip(nn.Module):
         return scene.flipped() if float(torch.rand(())) < self.prob else scene
 
 
+class RandomCrop(nn.Module):
+    """A window of a size, its place drawn; of a smaller picture what is there.
+
+    Args:
+        size: height and width of the window.
+        max_share: of the window's labelled pixels that one label may have; 10 windows are tried, and the last is taken
+            if none is so. 1 for any.
+    """
+
+    def __init__(self, size: tuple[int, int], max_share: float = 1.0) -> None:
+        super().__init__()
+        if len(size) != 2 or min(size) < 1 or not 0 < max_share <= 1:
+            raise ZooError(f"RandomCrop: need height and width, and max_share in 0..1; got {size} and {max_share}")
+        self.window, self.max_share = (int(size[0]), int(size[1])), max_share
+
+    def forward(self, scene: Scene) -> Scene:
+        """A scene of at most `size`.
+
+        Raises:
+            ZooError: `max_share` of a scene without labels.
+        """
+        height, width = (min(side, most) for side, most in zip(scene.size, self.window, strict=True))
+        for _ in range(10):
+            top, left = (
+                int(torch.randint(side - part + 1, ())) for side, part in zip(scene.size, (height, width), strict=True)
+            )
+            if self.max_share >= 1:
+                break
+            if scene.semantic is None:
+                raise ZooError("RandomCrop: max_share wants labels of pixels; set data.semantic")
+            labels = scene.semantic[top : top + height, left : left + width].reshape(-1)
+            counts = np.bincount(labels, minlength=IGNORED + 1)[:IGNORED]
+            if (counts > 0).sum() > 1 and counts.max() < counts.sum() * self.max_share:
+                break
+        return scene.cropped(top, left, height, width)
+
+
+class ColorJitter(nn.Module):
+    """Brightness, contrast, saturation and hue, each moved with an even chance (SSD, Liu et al. 2016, section 2.2, as
+    its code does it).
+
+    Args:
+        brightness: largest shift, in bytes.
+        contrast, saturation: smallest and largest factor.
+        hue: largest turn, in degrees.
+    """
+
+    def __init__(
+        self,
+        brightness: float = 32.0,
+        contrast: tuple[float, float] = (0.5, 1.5),
+        saturation: tuple[float, float] = (0.5, 1.5),
+        hue: float = 36.0,
+    ) -> None:
+        super().__init__()
+        self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
+
+    def forward(self, scene: Scene) -> Scene:
+        """The scene in other colours."""
+        draws = torch.rand(9).tolist()
+        image = scene.image.permute(1, 2, 0).numpy()
+        if draws[0] < 0.5:
+            image = _bytes(image + np.float32((2 * draws[1] - 1) * self.brightness))
+        first = draws[2] < 0.5
+        for late in (False, True):
+            if first != late and draws[3] < 0.5:
+                image = _bytes(image * np.float32(_between(self.contrast, draws[4])))
+            if not late:
+                image = self._tinted(image, draws)
+        return replace(scene, image=torch.from_numpy(image.copy()).permute(2, 0, 1))
+
+    def _tinted(self, image: np.ndarray, draws: Sequence[float]) -> np.ndarray:
+        from PIL import Image
+
+        if draws[5] >= 0.5 and draws[7] >= 0.5:
+            return image
+        tints = np.array(Image.fromarray(np.ascontiguousarray(image)).convert("HSV"))
+        if draws[5] < 0.5:
+            tints[..., 1] = _bytes(tints[..., 1] * np.float32(_between(self.saturation, draws[6])))
+        if draws[7] < 0.5:
+            tints[..., 0] += np.uint8(round((2 * draws[8] - 1) * self.hue / 360 * 256) % 256)  # a turn is 256
+        return np.asarray(Image.fromarray(tints, "HSV").convert("RGB"))
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    return values.clip(0, 255).astype(np.uint8)
+
+
+def _between(ends: tuple[float, float], draw: float) -> float:
+    return ends[0] + (ends[1] - ends[0]) * draw
+
+
 # -------------------------------------------------------------------------------------------------------------- sources
 
 
@@ -381,18 +489,28 @@ class ShapesScenes:
         length: how many samples it has.
         size: side of the pictures in pixels.
         seed: which world.
-        min_visible: objects of which others hide more leave no trace in the annotations.
+        min_visible: objects of which others hide more leave no trace in the annotations; their pixels are nothing.
+        panoptic: whether records say what every pixel belongs to: an object, or a kind of background.
         **knobs: see :class:`~zoo.data.shapes.Knobs`.
     """
 
+    category_names, things = (*SHAPES, *SCENES), (True,) * len(SHAPES) + (False,) * len(SCENES)
+
     def __init__(
-        self, split: str, length: int, size: int = DRAWN_SIDE, seed: int = 0, min_visible: float = 0.25, **knobs: Any
+        self,
+        split: str,
+        length: int,
+        size: int = DRAWN_SIDE,
+        seed: int = 0,
+        min_visible: float = 0.25,
+        panoptic: bool = False,
+        **knobs: Any,
     ) -> None:
         if not 0 <= min_visible <= 1:
             raise ZooError(f"shapes: min_visible must lie in 0..1, got {min_visible}")
         make_knobs(**knobs)
         self.split, self.length, self.size, self.seed, self.knobs = split, length, size, seed, knobs
-        self.min_visible = min_visible
+        self.min_visible, self.panoptic = min_visible, panoptic
         self.class_names, self.keypoint_names = list(SHAPES), list(KEYPOINTS)
         self.flip_order = mirror_order(KEYPOINTS)
 
@@ -401,7 +519,8 @@ class ShapesScenes:
 
     def read_many(self, indices: Sequence[int]) -> list[Record]:
         """Several scenes, drawn together."""
-        fields = ("image", "shape", "boxes", "masks", "visible", "keypoints")
+        fields = ["image", "shape", "boxes", "masks", "visible", "keypoints"]
+        fields += ["panoptic"] * self.panoptic
         drawn = render(self.seed, self.split, indices, self.size, fields, **self.knobs)
         here = (drawn["shape"] >= 0) & (drawn["visible"] >= self.min_visible) & drawn["masks"].flatten(2).any(2)
         records = []
@@ -418,9 +537,21 @@ class ShapesScenes:
                     segments=list(masks),
                     keypoints=drawn["keypoints"][n][kept].double().numpy(),
                     image_id=int(index),
+                    panoptic=_drawn_segments(drawn["panoptic"][n].numpy(), kept.numpy()) if self.panoptic else None,
                 )
             )
         return records
+
+
+def _drawn_segments(drawn: np.ndarray, kept: np.ndarray) -> Panoptic:
+    """The segments of a drawn scene (H, W), in :func:`~zoo.data.shapes.render`'s numbers, of which the `kept` (m,)
+    objects are annotated. Ids are those numbers + 1."""
+    instance = drawn % PANOPTIC_BASE
+    known = np.concatenate([[True], kept])[instance]
+    ids = np.where(known, drawn + 1, 0).astype(np.int32)
+    numbers, areas = np.unique(ids[known], return_counts=True)
+    rows = [numbers, (numbers - 1) // PANOPTIC_BASE, np.zeros_like(numbers), areas]
+    return Panoptic(ids, np.stack(rows, 1).astype(np.int64))
 
 
 class DetectionSet(Dataset):
@@ -438,6 +569,7 @@ class DetectionSet(Dataset):
         masks: "bitmask", "polygon" or "none".
         keypoints: whether targets hold them.
         seed, salt: of the run, and to keep splits apart.
+        panoptic: the categories of semantic and panoptic truth, which targets then hold.
     """
 
     def __init__(
@@ -452,11 +584,12 @@ class DetectionSet(Dataset):
         keypoints: bool = False,
         seed: int = 0,
         salt: int = 0,
+        panoptic: PanopticClasses | None = None,
     ) -> None:
         self.source, self.transforms, self.indices = source, list(transforms), indices
         self.training, self.normalise, self.size_divisibility = training, normalise, size_divisibility
         self.masks, self.keypoints = masks, keypoints
-        self.seed, self.salt = seed, salt
+        self.seed, self.salt, self.panoptic = seed, salt, panoptic
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -502,7 +635,9 @@ class DetectionSet(Dataset):
         if self.masks != "none":
             segments = [_outline(record, n) for n in np.flatnonzero(kept).tolist()]
         points = record.keypoints[kept] if self.keypoints and record.keypoints is not None else None
-        return Scene(record.image, record.boxes[kept], record.labels[kept], segments, points, self.source.flip_order)
+        labels = None if self.panoptic is None else record.panoptic.semantic(self.panoptic)
+        order = self.source.flip_order
+        return Scene(record.image, record.boxes[kept], record.labels[kept], segments, points, order, labels)
 
     def _target(self, scene: Scene, kept: np.ndarray, record: Record) -> dict[str, Any]:
         boxes = torch.from_numpy(scene.boxes).float()
@@ -521,6 +656,8 @@ class DetectionSet(Dataset):
             target["polygons"] = [[ring.reshape(-1) for ring in segment] for segment in scene.segments]
         if scene.keypoints is not None:
             target["keypoints"] = torch.from_numpy(scene.keypoints).float()
+        if scene.semantic is not None:
+            target["semantic"] = torch.from_numpy(np.ascontiguousarray(scene.semantic))
         return target
 
     def _truth(self, record: Record) -> dict[str, Any]:
@@ -536,6 +673,9 @@ class DetectionSet(Dataset):
             target["masks"] = [to_rle(_stored(record, n), height, width) for n in range(len(record.segments))]
         if self.keypoints and record.keypoints is not None:
             target["keypoints"] = torch.from_numpy(record.keypoints)
+        if self.panoptic is not None:
+            target["panoptic"] = record.panoptic.truth(self.panoptic)
+            target["semantic"] = torch.from_numpy(record.panoptic.semantic(self.panoptic))
         for name in ("neg_labels", "not_exhaustive_labels", "frequency"):
             if (known := getattr(record, name)) is not None:
                 target[name] = torch.from_numpy(known)
@@ -607,11 +747,13 @@ class DetectionDataModule(SeededDataModule):
 
     - boxes (N, 4) float32 x0, y0, x1, y1; labels (N,) int64 from 0; area (N,) of the boxes; iscrowd (N,); image_id ();
     - masks (N, h, w) bool (h, w = size) or, with ``masks: polygon``, polygons, N lists of flat float64 arrays;
-    - keypoints (N, P, 3) float32 x, y, visibility.
+    - keypoints (N, P, 3) float32 x, y, visibility;
+    - semantic (h, w) uint8, the label of each pixel, 255 for those that do not count.
 
-    Crowds, pictures without objects and what a crop left nothing of are not trained on. For val, test and predict the
-    target is the stored truth in pixels of the file, crowds included: boxes and area float64, masks as run lengths. It
-    stays on the CPU, where the metric wants it. Of LVIS it also says what is known on the picture (neg_labels,
+    Crowds, pictures without objects (unless pixels have labels) and what a crop left nothing of are not trained on. For
+    val, test and predict the target is the stored truth in pixels of the file, crowds included: boxes and area float64,
+    masks as run lengths, panoptic {ids (H, W) int32, segments (n, 5) int64} (:mod:`zoo.data.panoptic`). It stays on the
+    CPU, where the metric wants it. Of LVIS it also says what is known on the picture (neg_labels,
     not_exhaustive_labels, frequency; see :class:`~zoo.metrics.LvisAP`). Order, randomness, resuming and exact
     evaluation are :class:`~zoo.data.base.SeededDataModule`'s.
 
@@ -639,10 +781,14 @@ class DetectionDataModule(SeededDataModule):
         options: further keywords of the source: for ``shapes`` size (side in pixels), min_visible and
             :class:`~zoo.data.shapes.Knobs`; else annotations, images, outside and coco_classes of
             :func:`~zoo.data.coco.find_coco`.
+        semantic: whether targets hold semantic and panoptic truth, and what a pixel's label is: "separated", 0 for
+            every thing, then the kinds of stuff; "all", the categories in the order of their ids; "none".
 
     Attributes:
         num_classes, class_names, keypoint_names: known as soon as the module is made; without data_dir, a carded set's
             classes are the card's.
+        panoptic: the categories of semantic and panoptic truth (:class:`~zoo.data.panoptic.PanopticClasses`); None
+            without them, or as long as nobody has said where a carded set lies.
 
     Raises:
         ZooError: an unknown set or option, a json that is missing or damaged, pictures that are not there.
@@ -669,14 +815,18 @@ class DetectionDataModule(SeededDataModule):
         seed: int | None = None,
         options: dict[str, Any] | None = None,
         image_size: int | None = None,
+        semantic: Literal["none", "separated", "all"] = "none",
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, 1, seed, in_memory=dataset == "shapes")
         at_least_one(size_divisibility=size_divisibility, train_samples=train_samples, image_size=image_size)
         if masks not in _MASKS:
             raise unknown("form of masks", masks, _MASKS)
+        if semantic not in ("none", *SCHEMES):
+            raise unknown("scheme of semantic labels", semantic, ("none", *SCHEMES))
         if repeat_threshold is not None and not 0 < repeat_threshold <= 1:
             raise ZooError(f"data.repeat_threshold must lie in 0..1, got {repeat_threshold}")
         self.dataset, self.data_dir, self.options = dataset, data_dir, dict(options or {})
+        self.semantic = semantic
         drawn = dataset == "shapes"
         if drawn and image_size is not None:
             self.options.setdefault("size", image_size)
@@ -698,6 +848,7 @@ class DetectionDataModule(SeededDataModule):
         if eval_transforms is None:
             self.eval_transforms = [] if drawn else [ResizeShortestEdge(sizes[-1:], longest)]
         self._layout = None if drawn else self._find()
+        self.panoptic: PanopticClasses | None = None
         self.class_names, self.keypoint_names = self._names()
         self.num_classes = len(self.class_names)
         if keypoints and self._layout is not None and not self.keypoint_names:
@@ -706,13 +857,14 @@ class DetectionDataModule(SeededDataModule):
     def preprocess_facts(self) -> dict[str, Any] | None:
         """Those of a resize of the shorter side (`size`, at most `longest`), or of none (`size` null); of drawn scenes
         `size` is their side, so that photos come in the size that was learnt from. Mean and deviation in units of 1;
-        `divisibility` of the padded sides."""
+        `divisibility` of the padded sides; `panoptic` are the categories of panoptic truth."""
         shared = {
             "kind": "objects",
             "mean": [value / 255 for value in self.mean],
             "std": [value / 255 for value in self.std],
             "channels": self.channels,
             "divisibility": self.size_divisibility,
+            **({} if self.panoptic is None else {"panoptic": self.panoptic.facts()}),
         }
         steps = self.eval_transforms or []
         if not steps:
@@ -722,7 +874,7 @@ class DetectionDataModule(SeededDataModule):
             return {**shared, "size": steps[0].sizes[0], "longest": steps[0].max_size}
         return {**shared, "transform": ", ".join(type(step).__qualname__ for step in steps)}
 
-    def _find(self) -> CocoLayout | None:
+    def _find(self) -> CocoLayout | CityscapesLayout | None:
         """Where the set lies; None where it has a card and nobody has said yet."""
         for name in self.options:
             if name not in _COCO_OPTIONS:
@@ -737,6 +889,10 @@ class DetectionDataModule(SeededDataModule):
         place = self.data_dir or self.dataset
         named = self.dataset if self.data_dir else "instances"
         flags = [bool(self.options.get(name, False)) for name in ("outside", "coco_classes")]
+        if is_cityscapes(root := Path(place).expanduser()):
+            return find_cityscapes(root)
+        if self.semantic != "none":
+            return find_panoptic(place, self.options.get("annotations"), self.options.get("images"), flags[0])
         return find_coco(place, self.options.get("annotations"), self.options.get("images"), named, *flags)
 
     def _names(self) -> tuple[list[str], list[str]]:
@@ -747,7 +903,10 @@ class DetectionDataModule(SeededDataModule):
             card = catalog.data_card("coco" if self.options.get("coco_classes") else self.dataset)
             return card.class_names or [str(k) for k in range(card.num_classes or 0)], []
         first = "train" if self._layout is None or "train" in self._layout.parts else "val"
-        source = self._open(first)[0]
+        source: Any = self._open(first)[0]
+        if self.semantic != "none":
+            ids = tuple(getattr(source, "panoptic_ids", ()))
+            self.panoptic = PanopticClasses(tuple(source.category_names), tuple(source.things), self.semantic, ids)
         return source.class_names, source.keypoint_names
 
     def _open(self, split: str) -> tuple[RecordSource, np.ndarray]:
@@ -759,7 +918,8 @@ class DetectionDataModule(SeededDataModule):
         if part not in _LENGTH:
             raise unknown("split", split, (*_LENGTH, "predict"))
         length = self.train_samples if split == "train" and self.train_samples else _LENGTH[part]
-        return ShapesScenes(part, length, **self.options), np.arange(length)
+        options = {**self.options, "panoptic": self.semantic != "none"}
+        return ShapesScenes(part, length, **options), np.arange(length)
 
     def samples(self, split: str, training: bool | None = None) -> DetectionSet:
         """The transformed split; `training` chooses between the two sorts of targets and transforms, by default as the
@@ -775,7 +935,7 @@ class DetectionDataModule(SeededDataModule):
         transforms = self.train_transforms if training else self.eval_transforms
         return DetectionSet(
             source, transforms or [], indices, training, self.normalise, self.size_divisibility, self.masks,
-            self.keypoints, self.seed, SALT[split],
+            self.keypoints, self.seed, SALT[split], self.panoptic,
         )  # fmt: skip
 
     def class_image_counts(self) -> Tensor | None:

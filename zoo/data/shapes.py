@@ -74,6 +74,7 @@ class Knobs:
         clutter: contrast of the textures of background and objects, 0 to 1.
         rotation: how far objects are turned, as a share of a full turn; 1 is any way round.
         lighting: strength of the slanting light, 0 to 1.
+        regions: parts of the background, each of another kind: the cells of a Voronoi diagram; at most 5.
     """
 
     label: str = "shape"
@@ -84,6 +85,7 @@ class Knobs:
     clutter: float = 0.3
     rotation: float = 0.25
     lighting: float = 0.5
+    regions: int = 1
 
     def __post_init__(self) -> None:
         if self.label not in _LABELS:
@@ -95,6 +97,8 @@ class Knobs:
         for name in ("noise", "occlusion", "clutter", "rotation", "lighting"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ZooError(f"shapes: {name} must lie in 0..1, got {getattr(self, name)}")
+        if not 1 <= self.regions <= len(SCENES):
+            raise ZooError(f"shapes: regions must lie in 1..{len(SCENES)}, got {self.regions}")
 
     @property
     def class_names(self) -> list[str]:
@@ -142,9 +146,9 @@ def hash64(*words: int | np.ndarray) -> np.ndarray:
     return state
 
 
-def _uniforms(seed: int, split: str, indices: np.ndarray, count: int) -> np.ndarray:
-    """(n, count) float64 numbers in [0, 1), row i a function of (seed, split, indices[i])."""
-    key = hash64(seed, SPLITS.index(split), indices)[:, None]
+def _uniforms(seed: int, split: str, indices: np.ndarray, count: int, *stream: int) -> np.ndarray:
+    """(n, count) float64 numbers in [0, 1), row i a function of (seed, split, indices[i]) and of the stream."""
+    key = hash64(seed, SPLITS.index(split), indices, *stream)[:, None]
     counter = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
     return (splitmix64(key + counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -281,11 +285,12 @@ class _Scenes:
     """Parameters of n scenes with room for m objects; float32 arrays, lengths in units of the image side."""
 
     count: np.ndarray  # (n,)
-    scene: np.ndarray  # (n,)
-    scene_colors: np.ndarray  # (n, 2, 3)
-    scene_turn: np.ndarray  # (n,)
-    scene_scale: np.ndarray  # (n,)
-    scene_offset: np.ndarray  # (n, 2)
+    site: np.ndarray  # (n, r, 2) x, y around which a region of the background lies
+    scene: np.ndarray  # (n, r)
+    scene_colors: np.ndarray  # (n, r, 2, 3)
+    scene_turn: np.ndarray  # (n, r)
+    scene_scale: np.ndarray  # (n, r)
+    scene_offset: np.ndarray  # (n, r, 2)
     light: np.ndarray  # (n, 2) brightness gained from one side to the other
     noise: np.ndarray  # (n,) row of the noise table
     shape: np.ndarray  # (n, m) and so on
@@ -305,9 +310,19 @@ def _scenes(seed: int, split: str, indices: np.ndarray, knobs: Knobs) -> _Scenes
     cosine, sine = _sine_table()
 
     count = knobs.min_objects + (s[:, 0] * (knobs.max_objects - knobs.min_objects + 1)).astype(np.int64)
-    base = 0.2 + 0.6 * s[:, 2:5]
-    contrast = np.where(s[:, 5:6] < 0.5, -1, 1) * (0.25 + 0.75 * s[:, 6:7]) * knobs.clutter
-    scene_colors = np.stack([base, base + contrast * (0.3 + 0.4 * s[:, 7:10])], 1).clip(0.03, 0.97)
+    # The background's regions: the first from the scene's own numbers, the others from a stream of theirs.
+    more = _uniforms(seed, split, indices, (len(SCENES) - 1) * _SCENE_SLOTS + 16, 1) if knobs.regions > 1 else None
+    b = s[:, None] if more is None else np.concatenate([s[:, None], more[:, 16:].reshape(n, -1, _SCENE_SLOTS)], 1)
+    b = b[:, : knobs.regions]
+    kind = (b[..., 1] * len(SCENES)).astype(np.int64)
+    site = np.zeros((n, knobs.regions, 2))
+    if more is not None:  # kinds in turn, in an order of their own
+        others = more[:, : len(SCENES) - 1].argsort(1, kind="stable")[:, : knobs.regions - 1]
+        kind[:, 1:] = (kind[:, :1] + 1 + others) % len(SCENES)
+        site = more[:, 4 : 4 + 2 * knobs.regions].reshape(n, -1, 2)
+    base = 0.2 + 0.6 * b[..., 2:5]
+    contrast = np.where(b[..., 5:6] < 0.5, -1, 1) * (0.25 + 0.75 * b[..., 6:7]) * knobs.clutter
+    scene_colors = np.stack([base, base + contrast * (0.3 + 0.4 * b[..., 7:10])], 2).clip(0.03, 0.97)
     light_turn = (s[:, 10] * _TURNS).astype(np.int64)
     strength = s[:, 11] * knobs.lighting
     light = np.stack([cosine[light_turn] * strength, sine[light_turn] * strength], 1)
@@ -331,11 +346,12 @@ def _scenes(seed: int, split: str, indices: np.ndarray, knobs: Knobs) -> _Scenes
 
     return _Scenes(
         count=count,
-        scene=(s[:, 1] * len(SCENES)).astype(np.int64),
+        site=f32(site),
+        scene=kind,
         scene_colors=f32(scene_colors),
-        scene_turn=(s[:, 15] * _TURNS).astype(np.int64),
-        scene_scale=f32(0.5 + 0.8 * s[:, 16]),
-        scene_offset=f32(s[:, 17:19] * _TILE),
+        scene_turn=(b[..., 15] * _TURNS).astype(np.int64),
+        scene_scale=f32(0.5 + 0.8 * b[..., 16]),
+        scene_offset=f32(b[..., 17:19] * _TILE),
         light=f32(light),
         noise=(s[:, 19] * (1 << 16)).astype(np.int64),
         shape=(o[..., 0] * len(SHAPES)).astype(np.int64),
@@ -347,6 +363,17 @@ def _scenes(seed: int, split: str, indices: np.ndarray, knobs: Knobs) -> _Scenes
         turn=((o[..., 11] - 0.5) * (knobs.rotation * _TURNS)).astype(np.int64) % _TURNS,
         depth=f32(depth),
     )
+
+
+def _regions(scenes: _Scenes, size: int) -> Tensor:
+    """(n, size * size) int64, the region of the background that each pixel belongs to: that of the nearest site."""
+    n, count = scenes.scene.shape
+    if count == 1:
+        return torch.zeros(n, size * size, dtype=torch.int64)
+    axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
+    across, down = ((axis - scenes.site[..., k : k + 1]) ** 2 for k in (0, 1))
+    far = torch.from_numpy(down)[..., :, None] + torch.from_numpy(across)[..., None, :]
+    return far.view(n, count, size * size).argmin(1)
 
 
 def _draw(
@@ -368,18 +395,25 @@ def _draw(
     axis = np.arange(size, dtype=np.float32) + np.float32(0.5)
 
     # Background: a tile, turned, scaled and shifted; two colours between which its value moves.
-    step = (scenes.scene_scale * np.float32(_TILE / size))[:, None]
-    c, s = cosine[scenes.scene_turn][:, None] * step, sine[scenes.scene_turn][:, None] * step
-    columns = (t(c * axis + scenes.scene_offset[:, :1]), t(-s * axis + scenes.scene_offset[:, 1:]))
-    rows = (t(s * axis), t(c * axis))
-    cell = [
-        (col[:, None, :] + row[:, :, None]).add_(4.0 * _TILE).to(torch.int32).bitwise_and_(_TILE - 1)
-        for col, row in zip(columns, rows, strict=True)
-    ]
-    cell[1].mul_(_TILE).add_(cell[0]).add_(t((scenes.scene * _TILE * _TILE).astype(np.int32))[:, None, None])
-    value = _scene_table().index_select(0, cell[1].view(-1)).view(n, 1, pixels)
-    start, end = t(scenes.scene_colors[:, 0, :, None]), t(scenes.scene_colors[:, 1, :, None])
-    canvas = torch.mul(value, end - start, out=scratch[: n * 3 * pixels].view(n, 3, pixels)).add_(start)
+    canvas = scratch[: n * 3 * pixels].view(n, 3, pixels)
+    region = _regions(scenes, size)
+    for r in range(scenes.scene.shape[1]):
+        step = (scenes.scene_scale[:, r] * np.float32(_TILE / size))[:, None]
+        turn, offset = scenes.scene_turn[:, r], scenes.scene_offset[:, r]
+        c, s = cosine[turn][:, None] * step, sine[turn][:, None] * step
+        columns = (t(c * axis + offset[:, :1]), t(-s * axis + offset[:, 1:]))
+        rows = (t(s * axis), t(c * axis))
+        cell = [
+            (col[:, None, :] + row[:, :, None]).add_(4.0 * _TILE).to(torch.int32).bitwise_and_(_TILE - 1)
+            for col, row in zip(columns, rows, strict=True)
+        ]
+        cell[1].mul_(_TILE).add_(cell[0]).add_(t((scenes.scene[:, r] * _TILE * _TILE).astype(np.int32))[:, None, None])
+        value = _scene_table().index_select(0, cell[1].view(-1)).view(n, 1, pixels)
+        start, end = t(scenes.scene_colors[:, r, 0, :, None]), t(scenes.scene_colors[:, r, 1, :, None])
+        if r == 0:
+            torch.mul(value, end - start, out=canvas).add_(start)
+        else:
+            torch.where((region == r).view(n, 1, pixels), (value * (end - start)).add_(start), canvas, out=canvas)
     flat = canvas.view(-1)
 
     # Objects, farthest first: one layer of all scenes at a time, in windows as large as the layer's largest object.
@@ -462,7 +496,7 @@ def _caption(scenes: _Scenes, i: int) -> str:
         if k < scenes.count[i]
     ]
     listed = objects[0] if len(objects) == 1 else f"{', '.join(objects[:-1])} and {objects[-1]}"
-    return f"{listed} on {article(SCENES[scenes.scene[i]])} background"
+    return f"{listed} on {article(SCENES[scenes.scene[i, 0]])} background"
 
 
 def requested(
@@ -509,7 +543,8 @@ def render(
         A dict with, for m = `max_objects` slots (object 0 the large one; -1 or zeros in empty slots):
 
         - image (n, 3, size, size) uint8; label (n,) int64; caption, a list of n sentences;
-        - count (n,) of objects, scene (n,) kind of background; shape, color, texture (n, m) int64;
+        - count (n,) of objects, scene (n,) kind of the background (of its first region); shape, color, texture (n, m)
+          int64;
         - boxes (n, m, 4) float32, tight around the visible part; masks (n, m, size, size) bool, the visible part;
         - visible (n, m) float32, the share of an object's pixels in the picture that no other hides;
         - panoptic (n, size, size) int64, category * 256 + instance: categories 0..9 are the shapes (instance 1..m),
@@ -551,7 +586,7 @@ def _render(
     out: dict[str, Any] = {}
     for name in ("shape", "color", "texture"):
         out[name] = torch.from_numpy(getattr(scenes, name)[:, :m]).where(present, -1)
-    out["scene"], out["count"] = torch.from_numpy(scenes.scene), torch.from_numpy(scenes.count)
+    out["scene"], out["count"] = torch.from_numpy(scenes.scene[:, 0]), torch.from_numpy(scenes.count)
     if knobs.label == "scene":
         out["label"] = out["scene"]
     elif knobs.label == "count":
@@ -564,11 +599,12 @@ def _render(
         owner = owner.view(n, size, size)
         masks = owner[:, None] == torch.arange(1, m + 1, dtype=torch.uint8)[:, None, None]
         out |= {"masks": masks, "boxes": _boxes(masks)}
-        category = torch.cat([torch.from_numpy(scenes.scene)[:, None] + len(SHAPES), out["shape"]], 1)
         instance = owner.long()
-        out["panoptic"] = (
-            category.gather(1, instance.view(n, size * size)).view(n, size, size) * PANOPTIC_BASE + instance
-        )
+        if "panoptic" in fields:
+            ground = torch.from_numpy(scenes.scene).gather(1, _regions(scenes, size)) + len(SHAPES)
+            category = out["shape"].gather(1, (instance.view(n, size * size) - 1).clamp(min=0))
+            category = torch.where(instance.view(n, size * size) > 0, category, ground)
+            out["panoptic"] = category.view(n, size, size) * PANOPTIC_BASE + instance
         if "visible" in fields:
             out["visible"] = masks.flatten(2).sum(2) / _whole(scenes, m, image, scratch).clamp(min=1)
         if "keypoints" in fields:

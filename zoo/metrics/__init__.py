@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from zoo.metrics.arc import ARCScore, vote
+from zoo.metrics.boundary import BoundaryIoU
 from zoo.metrics.coco import CocoAP
 from zoo.metrics.knn import KNNAccuracy, knn_scores
 from zoo.metrics.lvis import LvisAP
+from zoo.metrics.panoptic import PanopticQuality
 from zoo.metrics.retrieval import ImageTextRetrieval
+from zoo.metrics.semantic import SemanticIoU
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
 from zoo.metrics.zero_shot import class_features
 
 __all__ = [
     "ARCScore",
+    "BoundaryIoU",
     "CocoAP",
     "FrameMAP",
     "ImageTextRetrieval",
@@ -19,6 +23,8 @@ __all__ = [
     "LvisAP",
     "MultiLabelMAP",
     "MultiViewAccuracy",
+    "PanopticQuality",
+    "SemanticIoU",
     "class_features",
     "knn_scores",
     "vote",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample
+from torch.nn.functional import grid_sample, max_pool2d, pad
 from torchvision.ops import roi_align
 
 from zoo.ops.boxes import at_least_float32
@@ -72,6 +72,22 @@ def paste_masks(
         values = grid_sample(soft[None, None], grid[None].to(soft.dtype), align_corners=False)
         pasted[n, int(y1) : int(y2), int(x1) : int(x2)] = values[0, 0] >= threshold
     return pasted
+
+
+def boundary_width(size: tuple[int, int], share: float = 0.02) -> int:
+    """Pixels that a `share` of the diagonal of a picture of `size` (H, W) is, 1 or more (Boundary IoU, section 4)."""
+    return max(1, round(share * (size[0] ** 2 + size[1] ** 2) ** 0.5))
+
+
+def inner_boundary(masks: Tensor, width: int) -> Tensor:
+    """The pixels of masks (N, H, W) bool that lie within `width` pixels (the larger of both axes' distances) of one
+    that does not belong to them; beyond the picture nothing does."""
+    if not masks.numel():
+        return masks
+    outside = pad(~masks, [width] * 4, value=True)[:, None].float()
+    window = 2 * width + 1
+    near = max_pool2d(max_pool2d(outside, (window, 1), 1), (1, window), 1)[:, 0] > 0
+    return masks & near
 
 
 def run_lengths(counts: Any) -> np.ndarray | None:

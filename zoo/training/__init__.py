@@ -16,6 +16,7 @@ from zoo.training.measures import (
     GivenBoxMasks,
     GradientSpread,
     Instability,
+    ParameterCount,
     UnitDeletion,
     ViewVariance,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "NAdam",
     "NonFiniteGuard",
     "Optim",
+    "ParameterCount",
     "Pictures",
     "PlaneEvaluation",
     "PreciseBN",

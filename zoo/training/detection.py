@@ -77,6 +77,10 @@ class Detection(BaseModule):
     def forward(self, batch: Mapping[str, Any]) -> Any:
         return self.network(batch)
 
+    def further(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Further random numbers that a batch gives the network."""
+        return {}
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
         count = getattr(getattr(self.trainer, "datamodule", None), "class_image_counts", lambda: None)
@@ -86,7 +90,7 @@ class Detection(BaseModule):
                 predictor.count_images(counts)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        losses: dict[str, Tensor] = self.network(batch, batch.get("noise"))
+        losses: dict[str, Tensor] = self.network(batch, batch.get("noise"), **self.further(batch))
         self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(batch["image"]))
         return torch.stack(list(losses.values())).sum()
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from zoo.errors import ZooError
+from zoo.metrics.boundary import overlaps
 from zoo.metrics.spread import view_variance
 from zoo.ops.collective import sum_over
-from zoo.ops.masks import paste_masks
+from zoo.ops.masks import boundary_width, paste_masks
 from zoo.training.ema import evaluation_weights
 from zoo.training.probe import KNNProbe, _loader
 
@@ -174,13 +175,22 @@ class FactorAccuracy(L.Callback):
         self._log(trainer, pl_module, "test")
 
 
+class ParameterCount(L.Callback):
+    """Logs `parameters`, millions of numbers that the optimiser trains."""
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        count = sum(parameter.numel() for parameter in pl_module.trainable().parameters() if parameter.requires_grad)
+        pl_module.log("parameters", count / 1e6)
+
+
 class GivenBoxMasks(L.Callback):
     """Logs how well a detector draws masks in boxes that are given, whatever it finds itself; one without regions says
     by ``draw_given(batch, boxes)`` what it draws, and in which windows.
 
     `val/mask_iou` is the mean overlap with the true mask in the whole picture; `val/mask_above_50` and
     `val/mask_above_75` are the shares of objects whose overlap is larger; `val/mask_iou_large` is of objects with a
-    side of `large` pixels or more.
+    side of `large` pixels or more. `val/boundary_iou` and `val/boundary_iou_large` are the overlaps of the masks'
+    boundaries (:class:`zoo.metrics.BoundaryIoU`).
 
     The boxes are the objects' own, each border moved by up to `jitter` of the box's side, alike for all networks; the
     class is given, too. One process measures on its own share.
@@ -188,15 +198,17 @@ class GivenBoxMasks(L.Callback):
     Args:
         jitter: share of a side.
         large: pixels.
+        boundary: width of the boundaries, as a share of the picture's diagonal.
     """
 
-    def __init__(self, jitter: float = 0.1, large: float = 32.0) -> None:
-        self.jitter, self.large = jitter, large
+    def __init__(self, jitter: float = 0.1, large: float = 32.0, boundary: float = 0.02) -> None:
+        self.jitter, self.large, self.boundary = jitter, large, boundary
         self._overlaps: list[Tensor] = []
+        self._boundaries: list[Tensor] = []
         self._large: list[Tensor] = []
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._overlaps, self._large = [], []
+        self._overlaps, self._boundaries, self._large = [], [], []
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -230,18 +242,19 @@ class GivenBoxMasks(L.Callback):
             boxes = boxes * torch.tensor([wide / width, tall / height] * 2)
             drawn = paste_masks([probs.cpu() for probs in found["mask_probs"]], boxes, (tall, wide))
             truth = torch.from_numpy(coco.decode(target["masks"])).permute(2, 0, 1).bool()
-            both, either = (drawn & truth).sum((1, 2)), (drawn | truth).sum((1, 2))
-            self._overlaps.append(both / either.clamp(min=1))
+            whole, rim = overlaps(drawn, truth, boundary_width((tall, wide), self.boundary))
+            self._overlaps.append(whole)
+            self._boundaries.append(rim)
             sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
             self._large.append(sides.amax(dim=1).cpu() >= self.large)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or not self._overlaps:
             return
-        overlaps, large = torch.cat(self._overlaps), torch.cat(self._large)
-        found = {"mask_iou": overlaps, "mask_above_50": (overlaps > 0.5).float()}
-        found |= {"mask_above_75": (overlaps > 0.75).float()}
-        found |= {"mask_iou_large": overlaps[large]} if large.any() else {}
+        whole, rims, large = (torch.cat(parts) for parts in (self._overlaps, self._boundaries, self._large))
+        found = {"mask_iou": whole, "mask_above_50": (whole > 0.5).float(), "boundary_iou": rims}
+        found |= {"mask_above_75": (whole > 0.75).float()}
+        found |= {"mask_iou_large": whole[large], "boundary_iou_large": rims[large]} if large.any() else {}
         numbers = {f"val/{name}": value.mean().item() for name, value in found.items()}
         pl_module.log_dict(numbers, sync_dist=trainer.world_size > 1)
 

@@ -24,6 +24,7 @@ Rule = Callable[[str], str | None]
 
 LEAF = r"(?:(norm)\.)?(weight|bias|running_mean|running_var|num_batches_tracked)"
 _STEM = re.compile(rf"stem\.conv1\.{LEAF}")
+_OFFSET = re.compile(r"res([2-5])\.(\d+)\.(conv2_offset\.(?:weight|bias))")
 _BLOCK = re.compile(rf"res([2-5])\.(\d+)\.(?:conv([123])|shortcut)\.{LEAF}")
 _PYRAMID = re.compile(rf"backbone\.fpn_(lateral|output)(\d)\.{LEAF}")
 _TOP = re.compile(r"backbone\.top_block\.(p[67]\.(?:weight|bias))")
@@ -38,6 +39,7 @@ _BOX = re.compile(
 _SAME = re.compile(
     r"roi_heads\.(?:mask_head\.(?:deconv|predictor)|keypoint_head\.(?:conv_fcn\d+|score_lowres))\.(?:weight|bias)"
 )
+_SEMANTIC = re.compile(rf"sem_seg_head\.(?:(p\d)\.(\d)\.{LEAF}|(predictor\.(?:weight|bias)))")
 _NOT_WEIGHTS = re.compile(r"pixel_(?:mean|std)|(?:proposal_generator\.)?anchor_generator\.cell_anchors\.\d")
 
 _BGR_MEAN = (103.53, 116.28, 123.675)
@@ -87,6 +89,8 @@ def trunk_name(key: str) -> str | None:
         stage, block, conv, norm, leaf = match.groups()
         part = f"{'bn' if norm else 'conv'}{conv}" if conv else f"downsample.{int(bool(norm))}"
         return f"layer{int(stage) - 1}.{block}.{part}.{leaf}"
+    if match := _OFFSET.fullmatch(key):
+        return f"layer{int(match[1]) - 1}.{match[2]}.{match[3]}"
     return None
 
 
@@ -122,6 +126,16 @@ def roi_name(key: str) -> str | None:
     if match := _BOX.fullmatch(key):
         return f"roi_heads.{match[1]}s.{match[2] or 0}.{match[3]}"
     return key if _SAME.fullmatch(key) else None
+
+
+def semantic_name(key: str) -> str | None:
+    """The semantic branch on a pyramid; upsampling layers count there, so that stages are 0, 2, 4."""
+    if match := _SEMANTIC.fullmatch(key):
+        level, stage, norm, leaf, predictor = match.groups()
+        if predictor:
+            return f"semantic_head.{predictor}"
+        return None if int(stage) % 2 else f"semantic_head.branches.{level}.{int(stage) // 2}.{int(bool(norm))}.{leaf}"
+    return None
 
 
 def _check_constants(given: Mapping[str, Tensor]) -> None:

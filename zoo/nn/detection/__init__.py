@@ -23,6 +23,7 @@ from zoo.nn.detection.roi_heads import (
     RoIPooler,
 )
 from zoo.nn.detection.rpn import RPN, AnchorGenerator, RPNConfig
+from zoo.nn.detection.semantic import SemanticHead, SemanticHeadConfig
 
 __all__ = [
     "FPN",
@@ -48,6 +49,8 @@ __all__ = [
     "RoIConfig",
     "RoIHeads",
     "RoIPooler",
+    "SemanticHead",
+    "SemanticHeadConfig",
     "Subsample",
     "configured",
 ]

@@ -15,7 +15,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate, max_pool2d, relu_
 from torchvision.models import resnet
-from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
+from torchvision.ops import Conv2dNormActivation, DeformConv2d, FrozenBatchNorm2d
 
 from zoo.errors import ZooError, unknown
 
@@ -90,16 +90,33 @@ class BasicBlock(resnet.BasicBlock):
 
 
 class Bottleneck(resnet.Bottleneck):
-    """torchvision's bottleneck; its stride is in the 3x3 convolution, or in the first 1x1 with `stride_in_1x1`."""
+    """torchvision's bottleneck; its stride is in the 3x3 convolution, or in the first 1x1 with `stride_in_1x1`.
 
-    def __init__(self, *args: Any, stride_in_1x1: bool = False, **kwargs: Any) -> None:
+    With `deform` the 3x3 convolution is deformable (Dai et al., ICCV 2017): its samples move by offsets that another
+    convolution, of zeros at first, makes of its input.
+    """
+
+    def __init__(self, *args: Any, stride_in_1x1: bool = False, deform: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        first: Any = self.conv1
+        middle: Any = self.get_submodule("conv2")
         if stride_in_1x1:
-            self.conv1.stride, self.conv2.stride = self.conv2.stride, self.conv1.stride
+            first.stride, middle.stride = middle.stride, first.stride
+        if deform:
+            place = {"stride": middle.stride, "padding": middle.padding, "dilation": middle.dilation}
+            self.conv2_offset = nn.Conv2d(middle.in_channels, 18, 3, **place)
+            own: Any = DeformConv2d(
+                middle.in_channels, middle.out_channels, 3, groups=middle.groups, bias=False, **place
+            )
+            self.conv2 = own  # in its place
 
     def forward(self, x: Tensor) -> Tensor:
         out = relu_(conv_norm(self.conv1, self.bn1, x))
-        out = relu_(conv_norm(self.conv2, self.bn2, out))
+        middle: Any = self.get_submodule("conv2")
+        if isinstance(middle, DeformConv2d):
+            out = relu_(self.bn2(middle(out, self.conv2_offset(out))))
+        else:
+            out = relu_(conv_norm(middle, self.bn2, out))
         out = conv_norm(self.conv3, self.bn3, out)
         return relu_(out.add_(_shortcut(self.downsample, x)))
 
@@ -117,6 +134,7 @@ class ResNetConfig:
         stride_in_1x1: as in MSRA's (Caffe's) networks; else version 1.5.
         dilation: of c5, which has stride 1 if it is 2 (DC5).
         freeze: how many stages do not train, the stem being the first.
+        deform: of the stages c2 to c5, whether their 3x3 convolutions are deformable; of bottlenecks only.
     """
 
     depth: int = 50
@@ -128,6 +146,7 @@ class ResNetConfig:
     stride_in_1x1: bool = True
     dilation: int = 1
     freeze: int = 2
+    deform: tuple[bool, bool, bool, bool] = (False, False, False, False)
 
     def __post_init__(self) -> None:
         if self.depth not in DEPTHS:
@@ -136,6 +155,8 @@ class ResNetConfig:
             raise unknown("norm", str(self.norm), get_args(Norm))
         if self.dilation not in (1, 2) or not 0 <= self.freeze <= 5:
             raise ZooError(f"resnet wants dilation 1 or 2 and freeze 0 to 5, not {self.dilation} and {self.freeze}")
+        if len(self.deform) != 4 or (any(self.deform) and self.depth < 50):
+            raise ZooError("resnet.deform is of four stages, and of the bottlenecks of depth 50 and more")
 
 
 def resnet_stage(config: ResNetConfig, stage: int, blocks: int | None = None) -> nn.Sequential:
@@ -167,13 +188,17 @@ def resnet_stage(config: ResNetConfig, stage: int, blocks: int | None = None) ->
                     dilation=dilation,
                     norm_layer=norm,
                     stride_in_1x1=config.stride_in_1x1,
+                    deform=config.deform[stage - 2],
                 )
             )
         inputs, stride = outputs, 1
     sequence = nn.Sequential(*layers)
     for module in sequence.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | DeformConv2d):
             he_normal(module)
+    for block in sequence:
+        if isinstance(offset := getattr(block, "conv2_offset", None), nn.Conv2d):
+            nn.init.zeros_(offset.weight)
     return sequence.requires_grad_(not frozen)
 
 

@@ -57,7 +57,7 @@ class RCNN(nn.Module):
         super().__init__()
         self.backbone, self.rpn, self.roi_heads = backbone, rpn, roi_heads
 
-    def forward(self, batch: Mapping[str, Any], noise: Tensor | None = None) -> Any:
+    def forward(self, batch: Mapping[str, Any], noise: Tensor | None = None, **further: Any) -> Any:
         """Losses by name in training mode, else a list of detections (see :meth:`detect` and :meth:`postprocess`).
 
         Args:
@@ -67,6 +67,7 @@ class RCNN(nn.Module):
                 `original_size` (B, 2), whose pixels the detections are in (default: `size`).
             noise: uniform numbers, as many as the largest set that samples are drawn from; the n first, sorted, are
                 every permutation of n. From torch's global generator where it is not given.
+            further: random numbers for heads that draw more.
 
         Raises:
             ZooError: training without targets, or proposals that are not finite.
@@ -80,7 +81,7 @@ class RCNN(nn.Module):
             raise ZooError("a detector trains on batches with `target`, a list of dicts of boxes and labels")
         features, sizes, permute = self.backbone(batch["image"]), _pairs(batch["size"]), permutation(noise)
         proposals, losses = self.rpn(features, sizes, batch["target"], permute)
-        return losses | self.roi_heads.losses(features, proposals, sizes, batch["target"], permute)
+        return losses | self.roi_heads.losses(features, proposals, sizes, batch["target"], permute, **further)
 
     def propose(self, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[Proposals]]:
         """The backbone's maps and each image's proposals."""

@@ -352,15 +352,7 @@ class MaskHead(nn.Sequential):
         logits = self(x)
         if not len(regions.labels):
             return logits.sum() * 0  # the parameters stay in the graph of every process
-        wanted = []
-        for image, target in enumerate(targets):
-            mine, size = regions.image == image, logits.shape[-1]
-            index, boxes = regions.matched[mine], regions.boxes[mine]
-            if "polygons" in target:
-                wanted.append(crop_polygons([target["polygons"][n] for n in index.tolist()], boxes, size))
-            else:
-                wanted.append(crop_masks(target["masks"], index, boxes, size))
-        inside = torch.cat(wanted)
+        inside = mask_targets(regions, targets, logits.shape[-1])
         if self.softmax:
             return cross_entropy(
                 at_least_float32(logits), torch.where(inside, regions.labels[:, None, None], logits.shape[1] - 1)
@@ -428,6 +420,19 @@ class Regions(NamedTuple):
         return Regions(*(field[places] for field in self))
 
 
+def mask_targets(regions: Regions, targets: Sequence[Mapping[str, Any]], size: int) -> Tensor:
+    """What `regions` (all objects) see of their objects' masks, bool (R, size, size)."""
+    wanted = []
+    for image, target in enumerate(targets):
+        mine = regions.image == image
+        index, boxes = regions.matched[mine], regions.boxes[mine]
+        if "polygons" in target:
+            wanted.append(crop_polygons([target["polygons"][n] for n in index.tolist()], boxes, size))
+        else:
+            wanted.append(crop_masks(target["masks"], index, boxes, size))
+    return torch.cat(wanted)
+
+
 class ScaleGradient(torch.autograd.Function):
     """The identity, with a gradient `scale` times as large."""
 
@@ -468,7 +473,9 @@ class RoIHeads(nn.Module):
         self.levels = tuple(roi.levels or below.channels)
         channels, strides = below.channels[self.levels[0]], [below.strides[name] for name in self.levels]
         self._build_box(channels, strides)
-        self.mask_head = self.keypoint_head = None
+        self.mask_pooler: Any = None
+        self.mask_head: Any = None
+        self.keypoint_head = None
         if mask is not None:
             self.mask_pooler, self.mask_head = RoIPooler(strides, mask.pool), self._mask_head(channels, mask)
         if keypoint is not None:
@@ -477,6 +484,11 @@ class RoIHeads(nn.Module):
 
     def _mask_head(self, channels: int, mask: MaskHeadConfig) -> MaskHead:
         return MaskHead(channels, self.num_classes, mask)
+
+    def replace_mask_head(self, head: nn.Module) -> None:
+        """Puts in a mask head that pools for itself: `losses(maps, regions, targets, **further)` by name, and
+        `probabilities(maps, rois, labels)` (R, M, M), of the maps by level."""
+        self.mask_pooler, self.mask_head = None, head
 
     def _build_box(self, channels: int, strides: Sequence[int]) -> None:
         box = self.box
@@ -535,6 +547,7 @@ class RoIHeads(nn.Module):
         sizes: Sizes,
         targets: Sequence[Mapping[str, Any]],
         permute: Permute,
+        **further: Any,
     ) -> dict[str, Tensor]:
         """The losses of all heads, by detectron2's names.
 
@@ -544,6 +557,7 @@ class RoIHeads(nn.Module):
             sizes: (height, width) of each image inside the padding.
             targets: dicts with `boxes`, `labels`, and for such heads `masks` (or `polygons`) and `keypoints`.
             permute: draws the samples; for each image in turn, the objects' permutation, then the backgrounds'.
+            further: random numbers for a mask head that pools for itself and draws some.
         """
         boxes = [found.boxes for found in proposals]
         if self.config.append_truth:
@@ -554,7 +568,9 @@ class RoIHeads(nn.Module):
         losses, regions, shared = self._box_losses(maps, regions, sizes, targets, draws)
         objects = regions.objects(self.num_classes)
         regions = regions.at(objects)
-        if self.mask_head is not None:
+        if self.mask_head is not None and self.mask_pooler is None:
+            losses |= self.mask_head.losses(dict(zip(self.levels, maps, strict=True)), regions, targets, **further)
+        elif self.mask_head is not None:
             x = self.mask_pooler(maps, regions.rois) if shared is None else shared[objects]
             losses["loss_mask"] = self.mask_head.loss(x, regions, targets)
         if self.keypoint_head is not None:
@@ -672,9 +688,12 @@ class RoIHeads(nn.Module):
         counts = [len(found["boxes"]) for found in detections]
         rois = rois_of([found["boxes"] for found in detections])
         if self.mask_head is not None:
-            logits = self.mask_head(self._mask_features(maps, rois))
             labels = torch.cat([found["labels"] for found in detections])
-            probabilities = at_least_float32(self.mask_head.of_class(logits, labels)).sigmoid()
+            if self.mask_pooler is None:
+                probabilities = self.mask_head.probabilities(dict(zip(self.levels, maps, strict=True)), rois, labels)
+            else:
+                logits = self.mask_head(self._mask_features(maps, rois))
+                probabilities = at_least_float32(self.mask_head.of_class(logits, labels)).sigmoid()
             for found, part in zip(detections, probabilities.split(counts), strict=True):
                 found["mask_probs"] = part
         if self.keypoint_head is not None:

@@ -42,6 +42,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "RESNETS.WIDTH_PER_GROUP": ("resnet.width_per_group", _SAME),
     "RESNETS.STRIDE_IN_1X1": ("resnet.stride_in_1x1", _SAME),
     "RESNETS.RES5_DILATION": ("resnet.dilation", _SAME),
+    "RESNETS.DEFORM_ON_PER_STAGE": ("resnet.deform", tuple),
     "BACKBONE.FREEZE_AT": ("resnet.freeze", _SAME),
     "FPN.IN_FEATURES": ("fpn.inputs", _levels),
     "FPN.OUT_CHANNELS": ("fpn.channels", _SAME),
@@ -114,7 +115,8 @@ ELSEWHERE: dict[str, Sequence[Any]] = {
     "ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
     "RPN.HEAD_NAME": ("StandardRPNHead",),
     "ROI_BOX_HEAD.USE_FED_LOSS": (False,),
-    "RESNETS.DEFORM_ON_PER_STAGE": ([False] * 4,),
+    "RESNETS.DEFORM_MODULATED": (False,),
+    "RESNETS.DEFORM_NUM_GROUPS": (1,),
 }
 # How base configs are called, and how they differ from the published network that they are.
 _BASE = re.compile(r"((?:cascade_)?(?:mask|faster|keypoint)_rcnn)_([RX])_(\d+)_(?:(32x8d)_)?(FPN|C4|DC5)")

@@ -1,0 +1,150 @@
+"""Speed of Panoptic FPN: our training step beside detectron2's, and inference, from normalised images to panoptic maps.
+
+The settings are those of mask_rcnn.py: ResNet-50-FPN, 256 anchors and 512 regions an image, polygons as masks, all from
+the same weights. Every pixel has one of 54 labels, in blocks. torchvision's detectors have no semantic branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import zoo
+from benchmarks.speed import harness
+from benchmarks.speed.harness import Loader, Setting, Trainer, Work
+from benchmarks.speed.shared import detection
+from zoo.detection.panoptic_fpn import convert_official
+
+RECIPE, LR = "panoptic_fpn/train_coco", 1e-3
+PACKAGES = ("fvcore", "pycocotools")
+_ABOUT = "facebookresearch/detectron2 (its compiled module not built)"
+CONFIG = "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Images and samples; all else is the recipe's."""
+
+    height: int
+    width: int
+    samples: int = 512
+    anchors: int = 256
+
+    @property
+    def options(self) -> dict[str, Any]:
+        samples = {"model.roi.samples": self.samples, "model.rpn.samples": self.anchors}
+        return {**samples, "model.init_from": None, "model.optim.lr": LR}
+
+
+MODELS = {
+    "panoptic_fpn_r50": Size(320, 480),
+    "tiny": Size(64, 96, samples=32, anchors=32),  # for the harness's own test
+}
+DEFAULT_MODEL = "panoptic_fpn_r50"
+
+
+def _start(size: Size) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return detection.calmed(harness.recipe_task(RECIPE, size.options).network).state_dict()
+
+
+def _labels(size: Size, setting: Setting) -> list[Tensor]:
+    """(H, W) labels of blocks of 16 pixels."""
+    draw = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 54, (setting.batch, -(-size.height // 16), -(-size.width // 16)), generator=draw)
+    whole = coarse.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, : size.height, : size.width]
+    return list(whole.to(setting.device))
+
+
+def _targets(size: Size, setting: Setting) -> list[dict[str, Any]]:
+    made = detection.objects(size.height, size.width, setting.batch, setting.device)
+    return [{**one, "semantic": labels} for one, labels in zip(made, _labels(size, setting), strict=True)]
+
+
+def _ours(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
+    sizes = torch.tensor([[size.height, size.width]] * setting.batch)
+    batch = {"size": sizes, "target": _targets(size, setting)}
+    return harness.from_recipe(RECIPE, size.options, lambda x: {"image": x, **batch}, setting, start)
+
+
+def _official_network(checkout: Path, size: Size, device: str, start: Mapping[str, Tensor], threshold: float) -> Any:
+    """detectron2's network, and its settings."""
+    config = detection.detectron2_config(checkout, CONFIG, device)
+    config.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, config.MODEL.RPN.BATCH_SIZE_PER_IMAGE = size.samples, size.anchors
+    config.MODEL.ROI_HEADS.SCORE_THRESH_TEST = min(threshold, 0.05)
+    config.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = threshold
+    config.SOLVER.BASE_LR = LR
+    network = detection.detectron2(checkout, "detectron2.modeling").build_model(config)
+    theirs = {next(iter(convert_official({key: value}))): key for key, value in network.state_dict().items()}
+    network.load_state_dict({theirs[key]: value for key, value in start.items()})
+    return network, config
+
+
+def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
+    checkout = setting.official
+    assert checkout is not None
+    network, config = _official_network(checkout, size, setting.device, start, 0.5)
+    optimizer = detection.detectron2(checkout, "detectron2.solver").build_optimizer(config, network)
+    labels, given = _labels(size, setting), network.train().forward
+    network.forward = lambda inputs: given([{**x, "sem_seg": y} for x, y in zip(inputs, labels, strict=True)])
+    loss = detection.detectron2_loss(checkout, network, _targets(size, setting), True)
+    return Trainer("official", harness.revision(checkout), loss, optimizer, f"{_ABOUT}, its optimizer, polygons")
+
+
+def trainers(setting: Setting) -> list[Trainer]:
+    """Everyone who is here, ours first. detectron2 is left out where its checkout is not given."""
+    size, contenders = MODELS[setting.model], [_ours, official][: 1 + (setting.official is not None)]
+    return [build(size, setting, _start(size)) for build in contenders]
+
+
+def images(setting: Setting) -> Tensor:
+    """Noise (B,3,H,W)."""
+    return harness.noise(setting, setting.batch, 3, MODELS[setting.model].height, MODELS[setting.model].width)
+
+
+def work(setting: Setting) -> Work:
+    """Measured FLOPs of the convolutions and linear layers, with a quarter of the regions under the mask head."""
+    size = MODELS[setting.model]
+    network = harness.recipe_task(RECIPE, size.options, "meta").network
+    with torch.device("meta"):
+        batch = torch.empty(setting.batch, 3, size.height, size.width)
+
+        def loss() -> Tensor:
+            maps, heads = network.backbone(batch), network.roi_heads
+            logits, deltas = network.rpn.head(list(maps.values()))
+            count = setting.batch * size.samples
+            found = heads.box_predictors[0](heads.box_heads[0](torch.empty(count, 256, 7, 7, requires_grad=True)))
+            masks = heads.mask_head(torch.empty(count // 4, 256, 14, 14, requires_grad=True))
+            return sum(x.sum() for x in (*logits, *deltas, *found, masks, network.semantic_head(maps)))  # type: ignore[return-value]
+
+        flops = harness.count_flops(loss)
+    detail = {"image": [size.height, size.width], "regions": size.samples, "anchors": size.anchors, "labels": 54}
+    return Work(setting.batch, flops=flops, detail=detail)
+
+
+def samplers(setting: Setting) -> tuple[list[Loader], Work]:
+    """Inference, with 100 detections an image: of random weights none is sure, so the thresholds of scores are 0."""
+    size, batch = MODELS[setting.model], setting.batch
+    options = {**size.options, "model.roi.score_threshold": 0.0, "model.combine.score": 0.0}
+    network = harness.recipe_task(RECIPE, options, setting.device).network.eval()
+    network.load_state_dict(start := _start(size))
+    pictures, sizes = images(setting), torch.tensor([[size.height, size.width]] * batch)
+
+    def forever(maps: Callable[[], list[Tensor]]) -> Iterator[Tensor]:
+        while True:
+            with torch.no_grad():
+                yield torch.stack(maps())
+
+    ours = forever(lambda: [found["panoptic"] for found in network({"image": pictures, "size": sizes})])
+    found = [Loader("zoo", zoo.__version__, ours, "the network of the recipe in evaluation")]
+    if setting.official is not None:
+        theirs = _official_network(setting.official, size, setting.device, start, 0.0)[0].eval()
+        inputs = [{"image": x, "height": size.height, "width": size.width} for x in pictures]
+        maps = forever(lambda: [one["panoptic_seg"][0] for one in theirs(inputs)])
+        found.append(Loader("official", harness.revision(setting.official), maps, _ABOUT))
+    return found, Work(batch, detail={"title": f"panoptic maps of {size.height} x {size.width} pixels"})

@@ -1,0 +1,173 @@
+"""Speed of PointRend: our training step and inference beside detectron2's project, at equal settings.
+
+Everyone trains ResNet-50-FPN with the stem and the second stage frozen and frozen BatchNorm, on the same images with
+the same objects as bit masks, 256 anchors and 512 regions an image, 196 points a region, from the same weights. A step
+is whole: backbone, proposals, all heads and losses, backward, SGD. Inference goes to masks of 224x224 pasted into the
+image, 100 an image. No package on pip has the network. detectron2 is a checkout (`--official`) with projects/PointRend,
+of whose imports OpenCV, which draws colours in training, is not used here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.environment import package_version
+from benchmarks.speed import harness
+from benchmarks.speed.harness import Loader, Setting, Trainer, Work
+from benchmarks.speed.shared import detection
+from zoo.detection.pointrend import convert_official
+
+RECIPE, LR = "pointrend/train_coco", 1e-3
+PACKAGES = ("fvcore", "pycocotools")
+_ABOUT = "facebookresearch/detectron2, projects/PointRend (its compiled module not built)"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Images and samples; `depth` and `samples` are the recipe's, but in the harness's own test."""
+
+    height: int
+    width: int
+    depth: int = 50
+    samples: int = 512
+    anchors: int = 256
+
+    @property
+    def channels(self) -> int:
+        return 256 if self.depth >= 50 else 64
+
+    @property
+    def options(self) -> dict[str, Any]:
+        own: dict[str, Any] = {"model.resnet.depth": self.depth, "model.resnet.channels": self.channels}
+        own |= {"model.resnet.stride_in_1x1": self.depth >= 50}
+        own |= {"model.roi.samples": self.samples, "model.rpn.samples": self.anchors, "model.init_from": None}
+        return {**own, "model.optim.lr": LR}
+
+
+MODELS = {
+    "pointrend_rcnn_r50_fpn": Size(320, 480),
+    "pointrend_rcnn_r50_fpn_800": Size(800, 1216),
+    "tiny": Size(64, 96, depth=18, samples=32, anchors=32),  # for the harness's own test
+}
+DEFAULT_MODEL = "pointrend_rcnn_r50_fpn"
+
+
+def _start(size: Size) -> dict[str, Tensor]:
+    """The weights that all start from: what they propose decides how many regions their mask heads get."""
+    torch.manual_seed(0)
+    return detection.calmed(harness.recipe_task(RECIPE, size.options).network).state_dict()
+
+
+def _ours(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
+    targets = detection.objects(size.height, size.width, setting.batch, setting.device)
+    known = [{name: value for name, value in target.items() if name != "polygons"} for target in targets]
+    batch = {"size": torch.tensor([[size.height, size.width]] * setting.batch), "target": known}
+    return harness.from_recipe(RECIPE, size.options, lambda x: {"image": x, **batch}, setting, start)
+
+
+def _official_network(size: Size, setting: Setting, start: dict[str, Tensor], threshold: float) -> tuple[Any, Any]:
+    """detectron2's network, and its settings."""
+    checkout = setting.official
+    assert checkout is not None
+    config = detection.detectron2(checkout, "detectron2.config").get_cfg()
+    sys.modules.setdefault("cv2", ModuleType("cv2"))
+    detection.detectron2(checkout, "detectron2.projects.point_rend").add_pointrend_config(config)
+    place = checkout / "projects" / "PointRend" / "configs" / "InstanceSegmentation"
+    config.merge_from_file(str(place / "pointrend_rcnn_R_50_FPN_1x_coco.yaml"))
+    config.MODEL.DEVICE, config.MODEL.PIXEL_MEAN, config.SOLVER.BASE_LR = setting.device, [0.0, 0.0, 0.0], LR
+    config.MODEL.RESNETS.DEPTH, config.MODEL.RESNETS.RES2_OUT_CHANNELS = size.depth, size.channels
+    config.MODEL.RESNETS.STRIDE_IN_1X1 = size.depth >= 50
+    config.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, config.MODEL.RPN.BATCH_SIZE_PER_IMAGE = size.samples, size.anchors
+    config.MODEL.ROI_HEADS.SCORE_THRESH_TEST = threshold
+    network = detection.detectron2(checkout, "detectron2.modeling").build_model(config)
+    theirs = {next(iter(convert_official({key: value}))): key for key, value in network.state_dict().items()}
+    network.load_state_dict({theirs[key]: value for key, value in start.items()})
+    return network, config
+
+
+def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
+    checkout = setting.official
+    assert checkout is not None
+    network, config = _official_network(size, setting, start, 0.05)
+    network.train()
+    optimizer = detection.detectron2(checkout, "detectron2.solver").build_optimizer(config, network)
+    structures = detection.detectron2(checkout, "detectron2.structures")
+    given = detection.objects(size.height, size.width, setting.batch, setting.device)
+    forward, masks = network.forward, [structures.BitMasks(target["masks"]) for target in given]
+
+    def with_bits(inputs: list[dict[str, Any]]) -> Any:
+        for one, bits in zip(inputs, masks, strict=True):
+            one["instances"].gt_masks = bits
+        return forward(inputs)
+
+    network.forward = with_bits
+    loss = detection.detectron2_loss(checkout, network, given, masks=False)
+    return Trainer("official", harness.revision(checkout), loss, optimizer, f"{_ABOUT} with detectron2's optimizer")
+
+
+def trainers(setting: Setting) -> list[Trainer]:
+    """Everyone who is here, ours first. detectron2 is left out where its checkout is not given."""
+    size = MODELS[setting.model]
+    contenders = [_ours, *([official] if setting.official is not None else [])]
+    return [build(size, setting, _start(size)) for build in contenders]
+
+
+def images(setting: Setting) -> Tensor:
+    """Noise (B,3,H,W)."""
+    size = MODELS[setting.model]
+    return harness.noise(setting, setting.batch, 3, size.height, size.width)
+
+
+def work(setting: Setting) -> Work:
+    """Measured FLOPs of the convolutions and linear layers, with a quarter of the regions under the mask head."""
+    size = MODELS[setting.model]
+    network = harness.recipe_task(RECIPE, size.options, "meta").network
+    with torch.device("meta"):
+        batch = torch.empty(setting.batch, 3, size.height, size.width)
+
+        def loss() -> Tensor:
+            maps, heads = network.backbone(batch), network.roi_heads
+            logits, deltas = network.rpn.head(list(maps.values()))
+            regions = torch.empty(setting.batch * size.samples, 256, 7, 7, requires_grad=True)
+            found = heads.box_predictors[0](heads.box_heads[0](regions))
+            masks, count = heads.mask_head, len(regions) // 4
+            coarse = masks.coarse_head(torch.empty(count, 256, 14, 14, requires_grad=True))
+            points = (torch.empty(1, n, count * 196, requires_grad=True) for n in (256, 80))
+            return torch.stack([x.sum() for x in (*logits, *deltas, *found, coarse, masks.point_head(*points))]).sum()
+
+        flops = harness.count_flops(loss)
+    detail = {"image": [size.height, size.width], "regions": size.samples, "anchors": size.anchors, "points": 196}
+    return Work(setting.batch, flops=flops, detail={**detail, "objects": detection.OBJECTS})
+
+
+def samplers(setting: Setting) -> tuple[list[Loader], Work]:
+    """Inference from normalised images to 100 pasted masks an image: with random weights none would be sure enough, so
+    the threshold of scores is 0."""
+    size, batch = MODELS[setting.model], setting.batch
+    options = {**size.options, "model.roi.score_threshold": 0.0}
+    network = harness.recipe_task(RECIPE, options, setting.device).network.eval()
+    start = {key: value.to(setting.device) for key, value in _start(size).items()}
+    network.load_state_dict(start)
+    pictures, sizes = images(setting), torch.tensor([[size.height, size.width]] * batch)
+
+    def forever(masks: Callable[[], list[Tensor]]) -> Iterator[Tensor]:
+        while True:
+            with torch.no_grad():
+                yield torch.cat(masks())
+
+    ours = forever(lambda: [found["masks"] for found in network({"image": pictures, "size": sizes})])
+    found = [Loader("zoo", package_version("zoo") or "", ours, "the network of the recipe in evaluation")]
+    if setting.official is not None:
+        theirs = _official_network(size, setting, start, 0.0)[0].eval()
+        inputs = [{"image": x, "height": size.height, "width": size.width} for x in pictures]
+        masks = forever(lambda: [one["instances"].pred_masks for one in theirs(inputs)])
+        found.append(Loader("official", harness.revision(setting.official), masks, _ABOUT))
+    what = f"inference of {size.height} x {size.width} pixels to 100 masks, rendered at 224 x 224"
+    return found, Work(batch, detail={"title": what})
