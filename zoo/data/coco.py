@@ -66,6 +66,7 @@ class Record:
         keypoints: (n, P, 3) float64 x, y, visibility (0 not labelled, 1 hidden, 2 visible), or None.
         image_id: the set's number of the picture.
         path: its file, "" where it was drawn.
+        difficult: (n,) bool, what VOC's metric leaves aside; None where the set does not say.
     """
 
     image: Tensor
@@ -77,6 +78,7 @@ class Record:
     keypoints: np.ndarray | None
     image_id: int
     path: str = ""
+    difficult: np.ndarray | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------- run lengths

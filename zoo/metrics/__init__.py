@@ -7,6 +7,7 @@ from zoo.metrics.coco import CocoAP
 from zoo.metrics.knn import KNNAccuracy, knn_scores
 from zoo.metrics.retrieval import ImageTextRetrieval
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
+from zoo.metrics.voc import VocAP
 from zoo.metrics.zero_shot import class_features
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "KNNAccuracy",
     "MultiLabelMAP",
     "MultiViewAccuracy",
+    "VocAP",
     "class_features",
     "knn_scores",
     "vote",

@@ -1,4 +1,4 @@
-"""The task over a detector: its losses, and COCO's average precision."""
+"""The task over a detector: its losses, and the average precisions of COCO and of PASCAL VOC."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from zoo.metrics.coco import CocoAP
+from zoo.metrics.voc import Rule, VocAP
 from zoo.training.base import BaseModule
 from zoo.training.optim import Optim
 
@@ -31,6 +32,7 @@ class Detection(BaseModule):
         oks_sigmas: of the keypoints, as in COCO's OKS; null for COCO's 17.
         clip_each: bound of the norm of each parameter's own gradient; null for none.
         init_from: where :meth:`setup` takes pre-trained weights from by :meth:`load_initial`; null: from scratch.
+        voc: the rule of PASCAL VOC's average precision of boxes, `{val,test}/voc/AP50` and others; null: without it.
     """
 
     monitor = ("val/box/AP", "max")
@@ -45,11 +47,13 @@ class Detection(BaseModule):
         oks_sigmas: Sequence[float] | None = None,
         clip_each: float | None = None,
         init_from: str | None = None,
+        voc: Rule | None = None,
     ) -> None:
         super().__init__(optim)
         self.network = network
         self.clip_each, self.init_from = clip_each, init_from
         self.val_metric, self.test_metric = (CocoAP(iou_types=iou_types, sigmas=oks_sigmas) for _ in range(2))
+        self.val_voc, self.test_voc = (None if voc is None else VocAP(voc) for _ in range(2))
 
     def trainable(self) -> nn.Module:
         return self.network
@@ -62,6 +66,10 @@ class Detection(BaseModule):
         self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(batch["image"]))
         return torch.stack(list(losses.values())).sum()
 
+    def statistics_pass(self, batch: Mapping[str, Any]) -> None:
+        """A batch through the network in training mode, losses included; see :class:`~zoo.training.PreciseBN`."""
+        self.network(batch, batch.get("noise"))
+
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         if self.clip_each is None:
             return
@@ -69,10 +77,12 @@ class Detection(BaseModule):
             if parameter.grad is not None:
                 clip_grad_norm_(parameter, self.clip_each)
 
-    def _evaluate(self, batch: Mapping[str, Any], metric: CocoAP) -> dict[str, Any]:
-        """Hands a batch to the metric; what was found, for callbacks."""
+    def _evaluate(self, batch: Mapping[str, Any], metric: CocoAP, voc: VocAP | None = None) -> dict[str, Any]:
+        """Hands a batch to the metrics; what was found, for callbacks."""
         found = self.network(batch)
         metric.update(found, batch["target"])
+        if voc is not None:
+            voc.update(found, batch["target"])
         return {"detections": found}
 
     def judged(self, split: str) -> dict[str, Any]:
@@ -80,25 +90,29 @@ class Detection(BaseModule):
         metric = self.val_metric if split == "val" else self.test_metric
         return {"ap": {NAMES.get(kind, kind): scores for kind, scores in metric.by_class.items()}}
 
-    def _report(self, metric: CocoAP, split: str) -> None:
+    def _report(self, metric: CocoAP | VocAP | None, split: str) -> None:
+        if metric is None:
+            return
         for name, value in metric.compute().items():
             kind, _, number = name.partition("/")
             self.log(f"{split}/{NAMES.get(kind, kind)}/{number}", value, prog_bar=split == "val" and number == "AP")
         metric.reset()
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        return self._evaluate(batch, self.val_metric)
+        return self._evaluate(batch, self.val_metric, self.val_voc)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         self._report(self.val_metric, "val")
+        self._report(self.val_voc, "val")
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        return self._evaluate(batch, self.test_metric)
+        return self._evaluate(batch, self.test_metric, self.test_voc)
 
     def on_test_epoch_end(self) -> None:
         super().on_test_epoch_end()
         self._report(self.test_metric, "test")
+        self._report(self.test_voc, "test")
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Tensor]]:
         """Detections of each picture, in its file's pixels."""
