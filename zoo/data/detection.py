@@ -631,9 +631,9 @@ class DetectionDataModule(SeededDataModule):
     - keypoints (N, P, 3) float32 x, y, visibility.
 
     Crowds, pictures without objects and what a crop left nothing of are not trained on. For val, test and predict the
-    target is the stored truth in pixels of the file, crowds included: boxes and area float64, masks as run lengths, in
-    VOC also difficult (N,) int64. It stays on the CPU, where the metric wants it. Order, randomness, resuming and exact evaluation are
-    :class:`~zoo.data.base.SeededDataModule`'s.
+    target is the stored truth in pixels of the file, crowds included: boxes and area float64, masks as run lengths, of
+    VOC also difficult (N,) int64. It stays on the CPU, where the metric wants it. Order, randomness, resuming and exact
+    evaluation are :class:`~zoo.data.base.SeededDataModule`'s.
 
     Args:
         dataset: "shapes", a card's name (``coco``, ``voc``), a folder or a json; see :mod:`zoo.data.coco` and
@@ -763,7 +763,7 @@ class DetectionDataModule(SeededDataModule):
         if self.data_dir is None and not place.exists():
             return None
         if voc:
-            splits = {name: self.options[name] for name in ("train", "val", "test") if name in self.options}
+            splits: dict[str, Any] = {k: v for k, v in self.options.items() if k != "class_names"}
             names = self.options.get("class_names")
             return find_voc(place, splits or None, names or (self._carded() if layouts else None))
         named = self.dataset if self.data_dir else "instances"

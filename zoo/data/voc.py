@@ -26,8 +26,12 @@ from zoo.data.coco import Record
 from zoo.data.sources import EXTENSIONS, decode_image
 from zoo.errors import ZooError, unknown
 
-CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person"
-           " pottedplant sheep sofa train tvmonitor").split()  # fmt: skip
+# fmt: off
+CLASSES = [
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+]
+# fmt: on
 # The splits of this zoo where nothing else is said: those of "Rethinking ImageNet Pre-training", section 5.2.
 SPLITS = {"train": ["voc_2007_trainval", "voc_2012_train"], "val": ["voc_2012_val"]}
 _LISTS = {"train": ("train", "trainval"), "val": ("val", "test"), "test": ("test", "val")}
@@ -36,7 +40,7 @@ _MOST_BYTES = 1 << 24  # of an XML file
 
 @dataclass
 class Annotation:
-    """What an XML file says: height and width, and of n objects names, boxes (n, 4) x0, y0, x1, y1, `difficult` (n,)."""
+    """What an XML file says: height and width, and of n objects names, boxes (n, 4) x0, y0, x1, y1, difficult (n,)."""
 
     size: tuple[int, int]
     names: list[str]
@@ -280,8 +284,8 @@ def find_voc(
         raise ZooError(f"{root} holds no ImageSets/Main, neither itself nor in VOCdevkit, VOC2007 or VOC2012")
     if splits is None and "" in years:
         main = years[""] / "ImageSets" / "Main"
-        there = {split: next((n for n in names if (main / f"{n}.txt").is_file()), None) for split, names in _LISTS.items()}
-        splits = {split: [name] for split, name in there.items() if name is not None}
+        there = {split: [n for n in names if (main / f"{n}.txt").is_file()] for split, names in _LISTS.items()}
+        splits = {split: names[:1] for split, names in there.items() if names}
         if not splits:
             raise ZooError(f"{main} has neither train.txt nor val.txt nor test.txt; say which by data.options.train")
     parts: dict[str, list[tuple[Path, str]]] = {}

@@ -211,11 +211,11 @@ _LSJ: dict[str, Any] = {
 
 def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the entries of `more`, mappings in mappings included."""
-    merged = dict(base)
+    joined = dict(base)
     for name, value in more.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = merged(merged[name], value) if both else value
-    return merged
+        both = isinstance(value, Mapping) and isinstance(joined.get(name), Mapping)
+        joined[name] = merged(joined[name], value) if both else value
+    return joined
 
 
 def _build(resnet: Mapping[str, Any], design: Mapping[str, Any], overrides: Mapping[str, Any]) -> MaskRCNN:

@@ -40,8 +40,8 @@ def find_objects(overlap: Tensor, difficult: Tensor, threshold: float) -> tuple[
     """Which detections of a class are right, and which count at all.
 
     Each detection is compared with the object of its picture that it overlaps most. An overlap above the threshold
-    finds it, once; a second time, or with less overlap, the detection is wrong. One that finds a difficult object counts
-    neither way.
+    finds it, once; a second time, or with less overlap, the detection is wrong. One that finds a difficult object
+    counts neither way.
 
     Args:
         overlap: (N, 2) float64 of detections, the surest first: the largest IoU, and the number of the object.
@@ -70,8 +70,8 @@ class VocAP(Gathered):
 
     `compute` gives {"voc/AP50", "voc/AP75", "voc/AP"}: the means over classes at an IoU above 0.5, above 0.75, and over
     thresholds from 0.5 to 0.95. Classes without an object that counts are left out; nan where there is none. Of
-    detections of one score those of pictures with smaller ids come first. Under several processes each gives its pictures; one
-    that comes twice counts once.
+    detections of one score those of pictures with smaller ids come first. Under several processes each gives its
+    pictures; one that comes twice counts once.
 
     Args:
         rule: see :func:`average_precision`; VOC2007 has "11point".
@@ -110,10 +110,10 @@ class VocAP(Gathered):
             difficult = true.get("difficult", torch.zeros(len(true["labels"])))
             numbers = [int(true["image_id"]), len(given["labels"]), len(true["labels"])]
             self.pictures.append(torch.tensor([numbers], device=self.device))
-            self.found.append(self._rows(given["labels"], given["scores"], given["boxes"]))
-            self.objects.append(self._rows(true["labels"], difficult, true["boxes"]))
+            self.found.append(self._columns(given["labels"], given["scores"], given["boxes"]))
+            self.objects.append(self._columns(true["labels"], difficult, true["boxes"]))
 
-    def _rows(self, labels: Tensor, second: Tensor, boxes: Tensor) -> Tensor:
+    def _columns(self, labels: Tensor, second: Tensor, boxes: Tensor) -> Tensor:
         exact = torch.float32 if self.device.type == "mps" else torch.float64
         columns = (labels[:, None], second[:, None], boxes.reshape(-1, 4))
         return torch.cat([column.detach().to(self.device, exact) for column in columns], dim=1)

@@ -328,8 +328,7 @@ class PreciseBN(L.Callback):
         modes = [(module, module.training) for module in pl_module.modules()]
         counts = [norm.num_batches_tracked.clone() for norm in norms]  # type: ignore[union-attr]
         sums = [torch.zeros(3, norm.num_features, dtype=torch.float64, device=pl_module.device) for norm in norms]
-
-        kept = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]  # type: ignore[operator,union-attr]
+        kept = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]  # type: ignore[union-attr]
 
         def add(place: int, x: Tensor) -> None:
             if count := x.numel() // x.shape[1]:
