@@ -101,12 +101,12 @@ def test_numbers_are_those_of_a_plain_computation(seed: int, rule: Any) -> None:
         metric.update(preds[n : n + 5], target[n : n + 5])
     found = metric.compute()
     by_threshold = [plain(preds, target, k / 100, rule == "11point") for k in range(50, 100, 5)]
-    assert float(found["voc/AP50"]) == pytest.approx(np.mean(by_threshold[0]), rel=1e-12)
-    assert float(found["voc/AP75"]) == pytest.approx(np.mean(by_threshold[5]), rel=1e-12)
-    assert float(found["voc/AP"]) == pytest.approx(np.mean(by_threshold), rel=1e-12)
-    assert list(metric.by_class.values()) == pytest.approx(by_threshold[0])
-    assert math.isnan(float(found["voc/AP50 of d"]))
-    assert 1 < found["voc/AP50"] < 99
+    assert float(found["bbox/AP50"]) == pytest.approx(np.mean(by_threshold[0]), rel=1e-12)
+    assert float(found["bbox/AP75"]) == pytest.approx(np.mean(by_threshold[5]), rel=1e-12)
+    assert float(found["bbox/AP"]) == pytest.approx(np.mean(by_threshold), rel=1e-12)
+    assert list(metric.by_class["bbox"].values()) == pytest.approx(by_threshold[0])
+    assert math.isnan(float(found["bbox/AP50 of d"]))
+    assert 1 < found["bbox/AP50"] < 99
 
 
 def test_what_the_rules_say_of_a_small_case() -> None:
@@ -118,14 +118,14 @@ def test_what_the_rules_say_of_a_small_case() -> None:
     for rule, expected in (("area", 25.0), ("11point", 100 * 6 / 11 / 2)):
         metric = VocAP(rule)  # type: ignore[arg-type]
         metric.update(preds, target)
-        assert float(metric.compute()["voc/AP50"]) == pytest.approx(expected)
+        assert float(metric.compute()["bbox/AP50"]) == pytest.approx(expected)
     target[0]["difficult"] = torch.tensor([1, 0])
     metric.reset()
     metric.update(preds, target)
-    assert float(metric.compute()["voc/AP50"]) == 0.0
+    assert float(metric.compute()["bbox/AP50"]) == 0.0
     metric.reset()
     metric.update([{key: value[:0] for key, value in preds[0].items()}], target)  # nothing found
-    assert float(metric.compute()["voc/AP50"]) == 0.0
+    assert float(metric.compute()["bbox/AP50"]) == 0.0
     with pytest.raises(ZooError, match="rule of VOC's average precision '12point'; did you mean"):
         VocAP("12point")  # type: ignore[arg-type]
 

@@ -538,6 +538,9 @@ class DetectionSet(Dataset):
             target["masks"] = [to_rle(_stored(record, n), height, width) for n in range(len(record.segments))]
         if self.keypoints and record.keypoints is not None:
             target["keypoints"] = torch.from_numpy(record.keypoints)
+        for name in ("neg_labels", "not_exhaustive_labels", "frequency"):
+            if (known := getattr(record, name)) is not None:
+                target[name] = torch.from_numpy(known)
         return target
 
 
@@ -593,7 +596,7 @@ class Normalise:
 # ---------------------------------------------------------------------------------------------------------- data module
 
 _LENGTH = {"train": 50_000, "val": 1_000, "test": 1_000}
-_COCO_OPTIONS = ("annotations", "images", "outside")
+_COCO_OPTIONS = ("annotations", "images", "outside", "coco_classes")
 _VOC_OPTIONS = ("train", "val", "test", "class_names")
 _FROM_FILES = (CocoSource, VocSource)
 _PHOTO_SIZES = [640, 672, 704, 736, 768, 800]
@@ -631,8 +634,10 @@ class DetectionDataModule(SeededDataModule):
     - keypoints (N, P, 3) float32 x, y, visibility.
 
     Crowds, pictures without objects and what a crop left nothing of are not trained on. For val, test and predict the
-    target is the stored truth in pixels of the file, crowds included: boxes and area float64, masks as run lengths, of
-    VOC also difficult (N,) int64. It stays on the CPU, where the metric wants it. Order, randomness, resuming and exact
+    target is the stored truth in pixels of the file, crowds included: boxes and area float64, masks as run lengths. It
+    stays on the CPU, where the metric wants it. Of LVIS it also says what is known on the picture (neg_labels,
+    not_exhaustive_labels, frequency; see :class:`~zoo.metrics.LvisAP`), of VOC which objects are difficult (N,) int64
+    (:class:`~zoo.metrics.VocAP`). Order, randomness, resuming and exact
     evaluation are :class:`~zoo.data.base.SeededDataModule`'s.
 
     Args:
@@ -659,7 +664,7 @@ class DetectionDataModule(SeededDataModule):
         image_size: the shorter side where no transforms are given, the longer at most 5/3 of it; for ``shapes`` the
             side.
         options: further keywords of the source: for ``shapes`` size (side in pixels), min_visible and
-            :class:`~zoo.data.shapes.Knobs`; for COCO's format annotations, images and outside of
+            :class:`~zoo.data.shapes.Knobs`; for COCO's format annotations, images, outside and coco_classes of
             :func:`~zoo.data.coco.find_coco`; for VOC's class_names, and of train, val and test the lists of pictures
             (:func:`~zoo.data.voc.find_voc`).
 
@@ -767,14 +772,14 @@ class DetectionDataModule(SeededDataModule):
             names = self.options.get("class_names")
             return find_voc(place, splits or None, names or (self._carded() if layouts else None))
         named = self.dataset if self.data_dir else "instances"
-        outside = bool(self.options.get("outside", False))
-        return find_coco(place, self.options.get("annotations"), self.options.get("images"), named, outside)
+        flags = [bool(self.options.get(name, False)) for name in ("outside", "coco_classes")]
+        return find_coco(place, self.options.get("annotations"), self.options.get("images"), named, *flags)
 
     def _carded(self) -> list[str]:
         """The classes of the set's card."""
         from zoo import catalog
 
-        card = catalog.data_card(self.dataset)
+        card = catalog.data_card("coco" if self.options.get("coco_classes") else self.dataset)
         return card.class_names or [str(k) for k in range(card.num_classes or 0)]
 
     def _names(self) -> tuple[list[str], list[str]]:
@@ -817,6 +822,11 @@ class DetectionDataModule(SeededDataModule):
             source, transforms or [], indices, training, self.normalise, self.size_divisibility, self.masks,
             self.keypoints, self.seed, SALT[split],
         )  # fmt: skip
+
+    def class_image_counts(self) -> Tensor | None:
+        """(num_classes,) int64: on how many of the pictures to train on each class is; None where they are drawn."""
+        source, _ = self._open("train")
+        return torch.from_numpy(source.image_counts()) if isinstance(source, CocoSource) else None
 
     def train_sampler(self, samples: Any) -> EpochSampler:
         """Wide and high pictures apart, pictures with rare classes more often, as asked for."""

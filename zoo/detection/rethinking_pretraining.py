@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -35,6 +35,8 @@ from zoo.detection.mask_rcnn import convert_trunk as convert_trunk
 from zoo.errors import ZooError
 from zoo.nn.detection import ResNetBackbone, ResNetConfig, configured
 from zoo.training import Classification, Optim
+from zoo.training.detection import MetricName
+from zoo.training.tta import TTA
 
 # ------------------------------------------------------------------------------------------------------- 1. functions
 
@@ -129,7 +131,7 @@ class RethinkingDetection(MaskRCNNDetection):
     Args:
         drops: so many steps before the end the rate is divided by ten: 60,000 and 20,000 of 16 images. Milestones that
             `optim` names itself win, and another schedule than `step` has none.
-        init_from, oks_sigmas, clip_each, voc, optim: of :class:`~zoo.detection.mask_rcnn.MaskRCNNDetection`.
+        init_from, oks_sigmas, clip_each, metric, tta, optim: of :class:`~zoo.detection.mask_rcnn.MaskRCNNDetection`.
         network: of :class:`~zoo.detection.mask_rcnn.MaskRCNN`.
 
     Raises:
@@ -143,13 +145,14 @@ class RethinkingDetection(MaskRCNNDetection):
         init_from: str | None = None,
         oks_sigmas: list[float] | None = None,
         clip_each: float | None = None,
-        voc: Literal["area", "11point"] | None = None,
+        metric: MetricName = "coco",
+        tta: TTA | None = None,
         optim: Optim = Optim(  # noqa: B008
             name="sgd", base_lr=0.02, reference_batch=16, weight_decay=1e-4, no_decay="norm", schedule="step"
         ),
         **network: Any,
     ) -> None:
-        super().__init__(init_from, oks_sigmas, clip_each, voc, optim, **network)
+        super().__init__(init_from, oks_sigmas, clip_each, metric, tta, optim, **network)
         self.drops, self._random = tuple(drops), init_from is None
         self.save_hyperparameters()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from zoo.metrics.arc import ARCScore, vote
 from zoo.metrics.coco import CocoAP
 from zoo.metrics.knn import KNNAccuracy, knn_scores
+from zoo.metrics.lvis import LvisAP
 from zoo.metrics.retrieval import ImageTextRetrieval
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
 from zoo.metrics.voc import VocAP
@@ -16,6 +17,7 @@ __all__ = [
     "FrameMAP",
     "ImageTextRetrieval",
     "KNNAccuracy",
+    "LvisAP",
     "MultiLabelMAP",
     "MultiViewAccuracy",
     "VocAP",

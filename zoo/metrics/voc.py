@@ -68,14 +68,14 @@ class VocAP(Gathered):
     missing. Boxes are continuous: VOC's pixels 1 to 10 are a box from 0 to 10, so that overlaps are those of VOC's own
     count of whole pixels.
 
-    `compute` gives {"voc/AP50", "voc/AP75", "voc/AP"}: the means over classes at an IoU above 0.5, above 0.75, and over
-    thresholds from 0.5 to 0.95. Classes without an object that counts are left out; nan where there is none. Of
+    `compute` gives {"bbox/AP50", "bbox/AP75", "bbox/AP"}: the means over classes at an IoU above 0.5, above 0.75, and
+    over thresholds from 0.5 to 0.95. Classes without an object that counts are left out; nan where there is none. Of
     detections of one score those of pictures with smaller ids come first. Under several processes each gives its
     pictures; one that comes twice counts once.
 
     Args:
         rule: see :func:`average_precision`; VOC2007 has "11point".
-        class_names: of the labels in order; with them `compute` also gives each class's AP50, "voc/AP50 of cat".
+        class_names: of the labels in order; with them `compute` also gives each class's AP50, "bbox/AP50 of cat".
 
     Raises:
         ZooError: an unknown rule.
@@ -97,7 +97,7 @@ class VocAP(Gathered):
             raise unknown("rule of VOC's average precision", rule, get_args(Rule))
         self.rule: Rule = rule
         self.class_names = list(class_names) if class_names is not None else None
-        self.by_class: dict[int, float] = {}  # of the last `compute`: AP50
+        self.by_class: dict[str, dict[int, float]] = {}  # of the last `compute`: AP50 by kind and class
         for name in nothing:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
@@ -129,12 +129,13 @@ class VocAP(Gathered):
         for label in classes:
             mine, true = found[:, 0] == label, objects[:, 0] == label
             table[label] = self._of_class(found[mine], of_found[mine], objects[true], of_objects[true])
-        self.by_class = {label: values[0] for label, values in table.items()}
+        first = {label: values[0] for label, values in table.items()}
+        self.by_class = {"bbox": first}
         every = torch.tensor(list(table.values()), dtype=torch.float64).reshape(-1, len(THRESHOLDS))
         numbers = {"AP50": every[:, 0], "AP75": every[:, THRESHOLDS.index(0.75)], "AP": every}
         for n, name in enumerate(self.class_names or ()):
-            numbers[f"AP50 of {name}"] = torch.tensor([self.by_class.get(n, float("nan"))], dtype=torch.float64)
-        return {f"voc/{name}": value.mean().to(self.device) for name, value in numbers.items()}
+            numbers[f"AP50 of {name}"] = torch.tensor([first.get(n, float("nan"))], dtype=torch.float64)
+        return {f"bbox/{name}": value.mean().to(self.device) for name, value in numbers.items()}
 
     def _of_class(self, found: Tensor, of_found: Tensor, objects: Tensor, of_objects: Tensor) -> list[float]:
         """The AP of a class at each threshold, from its detections and objects and the pictures they are of."""
