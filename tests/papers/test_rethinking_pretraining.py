@@ -69,25 +69,24 @@ def test_the_rate_is_divided_in_the_last_steps_whatever_the_length() -> None:
     assert schedule(6) == (540_000, (480_000, 520_000))
     assert schedule(9, batch=64) == (202_500, (187_500, 197_500))
     assert milestones(540_000) == schedule(6).milestones
-    for wrong in (
-        lambda: milestones(60_000),
-        lambda: milestones(10, (2, 4)),
-        lambda: schedule(0),
-        lambda: schedule(1, 0),
-    ):
-        with pytest.raises(ZooError):
-            wrong()
+    assert milestones(18_000) == (12_000, 16_000)
+    for drops in ((2, 4), (2, 0)):
+        with pytest.raises(ZooError, match="drops count down"):
+            milestones(10, drops)
+    for multiple, batch in ((0, 16), (1, 0)):
+        with pytest.raises(ZooError, match="positive multiple and batch"):
+            schedule(multiple, batch)
 
 
 def test_a_run_s_rates_follow_its_length() -> None:
     task, data, trainer = zoo.load_recipe(
-        "rethinking_pretraining/pocket", {**SHORT, "trainer.max_steps": 8, "model.drops": [4, 1], "model.mask": None}
+        "rethinking_pretraining/pocket", {**SHORT, "trainer.max_steps": 8, "model.drops": [2, 1], "model.mask": None}
     )
     rates: list[float] = []
     task.on_train_batch_start = lambda *_: rates.append(trainer.optimizers[0].param_groups[0]["lr"])
     task.optim = paper.replace(task.optim, lr=1.0, warmup_steps=0)
     trainer.fit(task, data)
-    assert rates == pytest.approx([1.0] * 4 + [0.1] * 3 + [0.01])
+    assert rates == pytest.approx([1.0] * 6 + [0.1, 0.01])
     own = {"model.optim.milestone_steps": [2], "model.mask": None, "trainer.max_steps": 1}
     task, data, trainer = zoo.load_recipe("rethinking_pretraining/pocket", {**SHORT, **own})
     trainer.fit(task, data)

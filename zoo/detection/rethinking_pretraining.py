@@ -53,33 +53,28 @@ class Schedule(NamedTuple):
 
 def milestones(steps: int, drops: Sequence[int] = DROPS) -> tuple[int, ...]:
     """Where the rate is divided: so many steps before the end as `drops` say, whatever the length (section 4,
-    "Learning rate scheduling").
+    "Learning rate scheduling"). In a run that is shorter than three times the first of them all come nearer to the end
+    in proportion, so that 1x and 2x have theirs at 6/9 and 8/9.
 
     Raises:
-        ZooError: a run that is no longer than the first of them, or drops that do not come nearer to the end.
+        ZooError: drops that do not come nearer to the end.
     """
     if list(drops) != sorted(set(drops), reverse=True) or min(drops, default=1) < 1:
         raise ZooError(f"drops count down to the end of a run, such as {list(DROPS)}, not {list(drops)}")
-    if drops and drops[0] >= steps:
-        raise ZooError(f"a run of {steps:,} steps is too short to divide the rate {drops[0]:,} steps before its end")
-    return tuple(steps - drop for drop in drops)
+    share = min(1.0, steps / (3 * drops[0])) if drops else 1.0
+    return tuple(steps - round(drop * share) for drop in drops)
 
 
 def schedule(multiple: float, batch: int = 16) -> Schedule:
-    """The "n x" schedule for so many images a step: n times 90,000 steps of 16 images.
-
-    From 2x on the rate is divided in the last 60,000 and 20,000 steps (of 16 images); below, after two thirds and eight
-    ninths, so that 2x is both.
+    """The "n x" schedule for so many images a step: n times 90,000 steps of 16 images, and its :func:`milestones`.
 
     Raises:
         ZooError: no positive multiple or batch.
     """
     if multiple <= 0 or batch < 1:
         raise ZooError(f"a schedule wants a positive multiple and batch, not {multiple} and {batch}")
-    share = 16 / batch
-    steps = round(multiple * 90_000 * share)
-    drops = [round(drop * min(1.0, multiple / 2) * share) for drop in DROPS]
-    return Schedule(steps, milestones(steps, drops))
+    steps = round(multiple * 90_000 * 16 / batch)
+    return Schedule(steps, milestones(steps, [round(drop * 16 / batch) for drop in DROPS]))
 
 
 # --------------------------------------------------------------------------------------------------------- 2. network
@@ -129,14 +124,14 @@ class RethinkingDetection(MaskRCNNDetection):
     """Training of a detector by the paper's recipe, from random weights or from those of `init_from`.
 
     Args:
-        drops: so many steps before the end the rate is divided by ten: 60,000 and 20,000 of 16 images. Milestones that
-            `optim` names itself win, and another schedule than `step` has none.
+        drops: so many steps before the end the rate is divided by ten: 60,000 and 20,000 of 16 images
+            (:func:`milestones`). Those that `optim` names itself win, and another schedule than `step` has none.
         init_from, oks_sigmas, clip_each, metric, tta, optim: of :class:`~zoo.detection.mask_rcnn.MaskRCNNDetection`.
         network: of :class:`~zoo.detection.mask_rcnn.MaskRCNN`.
 
     Raises:
-        ZooError: at the start of a run, one that is too short for the `drops`, or a trunk whose random weights are
-            frozen (it cost the authors 3.3 points of box AP, projects/GN/README of Detectron).
+        ZooError: at the start of a run, a trunk whose random weights are frozen (it cost the authors 3.3 points of box
+            AP, projects/GN/README of Detectron).
     """
 
     def __init__(
