@@ -46,6 +46,7 @@ class Size:
 
 MODELS = {
     "mask_rcnn_r50_fpn_gn": Size(320, 480),
+    "mask_rcnn_r50_fpn_gn_few": Size(192, 288, samples=64),  # regions an image; for a machine with little time
     "tiny": Size(64, 96, depth=18, samples=32, anchors=32),  # for the harness's own test
 }
 DEFAULT_MODEL = "mask_rcnn_r50_fpn_gn"

@@ -96,6 +96,10 @@ def test_a_run_s_rates_follow_its_length() -> None:
 def test_random_weights_are_not_frozen() -> None:
     short = {**SHORT, "trainer.max_steps": 1, "model.drops": [], "model.mask": None}
     task, data, trainer = zoo.load_recipe("rethinking_pretraining/pocket", {**short, "model.resnet.freeze": 2})
+    endless = {"trainer.max_steps": -1, "trainer.max_epochs": 1, "data.train_samples": 2}
+    one, data_of, run = zoo.load_recipe("rethinking_pretraining/pocket", {**short, **endless})
+    with pytest.raises(ZooError, match=r"set trainer\.max_steps"):
+        run.fit(one, data_of)
     with pytest.raises(ZooError, match="first 2 stages of the trunk would keep their random weights"):
         trainer.fit(task, data)
 

@@ -130,8 +130,8 @@ class RethinkingDetection(MaskRCNNDetection):
         network: of :class:`~zoo.detection.mask_rcnn.MaskRCNN`.
 
     Raises:
-        ZooError: at the start of a run, a trunk whose random weights are frozen (it cost the authors 3.3 points of box
-            AP, projects/GN/README of Detectron).
+        ZooError: at the start of a run, one without `trainer.max_steps`, or a trunk whose random weights are frozen (it
+            cost the authors 3.3 points of box AP, projects/GN/README of Detectron).
     """
 
     def __init__(
@@ -165,9 +165,9 @@ class RethinkingDetection(MaskRCNNDetection):
     def configure_optimizers(self) -> Any:
         optim = self.optim
         if optim.schedule == "step" and not (optim.milestone_steps or optim.milestones):
-            steps = self.trainer.max_steps
-            steps = int(self.trainer.estimated_stepping_batches) if steps < 0 else steps
-            self.optim = replace(optim, milestone_steps=milestones(steps, self.drops))
+            if self.trainer.max_steps < 0:
+                raise ZooError("the rate is divided so many steps before the end: set trainer.max_steps")
+            self.optim = replace(optim, milestone_steps=milestones(self.trainer.max_steps, self.drops))
         return super().configure_optimizers()
 
 
