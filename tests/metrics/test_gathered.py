@@ -17,6 +17,7 @@ from zoo.metrics import (
     KNNAccuracy,
     MultiLabelMAP,
     MultiViewAccuracy,
+    VocAP,
 )
 from zoo.metrics.generation import GenerationMetrics
 
@@ -28,6 +29,7 @@ EVERY = {
     "knn": lambda: KNNAccuracy(3, k=2),
     "labels": lambda: MultiLabelMAP(3),
     "views": lambda: MultiViewAccuracy(3),
+    "voc": VocAP,
     "generation": lambda: GenerationMetrics("random"),
 }
 

@@ -69,6 +69,7 @@ class Record:
         image_id: the set's number of the picture.
         path: its file, "" where it was drawn.
         panoptic: what every pixel belongs to (:class:`zoo.data.panoptic.Panoptic`), where the set says.
+        difficult: (n,) bool, what VOC's metric leaves aside; None where the set does not say.
         neg_labels, not_exhaustive_labels: of a federated set (LVIS), classes that are known not to be on it, and
             classes on it of which objects may be missing here; else None.
         frequency: (n,) int64, of each object's class: 0 rare, 1 common, 2 frequent; None where the set does not say.
@@ -84,6 +85,7 @@ class Record:
     image_id: int
     path: str = ""
     panoptic: Any = None
+    difficult: np.ndarray | None = None
     neg_labels: np.ndarray | None = None
     not_exhaustive_labels: np.ndarray | None = None
     frequency: np.ndarray | None = None

@@ -8,6 +8,8 @@ draws. Resizing is Pillow's bilinear filter on bytes, to the last bit, as in the
 from __future__ import annotations
 
 import math
+import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +43,8 @@ from zoo.data.panoptic import (
     find_panoptic,
     is_cityscapes,
 )
-from zoo.data.shapes import KEYPOINTS, PANOPTIC_BASE, SCENES, SHAPES, make_knobs, render
+from zoo.data.shapes import KEYPOINTS, PANOPTIC_BASE, SCENES, SHAPES, hash64, make_knobs, render
+from zoo.data.voc import VocLayout, VocSource, find_voc, is_voc
 from zoo.errors import ZooError, unknown
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -668,6 +671,8 @@ class DetectionSet(Dataset):
             "iscrowd": torch.from_numpy(record.crowd.astype(np.int64)),
             "image_id": torch.tensor(record.image_id),
         }
+        if record.difficult is not None:
+            target["difficult"] = torch.from_numpy(record.difficult.astype(np.int64))
         if self.masks != "none":
             height, width = int(record.image.shape[-2]), int(record.image.shape[-1])
             target["masks"] = [to_rle(_stored(record, n), height, width) for n in range(len(record.segments))]
@@ -735,11 +740,33 @@ class Normalise:
 
 _LENGTH = {"train": 50_000, "val": 1_000, "test": 1_000}
 _COCO_OPTIONS = ("annotations", "images", "outside", "coco_classes")
+_VOC_OPTIONS = ("train", "val", "test", "class_names")
+_FROM_FILES = (CocoSource, VocSource)
 _PHOTO_SIZES = [640, 672, 704, 736, 768, 800]
 
 
+def subset(ids: np.ndarray, name: str) -> np.ndarray:
+    """Which of some pictures a named subset has: so many, such as "10k", "3.5k" or "1000", chosen by their `ids` (N,)
+    alone, or another choice of as many, "10k@1" (the first is "10k@0"). A smaller one is part of a larger.
+
+    Returns:
+        (M,) their places in order.
+
+    Raises:
+        ZooError: no such name, or more pictures than there are.
+    """
+    said = re.fullmatch(r"(\d+(?:\.\d+)?)(k?)(?:@(\d+))?", name)
+    count = float(said[1]) * (1000 if said[2] else 1) if said else 0.0
+    if said is None or count < 1 or count != int(count):
+        raise ZooError(f'a subset is a number of pictures, such as "10k" or "10k@1", not {name!r}')
+    if count > len(ids):
+        raise ZooError(f"the subset {name} wants {int(count):,} pictures, of which there are {len(ids):,}")
+    rank = hash64(int(said[3] or 0), zlib.crc32(b"subset"), ids.astype(np.int64))
+    return np.sort(np.argsort(rank, kind="stable")[: int(count)])
+
+
 class DetectionDataModule(SeededDataModule):
-    """Pictures with objects for training and evaluation; a set in COCO's format, or the embedded world.
+    """Pictures with objects for training and evaluation; a set in COCO's or VOC's format, or the embedded world.
 
     Batches: image (B, 3, H, W) float32, normalised, then padded with zeros on the right and below; size (B, 2) int64,
     height and width of each picture inside it; original_size (B, 2), those of the file; path, a list; and target, a
@@ -754,11 +781,13 @@ class DetectionDataModule(SeededDataModule):
     val, test and predict the target is the stored truth in pixels of the file, crowds included: boxes and area float64,
     masks as run lengths, panoptic {ids (H, W) int32, segments (n, 5) int64} (:mod:`zoo.data.panoptic`). It stays on the
     CPU, where the metric wants it. Of LVIS it also says what is known on the picture (neg_labels,
-    not_exhaustive_labels, frequency; see :class:`~zoo.metrics.LvisAP`). Order, randomness, resuming and exact
+    not_exhaustive_labels, frequency; see :class:`~zoo.metrics.LvisAP`), of VOC which objects are difficult (N,) int64
+    (:class:`~zoo.metrics.VocAP`). Order, randomness, resuming and exact
     evaluation are :class:`~zoo.data.base.SeededDataModule`'s.
 
     Args:
-        dataset: "shapes", a card's name (``coco``), a folder or a json; see :mod:`zoo.data.coco`.
+        dataset: "shapes", a card's name (``coco``, ``voc``), a folder or a json; see :mod:`zoo.data.coco` and
+            :mod:`zoo.data.voc`.
         data_dir: where a carded set lies on this machine.
         batch_size: per device.
         eval_batch_size: per device. Padding to another picture's size changes what a network sees at the border, so
@@ -775,12 +804,14 @@ class DetectionDataModule(SeededDataModule):
         repeat_threshold: of LVIS's repeat factors; None: every picture once.
         num_workers: loading processes; None: none for ``shapes``, else what the machine's cores allow.
         train_samples: train on this many pictures only, drawn once with the seed; for ``shapes`` the split's length.
+        subset: train on a named subset of the pictures, the same whatever the seed, such as "10k"; see :func:`subset`.
         seed: of order and augmentation; None: the one of ``seed_everything``, else 0.
         image_size: the shorter side where no transforms are given, the longer at most 5/3 of it; for ``shapes`` the
             side.
         options: further keywords of the source: for ``shapes`` size (side in pixels), min_visible and
-            :class:`~zoo.data.shapes.Knobs`; else annotations, images, outside and coco_classes of
-            :func:`~zoo.data.coco.find_coco`.
+            :class:`~zoo.data.shapes.Knobs`; for COCO's format annotations, images, outside and coco_classes of
+            :func:`~zoo.data.coco.find_coco`; for VOC's class_names, and of train, val and test the lists of pictures
+            (:func:`~zoo.data.voc.find_voc`).
         semantic: whether targets hold semantic and panoptic truth, and what a pixel's label is: "separated", 0 for
             every thing, then the kinds of stuff; "all", the categories in the order of their ids; "none".
 
@@ -816,6 +847,7 @@ class DetectionDataModule(SeededDataModule):
         options: dict[str, Any] | None = None,
         image_size: int | None = None,
         semantic: Literal["none", "separated", "all"] = "none",
+        subset: str | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, 1, seed, in_memory=dataset == "shapes")
         at_least_one(size_divisibility=size_divisibility, train_samples=train_samples, image_size=image_size)
@@ -827,6 +859,7 @@ class DetectionDataModule(SeededDataModule):
             raise ZooError(f"data.repeat_threshold must lie in 0..1, got {repeat_threshold}")
         self.dataset, self.data_dir, self.options = dataset, data_dir, dict(options or {})
         self.semantic = semantic
+        self.subset = subset
         drawn = dataset == "shapes"
         if drawn and image_size is not None:
             self.options.setdefault("size", image_size)
@@ -874,34 +907,46 @@ class DetectionDataModule(SeededDataModule):
             return {**shared, "size": steps[0].sizes[0], "longest": steps[0].max_size}
         return {**shared, "transform": ", ".join(type(step).__qualname__ for step in steps)}
 
-    def _find(self) -> CocoLayout | CityscapesLayout | None:
+    def _find(self) -> CocoLayout | CityscapesLayout | VocLayout | None:
         """Where the set lies; None where it has a card and nobody has said yet."""
-        for name in self.options:
-            if name not in _COCO_OPTIONS:
-                raise unknown(f"option of {self.dataset}", name, _COCO_OPTIONS)
-        if self.data_dir is None and not Path(self.dataset).expanduser().exists():
-            from zoo import catalog
+        from zoo import catalog
 
-            known = [name for name in catalog.list_datasets() if "detection" in catalog.data_card(name).task]
-            if self.dataset not in known:
-                raise unknown("dataset", self.dataset, known)
+        known = [name for name in catalog.list_datasets() if "detection" in catalog.data_card(name).task]
+        place = Path(self.data_dir or self.dataset).expanduser()
+        if self.data_dir is None and not place.exists() and self.dataset not in known:
+            raise unknown("dataset", self.dataset, known)
+        layouts = catalog.data_card(self.dataset).layouts if self.dataset in known else []
+        voc = "voc" in layouts if layouts else is_voc(place)
+        for name in self.options:
+            if name not in (allowed := _VOC_OPTIONS if voc else _COCO_OPTIONS):
+                raise unknown(f"option of {self.dataset}", name, allowed)
+        if self.data_dir is None and not place.exists():
             return None
-        place = self.data_dir or self.dataset
+        if voc:
+            splits: dict[str, Any] = {k: v for k, v in self.options.items() if k != "class_names"}
+            names = self.options.get("class_names")
+            return find_voc(place, splits or None, names or (self._carded() if layouts else None))
         named = self.dataset if self.data_dir else "instances"
         flags = [bool(self.options.get(name, False)) for name in ("outside", "coco_classes")]
-        if is_cityscapes(root := Path(place).expanduser()):
-            return find_cityscapes(root)
+        if is_cityscapes(place):
+            return find_cityscapes(place)
         if self.semantic != "none":
             return find_panoptic(place, self.options.get("annotations"), self.options.get("images"), flags[0])
         return find_coco(place, self.options.get("annotations"), self.options.get("images"), named, *flags)
 
+    def _carded(self) -> list[str]:
+        """The classes of the set's card."""
+        from zoo import catalog
+
+        card = catalog.data_card("coco" if self.options.get("coco_classes") else self.dataset)
+        return card.class_names or [str(k) for k in range(card.num_classes or 0)]
+
     def _names(self) -> tuple[list[str], list[str]]:
         """Of classes and keypoints: the set's own or, as long as nobody has said where it lies, the card's."""
         if self._layout is None and self.dataset != "shapes":
-            from zoo import catalog
-
-            card = catalog.data_card("coco" if self.options.get("coco_classes") else self.dataset)
-            return card.class_names or [str(k) for k in range(card.num_classes or 0)], []
+            return self._carded(), []
+        if isinstance(self._layout, VocLayout) and self._layout.class_names is not None:
+            return list(self._layout.class_names), []
         first = "train" if self._layout is None or "train" in self._layout.parts else "val"
         source: Any = self._open(first)[0]
         if self.semantic != "none":
@@ -926,10 +971,13 @@ class DetectionDataModule(SeededDataModule):
         split asks."""
         training = split == "train" if training is None else training
         source, indices = self._open(split)
-        if training and isinstance(source, CocoSource):
+        if training and isinstance(source, _FROM_FILES):
             indices = np.intersect1d(indices, source.trainable(self.keypoints))
             if not len(indices):
                 raise ZooError(f"{source.file}: no picture has an object to train on")
+        if split == "train" and self.subset is not None:
+            ids = source.image_ids[indices] if isinstance(source, _FROM_FILES) else indices
+            indices = indices[subset(ids, self.subset)]
         if split == "train" and self.train_samples is not None and self.dataset != "shapes":
             indices = indices[self.drawn_part(len(indices), self.train_samples).numpy()]
         transforms = self.train_transforms if training else self.eval_transforms
@@ -946,7 +994,7 @@ class DetectionDataModule(SeededDataModule):
     def train_sampler(self, samples: Any) -> EpochSampler:
         """Wide and high pictures apart, pictures with rare classes more often, as asked for."""
         source, indices = samples.source, samples.indices
-        if not isinstance(source, CocoSource):
+        if not isinstance(source, _FROM_FILES):
             return super().train_sampler(samples)
         sizes = source.sizes[indices]
         wide = (sizes[:, 1] > sizes[:, 0]).astype(np.int64) * self.aspect_grouping

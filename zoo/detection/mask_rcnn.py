@@ -145,7 +145,8 @@ class MaskRCNNDetection(Detection):
             torchvision's layout wants `resnet.stride_in_1x1` false, and RGB pixels.
         oks_sigmas: of the keypoints, as in COCO's OKS; null for COCO's 17.
         clip_each: bound of the norm of each parameter's own gradient; null for none.
-        metric: whose average precision is evaluated: `coco`, or `lvis` with what it says of each picture.
+        metric: whose average precision is evaluated: `coco`, `lvis` with what it says of each picture, `voc`, or
+            `voc07` by the rule of VOC2007.
         tta: views of an image that are merged in evaluation; null for the image as it is.
         optim: optimiser and schedule.
         network: of :class:`MaskRCNN`.
@@ -204,11 +205,6 @@ _CASCADE: dict[str, Any] = {
 
 
 # Networks that are normalised everywhere have four convolutions in the box head.
-_GN: dict[str, Any] = {
-    "fpn": {"norm": "gn"},
-    "box": {"convs": 4, "fcs": 1, "norm": "gn"},
-    "mask": {"norm": "gn"},
-}
 _LSJ: dict[str, Any] = {
     "fpn": {"norm": "bn"},
     "rpn": {"conv_channels": (-1, -1)},
@@ -217,17 +213,17 @@ _LSJ: dict[str, Any] = {
 }
 
 
-def _merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the entries of `more`, mappings in mappings included."""
-    merged = dict(base)
+    joined = dict(base)
     for name, value in more.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = _merged(merged[name], value) if both else value
-    return merged
+        both = isinstance(value, Mapping) and isinstance(joined.get(name), Mapping)
+        joined[name] = merged(joined[name], value) if both else value
+    return joined
 
 
 def _build(resnet: Mapping[str, Any], design: Mapping[str, Any], overrides: Mapping[str, Any]) -> MaskRCNN:
-    return MaskRCNN(**_merged(_merged({"resnet": resnet}, design), overrides))
+    return MaskRCNN(**merged(merged({"resnet": resnet}, design), overrides))
 
 
 def faster_rcnn_r50_c4(**overrides: Any) -> MaskRCNN:
@@ -300,11 +296,6 @@ def mask_rcnn_x101_32x8d_fpn(**overrides: Any) -> MaskRCNN:
     return _build(_X101, {}, overrides)
 
 
-def mask_rcnn_r50_fpn_gn(**overrides: Any) -> MaskRCNN:
-    """Mask R-CNN, ResNet-50-FPN with GroupNorm everywhere and a box head of four convolutions."""
-    return _build({"depth": 50, "norm": "gn", "stride_in_1x1": False}, _GN, overrides)
-
-
 def mask_rcnn_r50_fpn_lsj(**overrides: Any) -> MaskRCNN:
     """Mask R-CNN, ResNet-50-FPN with BatchNorm everywhere: the baselines of large-scale jitter."""
     return _build({**_R50, "norm": "bn", "freeze": 0}, _LSJ, overrides)
@@ -343,11 +334,6 @@ def resnet50_msra_trunk(**overrides: Any) -> ResNetBackbone:
 def resnet101_msra_trunk(**overrides: Any) -> ResNetBackbone:
     """The ResNet-101 trunk (stride in the 1x1 convolutions, frozen BatchNorm) that detectors start from."""
     return ResNetBackbone(configured(ResNetConfig, {**_R101, **overrides}))
-
-
-def resnet50_gn_trunk(**overrides: Any) -> ResNetBackbone:
-    """The ResNet-50 trunk with GroupNorm that detectors with GroupNorm start from."""
-    return ResNetBackbone(configured(ResNetConfig, {"norm": "gn", "stride_in_1x1": False, **overrides}))
 
 
 def resnext101_32x8d_trunk(**overrides: Any) -> ResNetBackbone:

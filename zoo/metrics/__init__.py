@@ -11,6 +11,7 @@ from zoo.metrics.panoptic import PanopticQuality
 from zoo.metrics.retrieval import ImageTextRetrieval
 from zoo.metrics.semantic import SemanticIoU
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
+from zoo.metrics.voc import VocAP
 from zoo.metrics.zero_shot import class_features
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "MultiViewAccuracy",
     "PanopticQuality",
     "SemanticIoU",
+    "VocAP",
     "class_features",
     "knn_scores",
     "vote",

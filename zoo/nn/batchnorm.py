@@ -132,14 +132,15 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
 
 
 def _over_processes(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> Tensor:
-    """Training's BatchNorm of features (N, C, ...) over the batches of all processes, which may differ in length."""
+    """Training's BatchNorm of features (N, C, ...) over the batches of all processes, which may differ in length; with
+    none at all the statistics stay as they are."""
     axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     sums = sum_with_grad(torch.cat([wide.sum(axes), wide.new_tensor([x.numel() / x.shape[1]])]))
     count = sums[-1].detach()
-    mean = sums[:-1] / count
+    mean = sums[:-1] / count.clamp(min=1)
     centred = wide - mean.view(shape)
-    var = sum_with_grad(centred.square().sum(axes)) / count
+    var = sum_with_grad(centred.square().sum(axes)) / count.clamp(min=1)
     y = centred * (var + norm.eps).rsqrt().view(shape)
     if norm.affine:
         y = y * norm.weight.view(shape) + norm.bias.view(shape)
@@ -147,8 +148,9 @@ def _over_processes(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, x: T
         with torch.no_grad():
             norm.num_batches_tracked.add_(1)
             share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+            share *= bool(count)
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
-            norm.running_var.lerp_((var * count / (count - 1)).to(norm.running_var.dtype), share)
+            norm.running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(norm.running_var.dtype), share)
     return y.to(x.dtype)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -287,8 +287,11 @@ class PreciseBN(L.Callback):
     and at the end of the run (Wu & Johnson 2021, "Rethinking Batch in BatchNorm"): mean and variance over so many
     training batches together, instead of an average that trails behind moving weights.
 
-    The task gives `predict_logits(batch)`. Under several processes each goes through its own share, and all take the
-    statistics of everything.
+    The task gives `statistics_pass(batch)`, which takes a batch through the network in training mode, or
+    `predict_logits(batch)`. Under several processes each goes through its own share, and all take the statistics of
+    everything. A layer counts the places that it sees: a head whose regions are few counts them only, and one that sees
+    nothing at all keeps what it had. The statistics stay after the evaluation; random numbers are those of a run
+    without the callback.
 
     Args:
         num_batches: training batches of each process, or as many as an epoch has.
@@ -313,47 +316,50 @@ class PreciseBN(L.Callback):
         norms = [m for m in pl_module.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
         if not norms or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if not callable(getattr(pl_module, "predict_logits", None)):
-            raise ZooError(f"{type(pl_module).__name__} has no method predict_logits(batch), which PreciseBN wants")
+        forward = next(
+            (f for name in ("statistics_pass", "predict_logits") if callable(f := getattr(pl_module, name, None))), None
+        )
+        if forward is None:
+            raise ZooError(
+                f"{type(pl_module).__name__} has neither statistics_pass(batch) nor predict_logits(batch), one of which"
+                " PreciseBN wants"
+            )
         self._done_at = trainer.global_step
         modes = [(module, module.training) for module in pl_module.modules()]
-        momenta = [norm.momentum for norm in norms]
         counts = [norm.num_batches_tracked.clone() for norm in norms]  # type: ignore[union-attr]
         sums = [torch.zeros(3, norm.num_features, dtype=torch.float64, device=pl_module.device) for norm in norms]
+        kept = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]  # type: ignore[union-attr]
 
-        def add(place: int, norm: Any, x: Tensor) -> None:
-            # With momentum 1 the running statistics are the batch's own; its variance is the unbiased one.
-            count = x.numel() // x.shape[1]
-            mean, var = norm.running_mean.double(), norm.running_var.double()
-            square = mean**2 + var * ((count - 1) / count)
-            sums[place] += count * torch.stack([torch.ones_like(mean), mean, square])
+        def add(place: int, x: Tensor) -> None:
+            if count := x.numel() // x.shape[1]:
+                wide = x.to(torch.promote_types(x.dtype, torch.float32))
+                var, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0)
+                var, mean = var.double(), mean.double()
+                sums[place] += count * torch.stack([torch.ones_like(mean), mean, var + mean**2])
 
         hooks = []
+        devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         try:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
                 pl_module.train()
                 for place, norm in enumerate(norms):
-                    norm.momentum = 1.0
-                    hooks.append(norm.register_forward_hook(lambda m, x, _, place=place: add(place, m, x[0])))
-                self._pass(trainer, pl_module)
-                for hook in hooks:
-                    hook.remove()
-                for norm, count, total in zip(norms, counts, sums, strict=True):
+                    hooks.append(norm.register_forward_pre_hook(lambda _, x, place=place: add(place, x[0])))
+                self._pass(trainer, pl_module, forward)
+                for norm, count, before, total in zip(norms, counts, kept, sums, strict=True):
                     total = trainer.strategy.reduce(total, reduce_op="sum")
                     weight, mean, square = total.unbind()
                     mean, square = mean / weight, square / weight
-                    norm.running_mean.copy_(mean)  # type: ignore[union-attr]
-                    norm.running_var.copy_(square - mean**2)  # type: ignore[union-attr]
+                    seen = bool(weight[0])
+                    norm.running_mean.copy_(mean if seen else before[0])  # type: ignore[union-attr]
+                    norm.running_var.copy_(square - mean**2 if seen else before[1])  # type: ignore[union-attr]
                     norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
         finally:
             for hook in hooks:
                 hook.remove()
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
             for module, mode in modes:
                 module.training = mode
 
-    def _pass(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _pass(self, trainer: L.Trainer, pl_module: L.LightningModule, forward: Callable[[Any], Any]) -> None:
         """The first training batches of the epoch through the network."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         loader: Any = data.train_dataloader() if data is not None else trainer.train_dataloader
@@ -363,7 +369,7 @@ class PreciseBN(L.Callback):
             batch = trainer.precision_plugin.convert_input(batch)
             batch = trainer.strategy.batch_to_device(batch, pl_module.device)
             with trainer.precision_plugin.forward_context():
-                pl_module.predict_logits(batch)  # type: ignore[operator]
+                forward(batch)
 
 
 def default_callbacks() -> list[L.Callback]:

@@ -1,8 +1,8 @@
-"""The task over a detector: its losses, and COCO's or LVIS's average precision."""
+"""The task over a detector: its losses, and COCO's, LVIS's or PASCAL VOC's average precision."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from zoo.errors import unknown
-from zoo.metrics import CocoAP, LvisAP
+from zoo.metrics import CocoAP, LvisAP, VocAP
 from zoo.nn.detection import configured
 from zoo.nn.detection.roi_heads import BoxPredictor
 from zoo.training.base import BaseModule
 from zoo.training.optim import Optim
 from zoo.training.tta import TTA, detect_augmented, require_augmentable
 
-MetricName = Literal["coco", "lvis"]
+MetricName = Literal["coco", "lvis", "voc", "voc07"]
 NAMES = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 
 
 class Detection(BaseModule):
-    """Training of a detector, evaluated by COCO's average precision or LVIS's.
+    """Training of a detector, evaluated by COCO's average precision, LVIS's or PASCAL VOC's.
 
     The network gives losses by name in training mode and detections in the files' pixels in evaluation
     (:class:`zoo.nn.detection.rcnn.RCNN`); batches are those of :class:`zoo.data.detection.DetectionDataModule`. Logs
@@ -37,7 +37,8 @@ class Detection(BaseModule):
         oks_sigmas: of the keypoints, as in COCO's OKS; null for COCO's 17.
         clip_each: bound of the norm of each parameter's own gradient; null for none.
         init_from: where :meth:`setup` takes pre-trained weights from by :meth:`load_initial`; null: from scratch.
-        metric: `coco`, or `lvis`: the numbers of :class:`~zoo.metrics.LvisAP`, for boxes and masks.
+        metric: `coco`; `lvis`: the numbers of :class:`~zoo.metrics.LvisAP`, for boxes and masks; `voc` or, by the rule
+            of VOC2007, `voc07`: those of :class:`~zoo.metrics.VocAP`, for boxes.
         tta: views of an image that are merged in evaluation, of an R-CNN; null for the image as it is.
 
     Raises:
@@ -67,9 +68,13 @@ class Detection(BaseModule):
             require_augmentable(network, self.tta)
         if metric not in get_args(MetricName):
             raise unknown("metric", metric, get_args(MetricName))
-        self.val_metric, self.test_metric = (
-            LvisAP(iou_types) if metric == "lvis" else CocoAP(iou_types=iou_types, sigmas=oks_sigmas) for _ in range(2)
-        )
+        kinds: dict[str, Callable[[], CocoAP | VocAP]] = {
+            "coco": lambda: CocoAP(iou_types=iou_types, sigmas=oks_sigmas),
+            "lvis": lambda: LvisAP(iou_types),
+            "voc": VocAP,
+            "voc07": lambda: VocAP("11point"),
+        }
+        self.val_metric, self.test_metric = (kinds[metric]() for _ in range(2))
 
     def trainable(self) -> nn.Module:
         return self.network
@@ -94,6 +99,10 @@ class Detection(BaseModule):
         self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(batch["image"]))
         return torch.stack(list(losses.values())).sum()
 
+    def statistics_pass(self, batch: Mapping[str, Any]) -> None:
+        """A batch through the network in training mode, losses included; see :class:`~zoo.training.PreciseBN`."""
+        self.network(batch, batch.get("noise"))
+
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         if self.clip_each is None:
             return
@@ -104,7 +113,7 @@ class Detection(BaseModule):
     def _find(self, batch: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         return self.network(batch) if self.tta is None else detect_augmented(self.network, batch, self.tta)  # type: ignore[arg-type]
 
-    def _evaluate(self, batch: Mapping[str, Any], metric: CocoAP) -> dict[str, Any]:
+    def _evaluate(self, batch: Mapping[str, Any], metric: CocoAP | VocAP) -> dict[str, Any]:
         """Hands a batch to the metric; what was found, for callbacks."""
         found = self._find(batch)
         metric.update(found, batch["target"])
@@ -115,7 +124,7 @@ class Detection(BaseModule):
         metric = self.val_metric if split == "val" else self.test_metric
         return {"ap": {NAMES.get(kind, kind): scores for kind, scores in metric.by_class.items()}}
 
-    def _report(self, metric: CocoAP, split: str) -> None:
+    def _report(self, metric: CocoAP | VocAP, split: str) -> None:
         for name, value in metric.compute().items():
             kind, _, number = name.partition("/")
             self.log(f"{split}/{NAMES.get(kind, kind)}/{number}", value, prog_bar=split == "val" and number == "AP")

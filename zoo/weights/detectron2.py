@@ -251,4 +251,8 @@ def fill_trunk(
     # A frozen BatchNorm counts no batches.
     named = {key: value for key, value in named.items() if key in own or not key.endswith("num_batches_tracked")}
     parts = (f"{prefix}conv1.", f"{prefix}bn1.", f"{prefix}layer", *([res5] if res5 else []))
-    fill(network, named, source, lambda key: key.startswith(parts))
+
+    def wanted(key: str) -> bool:  # a BatchNorm that trains counts from 0 where the classifier's did not count
+        return key.startswith(parts) and (key in named or not key.endswith("num_batches_tracked"))
+
+    fill(network, named, source, wanted)

@@ -118,15 +118,25 @@ def detectron2_loss(checkout: Path, network: Any, targets: list[dict[str, Any]],
     return loss
 
 
-def torchvision_rcnn(depth: int, masks: bool, start: dict[str, Tensor], **options: Any) -> Any:
+def torchvision_rcnn(
+    depth: int, masks: bool, start: dict[str, Tensor], norm: Callable[[int], Any] | None = None, **options: Any
+) -> Any:
     """torchvision's Faster or Mask R-CNN for COCO with proposals and RoIAlign as detectron2 has them, in training; its
-    trunk and its proposals start from weights of ours."""
+    trunk and its proposals start from weights of ours. With a `norm` every layer but that of the proposals has it, the
+    box head has four convolutions, and nothing is frozen."""
     from torchvision.models.detection import FasterRCNN, MaskRCNN
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
     from torchvision.ops import MultiScaleRoIAlign
 
     box, mask = (MultiScaleRoIAlign(["0", "1", "2", "3"], side, sampling_ratio=0) for side in (7, 14))
-    backbone = resnet_fpn_backbone(backbone_name=f"resnet{depth}", weights=None, trainable_layers=3)
+    if norm is None:
+        backbone = resnet_fpn_backbone(backbone_name=f"resnet{depth}", weights=None, trainable_layers=3)
+    else:
+        backbone = _normalised_backbone(depth, norm)
+        options["box_head"] = FastRCNNConvFCHead((256, 7, 7), [256] * 4, [1024], norm)
+        options |= {"mask_head": MaskRCNNHeads(256, [256] * 4, 1, norm)} if masks else {}
     options |= {"rpn_pre_nms_top_n_train": 2000, "rpn_post_nms_top_n_train": 1000, "box_roi_pool": box}
     options |= {"mask_roi_pool": mask} if masks else {}
     network: Any = (MaskRCNN if masks else FasterRCNN)(backbone, 81, **options)
@@ -139,6 +149,16 @@ def torchvision_rcnn(depth: int, masks: bool, start: dict[str, Tensor], **option
         if not name.startswith("roi_heads."):
             value.copy_(start[name])
     return network.train()
+
+
+def _normalised_backbone(depth: int, norm: Callable[[int], Any]) -> Any:
+    """torchvision's ResNet and pyramid with another normalisation."""
+    from torchvision.models import get_model
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+    trunk = get_model(f"resnet{depth}", norm_layer=norm)
+    widths = [(256 if depth >= 50 else 64) * 2**k for k in range(4)]
+    return BackboneWithFPN(trunk, {f"layer{k + 1}": str(k) for k in range(4)}, widths, 256, norm_layer=norm)
 
 
 def torchvision_loss(network: Any, targets: list[dict[str, Any]]) -> Callable[[Tensor], Tensor]:
