@@ -177,9 +177,9 @@ class ViTDet(RCNN):
 
     @property
     def size_divisibility(self) -> int:
-        """What the sides of a padded batch must be multiples of."""
-        backbone: Any = self.backbone
-        return max(stride for name, stride in backbone.strides.items() if name != "p6")
+        """What the sides of a padded batch are multiples of: the square that its positions are made for."""
+        vit: ViTConfig = self.options["vit"]
+        return vit.img_size
 
     @property
     def iou_types(self) -> tuple[str, ...]:
