@@ -28,7 +28,7 @@ TINY = ViTConfig(
 
 
 def tiny(**changes: object) -> ViTConfig:
-    return ViTConfig(**{**vars(TINY), **changes})  # type: ignore[arg-type]
+    return ViTConfig(**{**vars(TINY), **changes})
 
 
 def written_out(layer: MapAttention, x: Tensor) -> Tensor:

@@ -25,9 +25,10 @@ def attention(
     `scaled_dot_product_attention` (flash where the device has it), but in half precision on a CPU written out: with
     its gradient torch's kernel took 1.5 to 8 times as long there (torch 2.14, AVX512-BF16, N from 17 to 785).
     """
-    half = q.dtype in (torch.bfloat16, torch.float16)
+    # torch's fast kernel on a CPU wants values of the keys' width; its slow one copies more than the written form.
+    written = q.dtype in (torch.bfloat16, torch.float16) or q.shape[-1] != v.shape[-1]
     # Above 1024^2 scores a head the N x M matrix costs more memory than the written form saves time.
-    if q.device.type == "cpu" and half and q.shape[-2] * k.shape[-2] <= 1024 * 1024:
+    if q.device.type == "cpu" and written and q.shape[-2] * k.shape[-2] <= 1024 * 1024:
         scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
         if mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, float("-inf"))

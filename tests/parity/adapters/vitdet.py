@@ -107,8 +107,8 @@ def evaluate(case: Case, net: ViTDet, made: dict[str, Any]) -> dict[str, Tensor]
     config = case["config"]
     features, proposals = net.propose(made)
     outputs = {f"feature_{name}": x for name, x in features.items()}
-    for n, found in enumerate(proposals):
-        outputs |= {f"proposals{n}": found.boxes, f"proposal_logits{n}": found.logits}
+    for n, one in enumerate(proposals):
+        outputs |= {f"proposals{n}": one.boxes, f"proposal_logits{n}": one.logits}
     for n, (found, size, whole) in enumerate(
         zip(net.detect(made), config["image_sizes"], config["output_sizes"], strict=True)
     ):
@@ -173,7 +173,8 @@ def optimizer(case: Case) -> dict[str, Tensor]:
         raise ZooError(f"other parameters: {sorted(set(ours.values()) ^ set(found))[:3]}")
     scales, decays = zip(*(found[name] for name in ours.values()), strict=True)
     warmup, milestones = chosen.warmup_steps, chosen.milestone_steps
-    factors = [lr_at(chosen, t, config["max_iter"], chosen.lr, warmup, milestones) / chosen.lr for t in config["iters"]]
+    peak = chosen.peak_lr(1)
+    factors = [lr_at(chosen, t, config["max_iter"], peak, warmup, milestones) / peak for t in config["iters"]]
     found_of = {"lr": scales, "weight_decay": decays, "lr_multiplier": factors}
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found_of.items()}
 

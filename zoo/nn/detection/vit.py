@@ -162,7 +162,7 @@ class MapAttention(nn.Module):
         if self.window:
             qkv = windows(qkv, self.window)
         rows, columns = qkv.shape[1:3]
-        q, k, v = qkv.view(len(qkv), rows * columns, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.flatten(1, 2).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         scale = q.shape[-1] ** -0.5
         if self.has_table:
             tables = relative_rows(self.rel_pos_h, rows), relative_rows(self.rel_pos_w, columns)
@@ -170,7 +170,7 @@ class MapAttention(nn.Module):
             scale = 1.0
         if bias is not None:
             bias = bias.to(q.dtype)
-        out = attention(q, k, v, mask=bias, scale=scale).transpose(1, 2).reshape(len(qkv), rows, columns, dim)
+        out = attention(q, k, v, mask=bias, scale=scale).transpose(1, 2).flatten(2).unflatten(1, (rows, columns))
         if self.window:
             out = joined(out, size)[:, self.offset :, self.offset :]
         return linear(out, self.proj.weight, self.proj.bias + self.proj.weight @ of_value)
@@ -377,10 +377,12 @@ def rescaled(dim: int, factor: float, norm: Norm | None = "ln", widths: tuple[in
         made = norm_layer(norm)
         between = [] if made is None else [made(first)]
         layers = [nn.ConvTranspose2d(dim, first, 2, 2), *between, nn.GELU(), nn.ConvTranspose2d(first, second, 2, 2)]
-    elif factor in (1, 2, 0.5):
-        layers = {1: [], 2: [nn.ConvTranspose2d(dim, first, 2, 2)], 0.5: [nn.MaxPool2d(2, 2)]}[factor]
+    elif factor == 2:
+        layers, second = [nn.ConvTranspose2d(dim, first, 2, 2)], first
+    elif factor in (1, 0.5):
+        layers, second = [nn.MaxPool2d(2, 2)] if factor < 1 else [], dim
     else:
         raise ZooError(f"a map is made 4, 2, 1 or 1/2 times as large, not {factor}")
     rescaling = nn.Sequential(*layers)
-    rescaling.out_channels = {4: second, 2: first}.get(factor, dim)  # type: ignore[assignment]
+    rescaling.out_channels = second  # type: ignore[assignment]
     return rescaling
