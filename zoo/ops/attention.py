@@ -11,8 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q (B, H, N, D) and k, v (B, H, M, D): (B, H, N, D).
 
-    `mask` (broadcast to (B, H, N, M)) is true where a query sees a key, and each query must see one; or, of numbers,
-    what is added to the scaled products. `dropout` is the chance of each weight to be dropped.
+    `mask` (bool, broadcast to (B, H, N, M)) is true where a query sees a key; each query must see one. `dropout` is the
+    chance of each weight to be dropped.
 
     `scaled_dot_product_attention` (flash where the device has it), but in half precision on a CPU written out: with
     its gradient torch's kernel took 1.5 to 8 times as long there (torch 2.14, AVX512-BF16, N from 17 to 785).
@@ -22,7 +22,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropo
     if q.device.type == "cpu" and half and q.shape[-2] * k.shape[-2] <= 1024 * 1024:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+            scores = scores.masked_fill(~mask, float("-inf"))
         weights = scores.softmax(dim=-1)
         return (drop(weights, dropout) if dropout else weights) @ v
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
