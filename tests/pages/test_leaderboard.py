@@ -61,6 +61,7 @@ def test_one_paper_with_own_results_and_verdicts(tmp_path: Path, monkeypatch: py
     [
         (["--html", "board.html"], "a folder"),
         (["--html", "file"], "a folder"),
+        (["--html", "site"], "another folder"),
         (["--parity", "p.json"], "--html"),
         (["--html", "out", "--parity", "none.json"], "none.json"),
         (["--html", "out", "--parity", "file"], "JSON"),
@@ -73,8 +74,12 @@ def test_a_mistake_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
+    Path("site").mkdir()
+    Path("site/index.html").write_text("<!doctype html><title>mine</title>")
     Path("odd.json").write_text("[7]")
     assert main(["leaderboard", *words]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+    assert [path.name for path in Path("site").iterdir()] == ["index.html"]
+    assert "mine" in Path("site/index.html").read_text()

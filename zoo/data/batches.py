@@ -221,6 +221,14 @@ def jitter(planes: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     return planes
 
 
+def jitter_one(picture: Tensor, steps: Sequence[tuple[int, float]]) -> Tensor:
+    """A uint8 picture (3, H, W) changed by `steps`, pairs of a number as of :func:`jitter` and its factor, in order."""
+    planes = picture[:, None].to(torch.float32, memory_format=torch.contiguous_format)
+    for number, factor in steps:
+        planes = STEPS[number](planes, torch.tensor([[[factor]]], dtype=torch.float64))
+    return planes[:, 0].to(torch.uint8)
+
+
 def gray(planes: Tensor, rows: Tensor) -> Tensor:
     """Turn pictures `rows` of planes (3, n, H, W) gray, in place."""
     return planes.index_copy_(1, rows, _gray(planes.index_select(1, rows)).expand(3, -1, -1, -1))
@@ -254,8 +262,14 @@ def blur(planes: Tensor, rows: Tensor, sigma: Tensor) -> Tensor:
     box filters across and three down, each ending on bytes; beyond its ends a line goes on as it ends."""
     if not len(rows):
         return planes
-    weights = box_weights(sigma[rows])
-    reach, pixels = len(weights) - 1, planes.index_select(1, rows).numpy().astype(np.uint32)
+    pixels = boxes_thrice(planes.index_select(1, rows).numpy(), sigma[rows])
+    return planes.index_copy_(1, rows, torch.from_numpy(pixels.astype(np.float32)))
+
+
+def boxes_thrice(pixels: np.ndarray, sigma: Tensor) -> np.ndarray:
+    """Pixels (C, n, H, W) of whole numbers up to 255 blurred by `sigma` (n,) as :func:`blur` says, in uint32."""
+    weights = box_weights(sigma)
+    reach, pixels = len(weights) - 1, pixels.astype(np.uint32)
     for _ in range(2):
         lines = np.ascontiguousarray(pixels.transpose(3, 0, 1, 2))  # the axis of the filter first: long rows to add
         length = len(lines)
@@ -269,4 +283,4 @@ def blur(planes: Tensor, rows: Tensor, sigma: Tensor) -> Tensor:
             lines += np.uint32(1 << 23)
             lines >>= np.uint32(24)
         pixels = lines.transpose(1, 2, 0, 3)  # now down, with both sides swapped; then back
-    return planes.index_copy_(1, rows, torch.from_numpy(pixels.astype(np.float32)))
+    return pixels

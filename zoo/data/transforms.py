@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -573,22 +574,14 @@ def color_jitter(image: Tensor, strength: Sequence[float]) -> Tensor:
     The first three factors are uniform in [max(0, 1 - s), 1 + s], the shift of the hue in [-s, s]; a strength of 0
     leaves that property alone.
     """
-    from torchvision.transforms.v2 import functional
-
-    steps = (
-        functional.adjust_brightness,
-        functional.adjust_contrast,
-        functional.adjust_saturation,
-        functional.adjust_hue,
-    )
-    draws = torch.rand(4).tolist()
+    draws, steps = torch.rand(4).tolist(), []
     for which in torch.randperm(4).tolist():
         s = strength[which]
         if s:
             low = -s if which == 3 else max(0.0, 1 - s)
             high = s if which == 3 else 1 + s
-            image = steps[which](image, low + draws[which] * (high - low))
-    return image
+            steps.append((which, low + draws[which] * (high - low)))
+    return batches.jitter_one(image, steps) if steps else image
 
 
 def _grayscale(image: Tensor) -> Tensor:
@@ -604,10 +597,8 @@ def solarize(image: Tensor, threshold: int = 128) -> Tensor:
 
 def box_blur(image: Tensor, sigma: float) -> Tensor:
     """Blurs a uint8 (3, H, W) picture as Pillow's GaussianBlur does: by box filters that approach the Gaussian."""
-    from PIL import ImageFilter
-    from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
-
-    return pil_to_tensor(to_pil_image(image).filter(ImageFilter.GaussianBlur(sigma)))
+    pixels = batches.boxes_thrice(image[:, None].numpy(), torch.tensor([sigma], dtype=torch.float64))
+    return torch.from_numpy(pixels[:, 0].astype(np.uint8, order="C"))
 
 
 # --------------------------------------------------------------------------------------------------------------- mixing

@@ -49,6 +49,15 @@ def asset(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
+GENERATOR = "zoo"
+
+
+def is_ours(path: Path) -> bool:
+    """Is a file a page that :func:`page` made?"""
+    with path.open("rb") as file:
+        return f'<meta name="generator" content="{GENERATOR}">'.encode() in file.read(2000)
+
+
 def page(title: str, *body: Any, scripts: Sequence[str] = ()) -> str:
     """A whole page, with the house's style and the named scripts inside.
 
@@ -60,6 +69,7 @@ def page(title: str, *body: Any, scripts: Sequence[str] = ()) -> str:
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("meta", http_equiv="Content-Security-Policy", content=policy),
         el("meta", name="color-scheme", content="light dark"),
+        el("meta", name="generator", content=GENERATOR),
         el("title", title),
         el("style", Markup(asset("style.css"))),
     ]

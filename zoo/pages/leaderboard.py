@@ -11,7 +11,22 @@ from typing import Any
 from zoo import catalog, files
 from zoo.claims import declaration, picture
 from zoo.errors import ZooError
-from zoo.pages.html import Markup, bars, command, el, folded, link, markup, number, page, prose, section, table, tiles
+from zoo.pages.html import (
+    Markup,
+    bars,
+    command,
+    el,
+    folded,
+    is_ours,
+    link,
+    markup,
+    number,
+    page,
+    prose,
+    section,
+    table,
+    tiles,
+)
 from zoo.paths import FIELDS, share
 
 _STATUS = {"verified": "good"}
@@ -23,12 +38,13 @@ def write(
     """Writes ``index.html`` and ``<paper>.html`` of the papers that have rows; the paths.
 
     Args:
-        folder: made where it is missing; files of other names in it stay.
+        folder: made where it is missing; files of other names in it stay, and so do files of these names that are not
+            pages of ours.
         rows: as :func:`zoo.command.show.leaderboard` gives them.
         verdicts: what ``zoo parity --json`` said, to count; None: the cases are counted, and nothing is said of them.
 
     Raises:
-        ZooError: `folder` is a file.
+        ZooError: `folder` is a file, or holds a file of such a name that is no page of ours.
     """
     folder = Path(folder)
     if folder.is_file() or folder.suffix.lower() in (".html", ".htm"):
@@ -36,6 +52,9 @@ def write(
     slugs = sorted({str(row["paper"]) for row in rows})
     judged = None if verdicts is None else _verdicts(verdicts)
     written = [folder / "index.html", *(folder / f"{slug}.html" for slug in slugs)]
+    for path in written:
+        if path.exists() and not is_ours(path):
+            raise ZooError(f"{path} is there already and is no page of the leaderboard; give another folder")
     files.write_text(written[0], _index(slugs, rows, judged))
     for slug, path in zip(slugs, written[1:], strict=True):
         files.write_text(path, _paper(slug, [row for row in rows if row["paper"] == slug], judged))
