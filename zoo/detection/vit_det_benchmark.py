@@ -20,8 +20,8 @@ Choices of ours:
   (`vit.positions: sincos_transposed` with `file_positions: false`).
 - Stochastic depth is drawn for each picture; [H] draws it for each window in windowed blocks.
 - A window that does not divide the grid (14 of 64) is padded with zeros after the norm; [H] refuses it.
-- Windows are cut inside the attention, and the bias of positions is read out of its table by strided views, once a
-  forward for all blocks of a kind: the same values.
+- Windows are cut inside the attention, and the bias of positions is read out of its table once a forward for all blocks
+  of a kind: the same values. Blocks are those of :mod:`zoo.nn.detection.vit`, shared with ViTDet.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from timm.layers import lecun_normal_
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 from zoo.detection.mask_rcnn import MaskRCNN
 from zoo.errors import ZooError, unknown
@@ -56,11 +54,9 @@ from zoo.nn.detection import (
     Subsample,
     configured,
 )
+from zoo.nn.detection import vit as vit_layers
 from zoo.nn.detection.rpn import Proposals
-from zoo.nn.vit import Attention, Block, PatchEmbed
-from zoo.ops.attention import attention
 from zoo.ops.pos_embed import resize_pos_embed, sincos_2d
-from zoo.ops.windows import joined, windows
 from zoo.training import Optim
 from zoo.training.detection import Detection
 from zoo.weights import detectron2
@@ -69,19 +65,6 @@ from zoo.weights.pretrained import fill, read_source
 Positions = Literal["sincos", "sincos_transposed", "normal", "zero"]
 
 # ------------------------------------------------------------------------------------------------------- 1. functions
-
-
-def relative_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """What attention adds to its logits (heads, N, N) for N = H W tokens of a `grid` (H, W), by their distance.
-
-    Args:
-        table: ((2H - 1)(2W - 1), heads); query (y, x) and key (v, u) have row (y - v + H - 1)(2W - 1) + x - u + W - 1.
-    """
-    height, width = grid
-    square = table.T.unflatten(1, (2 * height - 1, 2 * width - 1))
-    # Entry (y, x, i, j) is that of the distance to key (H - 1 - i, W - 1 - j).
-    views = square.unfold(1, height, 1).unfold(2, width, 1)
-    return views.flip(3, 4).reshape(len(square), height * width, height * width)
 
 
 def position_table(positions: Positions, embed_dim: int, grid: tuple[int, int]) -> Tensor:
@@ -127,7 +110,6 @@ class ViTConfig:
         positions: the table of absolute positions that it starts with, unless a file gives one; see
             :func:`position_table`. It trains.
         init_values: start of the scales of residual branches, which BEiT has (0.1); null for none.
-        split_qkv_bias: biases of queries and values and none of keys, as BEiT has them.
         freeze_patch_embed: the embedding of patches does not train.
         grad_checkpointing: recompute the blocks' activations in the backward pass.
     """
@@ -142,7 +124,6 @@ class ViTConfig:
     drop_path_rate: float = 0.0
     positions: Positions = "sincos"
     init_values: float | None = None
-    split_qkv_bias: bool = False
     freeze_patch_embed: bool = False
     grad_checkpointing: bool = False
 
@@ -161,88 +142,39 @@ class ViTConfig:
         return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
 
 
-class BiasedAttention(Attention):
-    """Self-attention with a bias on its logits; with `split`, biases of queries and values are parameters apart."""
-
-    def __init__(self, dim: int, num_heads: int, split: bool = False) -> None:
-        super().__init__(dim, num_heads)
-        self.split = split
-        if split:
-            self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-            self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
-        """Tokens (B, N, D) to (B, N, D); `bias` (heads, N, N)."""
-        own = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]) if self.split else self.qkv.bias
-        q, k, v = linear(x, self.qkv.weight, own).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(attention(q, k, v, bias.to(q.dtype)).transpose(1, 2).flatten(2))
-
-
-class WindowBlock(Block):
-    """A block whose attention is within windows of side `window`, or over the whole map where that is null."""
-
-    def __init__(self, config: ViTConfig, window: int | None, drop_path: float) -> None:
-        super().__init__(config.embed_dim, config.num_heads, config.mlp_ratio, drop_path)
-        self.attn: BiasedAttention = BiasedAttention(config.embed_dim, config.num_heads, config.split_qkv_bias)
-        self.window = window
-        for name in ("gamma_1", "gamma_2"):
-            scale = config.init_values
-            self.register_parameter(
-                name, None if scale is None else nn.Parameter(torch.full((config.embed_dim,), scale))
-            )
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
-        """Tokens (B, H, W, D) to (B, H, W, D); `bias` of the window's or the map's tokens."""
-        size = (x.shape[1], x.shape[2])
-        out = self.norm1(x)
-        if self.window is None:
-            out = self.attn(out.flatten(1, 2), bias).unflatten(1, size)
-        else:
-            cut = windows(out, self.window)
-            out = joined(self.attn(cut.flatten(1, 2), bias).unflatten(1, (self.window, self.window)), size)
-        x = x + self.drop_path(out if self.gamma_1 is None else self.gamma_1 * out)
-        out = self.mlp(self.norm2(x))
-        return x + self.drop_path(out if self.gamma_2 is None else self.gamma_2 * out)
-
-
-class ViTBackbone(nn.Module):
+class TappedViT(vit_layers.ViTBackbone):
     """Images (B, 3, H, W) of one size to the maps c2 (upsampled by 4), c3 (by 2), c4 and c5 (halved), of D channels.
 
-    Attributes:
-        window_table, global_table: of relative positions, each shared by all blocks of a kind; zero at the start.
+    Keys of the attention have no bias that counts (:class:`~zoo.nn.detection.vit.MapAttention`), as in BEiT.
     """
 
-    window_table: nn.Parameter
-    global_table: nn.Parameter
+    windowed_rel_pos_bias: vit_layers.SharedPositions
+    global_rel_pos_bias: vit_layers.SharedPositions
 
     def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.config = config
-        dim, heads, patch = config.embed_dim, config.num_heads, config.patch_size
-        self.channels = dict.fromkeys(("c2", "c3", "c4", "c5"), dim)
-        self.strides = {"c2": patch // 4, "c3": patch // 2, "c4": patch, "c5": 2 * patch}
-        self.pos_embed = nn.Parameter(position_table(config.positions, dim, config.grid))
-        self.patch_embed = PatchEmbed(patch, patch, 3, dim)
-        rates = [config.drop_path_rate * k / (config.depth - 1) for k in range(config.depth)]
-        self.quarter = config.depth // 4
-        self.blocks = nn.ModuleList(
-            WindowBlock(config, None if (k + 1) % self.quarter == 0 else config.window_size, rate)
-            for k, rate in enumerate(rates)
+        quarter, patch = config.depth // 4, config.patch_size
+        ends = tuple(quarter * (k + 1) - 1 for k in range(4))
+        names = ("c2", "c3", "c4", "c5")
+        same = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "window_size", "grad_checkpointing")
+        facts = vit_layers.ViTConfig(
+            **{name: getattr(config, name) for name in same},
+            img_size=max(config.img_size),
+            drop_path=config.drop_path_rate,
+            global_blocks=ends,
+            rel_pos="shared",
+            pos_grid=1,
+            class_slot=False,
+            layer_scale=config.init_values,
         )
-        tables = {"window_table": (config.window_size,) * 2, "global_table": config.grid}
-        for name, (height, width) in tables.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros((2 * height - 1) * (2 * width - 1), heads)))
+        super().__init__(facts, dict(zip(names, ends, strict=True)))
+        self.taps = config
+        self.strides = {"c2": patch // 4, "c3": patch // 2, "c4": patch, "c5": 2 * patch}
+        self.pos_embed = nn.Parameter(position_table(config.positions, config.embed_dim, config.grid))
+        self.global_rel_pos_bias = vit_layers.SharedPositions(config.num_heads, config.grid)
         self.adaptor = nn.ModuleDict(
             {
-                "c2": nn.Sequential(
-                    nn.ConvTranspose2d(dim, dim, 2, 2),
-                    nn.GroupNorm(32, dim),
-                    nn.GELU(),
-                    nn.ConvTranspose2d(dim, dim, 2, 2),
-                ),
-                "c3": nn.ConvTranspose2d(dim, dim, 2, 2),
-                "c4": nn.Identity(),
-                "c5": nn.MaxPool2d(2),
+                name: vit_layers.rescaled(config.embed_dim, factor, "gn", (config.embed_dim,) * 2)
+                for name, factor in zip(names, (4, 2, 1, 0.5), strict=True)
             }
         )
         self._initialize()
@@ -265,31 +197,19 @@ class ViTBackbone(nn.Module):
                     layer.weight.div_(math.sqrt(2 * (k + 1)))
 
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "window_table", "global_table"}
+        kinds = ("windowed", "global")
+        return {"pos_embed", *(f"{kind}_rel_pos_bias.relative_position_bias_table" for kind in kinds)}
+
+    def positions(self, size: tuple[int, int]) -> Tensor:
+        return self.pos_embed.unflatten(1, size)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        config = self.config
-        if tuple(images.shape[-2:]) != tuple(config.img_size):
+        if tuple(images.shape[-2:]) != tuple(self.taps.img_size):
             raise ZooError(
-                f"this ViT takes images of {list(config.img_size)}, padded, not {list(images.shape[-2:])}: set"
+                f"this ViT takes padded images of {list(self.taps.img_size)}, not {list(images.shape[-2:])}: set"
                 " vit.img_size, or data.size_divisibility to its side"
             )
-        x = self.patch_embed.proj(images).permute(0, 2, 3, 1) + self.pos_embed.unflatten(1, config.grid)
-        side = config.window_size
-        within = relative_bias(self.window_table, (side, side)) if self.quarter > 1 else None
-        everywhere = relative_bias(self.global_table, config.grid)
-        maps: dict[str, Tensor] = {}
-        for k, block in enumerate(self.blocks):
-            last = (k + 1) % self.quarter == 0
-            bias = everywhere if last else within
-            if config.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, bias, use_reentrant=False)
-            else:
-                x = block(x, bias)
-            if last:
-                name = list(self.channels)[len(maps)]
-                maps[name] = self.adaptor[name](x.permute(0, 3, 1, 2))
-        return maps
+        return {name: self.adaptor[name](x) for name, x in super().forward(images).items()}
 
 
 class ViTMaskRCNN(RCNN):
@@ -327,7 +247,7 @@ class ViTMaskRCNN(RCNN):
         vit, fpn = configured(ViTConfig, vit), configured(FPNConfig, fpn)
         rpn, roi, box = configured(RPNConfig, rpn), configured(RoIConfig, roi), configured(BoxHeadConfig, box)
         mask = None if mask is None else configured(MaskHeadConfig, mask)
-        backbone = FPN(ViTBackbone(vit), fpn, Subsample())
+        backbone = FPN(TappedViT(vit), fpn, Subsample())
         pooled = tuple(f"p{name[1:]}" for name in fpn.inputs)
         rpn = dataclasses.replace(rpn, levels=rpn.levels or tuple(backbone.channels))
         roi = dataclasses.replace(roi, levels=roi.levels or pooled)
@@ -446,10 +366,10 @@ def mask_rcnn_r50_fpn_v2(**overrides: Any) -> MaskRCNN:
 
 _OURS = re.compile(r"(?:backbone|rpn\.head|roi_heads)\..+")
 _CLASS_LAYERS = re.compile(r"roi_heads\.(?:box_predictors\.\d\.\w+|mask_head\.predictor)\.(?:weight|bias)")
-_TABLE = re.compile(r"(windowed|global)_rel_pos_bias\.relative_position_(?:bias_table|index)")
+_TABLE = re.compile(r"(?:windowed|global)_rel_pos_bias\.relative_position_bias_table")
 _BLOCKS = re.compile(
     r"(?:patch_embed\.proj|blocks\.\d+\.(?:norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2))\.(?:weight|bias)"
-    r"|blocks\.\d+\.(?:attn\.[qv]_bias|gamma_[12])"
+    r"|blocks\.\d+\.ls[12]\.gamma"
 )
 _LEFT_OUT = re.compile(
     r"(?:cls_token|dist_token|mask_token|rel_pos_bias\.relative_position_index|decoder_.+|head\..+|predictor\..+"
@@ -459,17 +379,30 @@ _BEIT_TABLE = "rel_pos_bias.relative_position_bias_table"
 _TRUNK = "backbone.bottom_up."
 
 
+def _as_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """BEiT's scales under timm's names, and its biases of queries and values as one with zeros for the keys."""
+    state: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if match := re.fullmatch(r"(.*blocks\.\d+)\.gamma_([12])", key):
+            state[f"{match[1]}.ls{match[2]}.gamma"] = value
+        elif key.endswith("attn.q_bias"):
+            if (other := state_dict.get(f"{key[:-6]}v_bias")) is None:
+                raise ZooError(f"not a checkpoint of BEiT: it has {key!r} and no v_bias beside it")
+            state[f"{key[:-6]}qkv.bias"] = torch.cat([value, torch.zeros_like(value), other])
+        elif not (key.endswith("attn.v_bias") and f"{key[:-6]}q_bias" in state_dict):
+            state[key] = value
+    return state
+
+
 def trunk_name(key: str) -> str | None:
     """Our name of a parameter of [H]'s ViT and its adaptor; see :mod:`zoo.weights.detectron2`."""
     if not key.startswith(_TRUNK):
         return None
     name = key.removeprefix(_TRUNK)
-    if match := re.fullmatch(r"ms_adaptor\.(0\.[013]|1)\.(weight|bias)", name):
-        place, leaf = match.groups()
-        return f"{_TRUNK}adaptor.c{2 + int(place[0])}{place[1:]}.{leaf}"
-    if match := _TABLE.fullmatch(name):
-        return f"{_TRUNK}{match[1].removesuffix('ed')}_table"
-    return key if name == "pos_embed" or _BLOCKS.fullmatch(name) else None
+    if match := re.fullmatch(r"ms_adaptor\.(?:0\.([013])|1)\.(weight|bias)", name):
+        layer, leaf = match.groups()
+        return f"{_TRUNK}adaptor.{f'c2.{layer}' if layer else 'c3.0'}.{leaf}"
+    return key if name == "pos_embed" or _BLOCKS.fullmatch(name) or _TABLE.fullmatch(name) else None
 
 
 def convert_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -480,29 +413,29 @@ def convert_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ZooError: a key of no such detector, or indices of another order.
     """
-    if any(key.startswith("rpn.head.") or key == f"{_TRUNK}window_table" for key in state_dict):
+    if any(key.startswith(("rpn.head.", f"{_TRUNK}adaptor.")) for key in state_dict):
         return detectron2.ours(state_dict, _OURS)
     weights = {key: value for key, value in state_dict.items() if not key.endswith("relative_position_index")}
     for key in state_dict.keys() - weights.keys():
         _check_index(state_dict, key)
     rules = (trunk_name, detectron2.backbone_name, detectron2.rpn_name, detectron2.roi_name)
-    return detectron2.rename(weights, rules, "MIMDet's benchmarking detectors")
+    return detectron2.rename(_as_ours(weights), rules, "MIMDet's benchmarking detectors")
 
 
 def _check_index(state: Mapping[str, Tensor], key: str) -> None:
-    index, table = state[key], state.get(key.replace("relative_position_index", "relative_position_bias_table"))
-    if not _TABLE.fullmatch(key.removeprefix(_TRUNK)) or table is None:
+    index, table = state[key], state.get(beside := key.replace("position_index", "position_bias_table"))
+    if not _TABLE.fullmatch(beside.removeprefix(_TRUNK)) or table is None:
         raise ZooError(f"not a checkpoint of MIMDet's benchmarking detectors: unknown key {key!r}")
     if index.is_meta or index.is_floating_point():  # no indices, only their places
         return
     rows, count = len(table), len(index)
-    half = (4 * count + 1 - rows) // 4  # half of H + W, since rows are 4 N - 2 (H + W) + 1
-    width = half + math.isqrt(max(half * half - count, 0))
-    numbers = torch.arange(rows, dtype=torch.float64)[:, None]
-    for grid in {(count // width, width), (width, count // width)} if width else ():
-        if (2 * grid[0] - 1) * (2 * grid[1] - 1) == rows and torch.equal(
-            relative_bias(numbers, grid)[0].long(), index.cpu().long()
-        ):
+    for height in (n for n in range(1, count + 1) if count % n == 0):
+        width = count // height
+        if (2 * height - 1) * (2 * width - 1) != rows:
+            continue
+        y, x = (torch.arange(count) // width, torch.arange(count) % width)
+        down, right = y[:, None] - y + height - 1, x[:, None] - x + width - 1
+        if torch.equal(down * (2 * width - 1) + right, index.cpu().long()):
             return
     raise ZooError(f"{key!r} orders relative positions otherwise than MIMDet's detectors")
 
@@ -562,7 +495,7 @@ def convert_encoder(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ZooError: a key of none of these.
     """
     converted: dict[str, Tensor] = {}
-    for key, value in state_dict.items():
+    for key, value in _as_ours(state_dict).items():
         name = re.sub(r"^(?:module\.)?(?:base_encoder\.)?", "", key)
         if _BLOCKS.fullmatch(name) or name in ("pos_embed", _BEIT_TABLE):
             converted[name] = value
@@ -592,16 +525,16 @@ def load_weights(network: ViTMaskRCNN, source: str | Path, file_positions: bool 
         return
     encoder = convert_encoder(state)
     config: ViTConfig = network.options["vit"]
-    if config.split_qkv_bias != any(key.endswith("attn.q_bias") for key in encoder):
-        raise ZooError(f"init_from: {source}: set vit.split_qkv_bias to {str(not config.split_qkv_bias).lower()}")
-    if (config.init_values is not None) != any(key.endswith("gamma_1") for key in encoder):
-        raise ZooError(f"init_from: {source}: vit.init_values must be a number for BEiT (0.1), else null")
+    if (config.init_values is not None) != any(key.endswith("ls1.gamma") for key in encoder):
+        raise ZooError(
+            f"init_from: {source}: vit.init_values must be a number for networks with layer scale (BEiT 0.1), else null"
+        )
     positions, relative = encoder.pop("pos_embed", None), encoder.pop(_BEIT_TABLE, None)
     if positions is not None and file_positions:
         encoder["pos_embed"] = fitted_positions(positions, config.grid)
     if relative is not None:
-        encoder["window_table"] = fitted_bias(relative, (config.window_size,) * 2)
-        encoder["global_table"] = fitted_bias(relative, config.grid)
+        for kind, grid in (("windowed", (config.window_size,) * 2), ("global", config.grid)):
+            encoder[f"{kind}_rel_pos_bias.relative_position_bias_table"] = fitted_bias(relative, grid)
     given = {f"{_TRUNK}{key}": value for key, value in encoder.items()}
     fill(
         network, given, source, lambda key: key in given or key.startswith((f"{_TRUNK}patch_embed", f"{_TRUNK}blocks"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.detection.vit_det_benchmark import (
-    ViTBackbone,
+    TappedViT,
     ViTConfig,
     ViTMaskRCNN,
     ViTMaskRCNNDetection,
@@ -16,9 +16,9 @@ from zoo.detection.vit_det_benchmark import (
     fitted_bias,
     fitted_positions,
     position_table,
-    relative_bias,
 )
 from zoo.nn.detection import FPN, FPNConfig, Subsample
+from zoo.nn.detection.vit import SharedPositions
 from zoo.ops.pos_embed import sincos_2d
 from zoo.parity import Case, Config, dtype_of, filled_inputs, gradients, load_filled, named
 from zoo.parity.cases import Official
@@ -45,7 +45,7 @@ def vit(config: Config) -> dict[str, Any]:
     )
     given = {name: config[name] for name in same}
     given |= {"img_size": tuple(side) if isinstance(side, list) else (side, side)}
-    return given | {"split_qkv_bias": config["beit_qkv_bias"]}
+    return given
 
 
 class Backbone(nn.Module):
@@ -54,7 +54,7 @@ class Backbone(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         pyramid = FPNConfig(channels=config["out_channels"], norm="bn")
-        self.backbone = FPN(ViTBackbone(ViTConfig(**vit(config))), pyramid, Subsample())
+        self.backbone = FPN(TappedViT(ViTConfig(**vit(config))), pyramid, Subsample())
 
 
 def backbone(case: Case) -> dict[str, Tensor]:
@@ -80,12 +80,13 @@ def position(case: Case) -> dict[str, Tensor]:
     square = (config["img_size_square"] // patch,) * 2
     high, wide = config["img_size_wide"]
     table = inputs["pos_embed"]
-    small = fitted_bias(inputs["beit_table"], (window, window))
+    shared = SharedPositions(config["num_heads"], window).to(dtype_of(case))
+    shared.relative_position_bias_table.data = small = fitted_bias(inputs["beit_table"], (window, window))
     sizes = {name: config[name] for name in ("patch_size", "embed_dim", "depth", "num_heads", "window_size")}
     side = (config["img_size_square"],) * 2
     kinds: Any = ((side, "sincos"), ((high, wide), "sincos"), (side, "sincos_transposed"), (side, "zero"))
     with torch.device("meta"):
-        nets = [ViTBackbone(ViTConfig(img_size=size, positions=start, **sizes)) for size, start in kinds]
+        nets = [TappedViT(ViTConfig(img_size=size, positions=start, **sizes)) for size, start in kinds]
     return {
         "resized_square": fitted_positions(table, square),
         "resized_wide": fitted_positions(table, (high // patch, wide // patch)),
@@ -95,7 +96,7 @@ def position(case: Case) -> dict[str, Tensor]:
         "trainable": torch.tensor([net.pos_embed.requires_grad for net in nets], dtype=dtype_of(case)),
         "beit_windowed_table": small,
         "beit_global_table": fitted_bias(inputs["beit_table"], square),
-        "windowed_bias": relative_bias(small, (window, window)),
+        "windowed_bias": shared(window, window),
     }
 
 
