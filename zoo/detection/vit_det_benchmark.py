@@ -148,18 +148,19 @@ class TappedViT(vit_layers.ViTBackbone):
     Keys of the attention have no bias that counts (:class:`~zoo.nn.detection.vit.MapAttention`), as in BEiT.
     """
 
-    windowed_rel_pos_bias: vit_layers.SharedPositions
+    windowed_rel_pos_bias: vit_layers.SharedPositions | None
     global_rel_pos_bias: vit_layers.SharedPositions
 
     def __init__(self, config: ViTConfig) -> None:
         quarter, patch = config.depth // 4, config.patch_size
         ends = tuple(quarter * (k + 1) - 1 for k in range(4))
         names = ("c2", "c3", "c4", "c5")
-        same = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "window_size", "grad_checkpointing")
+        same = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "grad_checkpointing")
         facts = vit_layers.ViTConfig(
             **{name: getattr(config, name) for name in same},
             img_size=max(config.img_size),
             drop_path=config.drop_path_rate,
+            window_size=config.window_size if quarter > 1 else 0,  # of four blocks all are global
             global_blocks=ends,
             rel_pos="shared",
             pos_grid=1,
@@ -533,7 +534,8 @@ def load_weights(network: ViTMaskRCNN, source: str | Path, file_positions: bool 
     if positions is not None and file_positions:
         encoder["pos_embed"] = fitted_positions(positions, config.grid)
     if relative is not None:
-        for kind, grid in (("windowed", (config.window_size,) * 2), ("global", config.grid)):
+        kinds = [("global", config.grid), *([("windowed", (config.window_size,) * 2)] if config.depth > 4 else [])]
+        for kind, grid in kinds:
             encoder[f"{kind}_rel_pos_bias.relative_position_bias_table"] = fitted_bias(relative, grid)
     given = {f"{_TRUNK}{key}": value for key, value in encoder.items()}
     fill(
