@@ -82,14 +82,12 @@ def test_what_the_trunk_starts_with() -> None:
     torch.testing.assert_close(trunk.pos_embed, sincos_2d(32, (6, 10)))  # MAE's order
     assert trunk.pos_embed.requires_grad
     for table in (trunk.windowed_rel_pos_bias, trunk.global_rel_pos_bias):
-        assert table is not None
         assert not table.relative_position_bias_table.any()
     blocks: Any = trunk.blocks
     for k, block in enumerate(blocks):
         assert block.attn.qkv.weight.abs().max() <= 0.02
         assert block.mlp.fc2.weight.abs().max() <= 0.02 / math.sqrt(2 * (k + 1))
     assert [block.attn.window for block in blocks] == [3, 0] * 4
-    assert TappedViT(ViTConfig(**{**VIT, "depth": 4})).windowed_rel_pos_bias is None
     frozen = TappedViT(ViTConfig(**VIT, freeze_patch_embed=True)).patch_embed
     assert not any(p.requires_grad for p in frozen.parameters())
 
@@ -112,6 +110,7 @@ def test_four_taps_after_quarters_of_the_blocks() -> None:
     assert not seen[3:].any()
     assert not seen[:, 3:].any()
     assert ((trunk(other)["c4"] - maps["c4"]).abs().amax(dim=1) > 0).all()
+    assert trunk(torch.zeros(1, 3, 64, 96))["c4"].shape[2:] == (8, 12)  # another size: positions are resized
 
 
 @pytest.mark.parametrize("grid", [(3, 3), (2, 4)])
@@ -154,7 +153,7 @@ def test_grey_beside_a_picture() -> None:
 @pytest.mark.parametrize(
     ("vit", "message"),
     [
-        ({}, r"padded images of \[64, 64\], not \[64, 96\]"),
+        ({}, "64 x 90 pixels do not part into patches of 8"),
         ({"depth": 6}, "a multiple of 4, not 6"),
         ({"img_size": (60, 64)}, "multiples of patch_size 8"),
         ({"positions": "sincso"}, "did you mean 'sincos'"),
@@ -163,7 +162,7 @@ def test_grey_beside_a_picture() -> None:
 )
 def test_what_does_not_go_together_is_named(vit: dict[str, Any], message: str) -> None:
     with pytest.raises(ZooError, match=message):
-        build(**vit).backbone(torch.zeros(1, 3, 64, 96))
+        build(**vit).backbone(torch.zeros(1, 3, 64, 90))
 
 
 # --------------------------------------------------------------------------------------------------------------- starts

@@ -103,8 +103,9 @@ class ViTConfig:
     """A ViT as the backbone of a detector.
 
     Args:
-        img_size: height and width of the padded pictures.
-        patch_size, embed_dim, depth, num_heads, mlp_ratio: of the ViT; the depth is a multiple of 4.
+        img_size: height and width that pictures are padded to; for others, all tables of positions are resized.
+        patch_size, embed_dim, depth, num_heads, mlp_ratio: of the ViT; the depth is a multiple of 4 (of 4 blocks all
+            are global).
         window_size: side in patches of the windows of all blocks but the last of each quarter.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
         positions: the table of absolute positions that it starts with, unless a file gives one; see
@@ -143,24 +144,23 @@ class ViTConfig:
 
 
 class TappedViT(vit_layers.ViTBackbone):
-    """Images (B, 3, H, W) of one size to the maps c2 (upsampled by 4), c3 (by 2), c4 and c5 (halved), of D channels.
+    """Images (B, 3, H, W) to the maps c2 (upsampled by 4), c3 (by 2), c4 and c5 (halved), of D channels.
 
     Keys of the attention have no bias that counts (:class:`~zoo.nn.detection.vit.MapAttention`), as in BEiT.
     """
 
-    windowed_rel_pos_bias: vit_layers.SharedPositions | None
+    windowed_rel_pos_bias: vit_layers.SharedPositions
     global_rel_pos_bias: vit_layers.SharedPositions
 
     def __init__(self, config: ViTConfig) -> None:
         quarter, patch = config.depth // 4, config.patch_size
         ends = tuple(quarter * (k + 1) - 1 for k in range(4))
         names = ("c2", "c3", "c4", "c5")
-        same = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "grad_checkpointing")
+        same = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "window_size", "grad_checkpointing")
         facts = vit_layers.ViTConfig(
             **{name: getattr(config, name) for name in same},
             img_size=max(config.img_size),
             drop_path=config.drop_path_rate,
-            window_size=config.window_size if quarter > 1 else 0,  # of four blocks all are global
             global_blocks=ends,
             rel_pos="shared",
             pos_grid=1,
@@ -202,14 +202,10 @@ class TappedViT(vit_layers.ViTBackbone):
         return {"pos_embed", *(f"{kind}_rel_pos_bias.relative_position_bias_table" for kind in kinds)}
 
     def positions(self, size: tuple[int, int]) -> Tensor:
-        return self.pos_embed.unflatten(1, size)
+        table = self.pos_embed if size == tuple(self.taps.grid) else resize_pos_embed(self.pos_embed, size, num_prefix=0)
+        return table.unflatten(1, size)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        if tuple(images.shape[-2:]) != tuple(self.taps.img_size):
-            raise ZooError(
-                f"this ViT takes padded images of {list(self.taps.img_size)}, not {list(images.shape[-2:])}: set"
-                " vit.img_size, or data.size_divisibility to its side"
-            )
         return {name: self.adaptor[name](x) for name, x in super().forward(images).items()}
 
 
@@ -259,7 +255,7 @@ class ViTMaskRCNN(RCNN):
 
     @property
     def size_divisibility(self) -> int:
-        """What the sides of a padded batch must be multiples of: the network takes one size."""
+        """What the sides of a padded batch are to be multiples of: all pictures get one size."""
         config: ViTConfig = self.options["vit"]
         return max(config.img_size)
 
@@ -534,8 +530,7 @@ def load_weights(network: ViTMaskRCNN, source: str | Path, file_positions: bool 
     if positions is not None and file_positions:
         encoder["pos_embed"] = fitted_positions(positions, config.grid)
     if relative is not None:
-        kinds = [("global", config.grid), *([("windowed", (config.window_size,) * 2)] if config.depth > 4 else [])]
-        for kind, grid in kinds:
+        for kind, grid in (("windowed", (config.window_size,) * 2), ("global", config.grid)):
             encoder[f"{kind}_rel_pos_bias.relative_position_bias_table"] = fitted_bias(relative, grid)
     given = {f"{_TRUNK}{key}": value for key, value in encoder.items()}
     fill(
