@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from zoo.data.detection import (
     shortest_edge_size,
 )
 from zoo.data.loader import EpochSampler, GroupedSampler
+from zoo.data.lvis import synset
 from zoo.data.shapes import hash64, render
 from zoo.errors import ZooError
 
@@ -138,6 +140,67 @@ def test_lvis_names_no_files(tmp_path: Path) -> None:
     data = DetectionDataModule("lvis_v1", str(tmp_path), num_workers=0)
     assert len(data.samples("predict")) == 6
     assert Path(data.samples("predict")[0]["path"][0]).parent.name == "train2017"
+
+
+def lvis(count: int, first: int, version: str, folder: str) -> dict[str, Any]:
+    """A json of LVIS's format: v0.5 names files of COCO 2014, v1 none."""
+    what = content(count, first)
+    for image in what["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/{folder}/{image['file_name']}"
+        image["neg_category_ids"], image["not_exhaustive_category_ids"] = [9, 3], [7]
+        image["file_name"] = f"COCO_train2014_{image['file_name']}"
+        if version == "v1":
+            del image["file_name"]
+    what["annotations"] = [a for a in what["annotations"] if not a["iscrowd"]]
+    for a in what["annotations"]:
+        for name in ("iscrowd", "keypoints", "num_keypoints"):
+            del a[name]
+    named = (("cat", "cat.n.01", "f"), ("person", "person.n.01", "c"), ("sofa", "sofa.n.01", "r"))
+    what["categories"] = [
+        {"id": k, "name": name, "synset": synset, "frequency": often, "synonyms": [name], "def": "", "image_count": 1,
+         "instance_count": 1}
+        for k, (name, synset, often) in zip((7, 3, 9), named, strict=True)
+    ]  # fmt: skip
+    return what
+
+
+@pytest.mark.parametrize("version", ["v0.5", "v1"])
+def test_lvis_says_what_is_known_on_a_picture(tmp_path: Path, version: str) -> None:
+    for file, folder, first in (("train", "train2017", 0), ("val", "val2017", 6)):
+        write_set(tmp_path, content(4, first), "instances.json", folder)
+        what = json.dumps(lvis(4, first, version, folder))
+        (tmp_path / f"lvis_{version}_{file}.json").write_text(what)
+    data = DetectionDataModule(f"lvis_{version}", str(tmp_path), num_workers=0, eval_transforms=[])
+    assert data.class_names == ["person", "cat", "sofa"]
+    assert data.class_image_counts().tolist() == [4, 2, 0]  # type: ignore[union-attr]
+    batch = data.samples("val")[0]
+    assert Path(batch["path"][0]).parent.name == "val2017"
+    target = batch["target"][0]
+    known = {name: target[name].tolist() for name in ("labels", "neg_labels", "not_exhaustive_labels", "frequency")}
+    assert known == {"labels": [0], "neg_labels": [2, 0], "not_exhaustive_labels": [1], "frequency": [1]}
+    assert "neg_labels" not in data.samples("train")[0]["target"][0]  # nothing to train on
+    coco = DetectionDataModule(f"lvis_{version}", str(tmp_path), num_workers=0, options={"coco_classes": True})
+    assert coco.class_names[15] == "cat"
+    assert coco.num_classes == 80
+    target = coco.samples("val")[1]["target"][0]
+    known = {name: target[name].tolist() for name in ("labels", "neg_labels", "not_exhaustive_labels", "frequency")}
+    assert known == {"labels": [0, 15], "neg_labels": [57, 0], "not_exhaustive_labels": [15], "frequency": [1, 2]}
+    write_set(tmp_path, content(), "instances_train2017.json", "train2017")
+    with pytest.raises(ZooError, match="synsets"):
+        DetectionDataModule("coco", str(tmp_path), options={"coco_classes": True})
+
+
+def test_every_class_of_coco_has_a_synset() -> None:
+    from zoo.catalog import data_card
+
+    synsets = [synset(name) for name in data_card("coco").class_names or []]
+    assert len(set(synsets)) == 80
+    assert all(re.fullmatch(r"[a-z_]+\.n\.0\d", s) for s in synsets)
+
+
+def test_lvis_without_its_folder_is_known_by_its_card() -> None:
+    assert (DetectionDataModule("lvis_v0.5").num_classes, DetectionDataModule("lvis_v1").num_classes) == (1230, 1203)
+    assert DetectionDataModule("lvis_v0.5", options={"coco_classes": True}).num_classes == 80
 
 
 def test_a_batch_to_train_on(coco: Path) -> None:

@@ -10,7 +10,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from zoo.errors import ZooError
 from zoo.nn.detection import AnchorGenerator, MaskHeadConfig, PoolConfig, ResNetBackbone, ResNetConfig, RoIPooler
 from zoo.nn.detection.backbone import conv_norm
-from zoo.nn.detection.roi_heads import MaskHead, Regions, rois_of
+from zoo.nn.detection.roi_heads import BoxHeadConfig, BoxPredictor, MaskHead, Regions, federated_classes, rois_of
+from zoo.ops.boxes import Draws
+from zoo.weights.detectron2 import roi_name
 
 
 def test_anchors_are_exact_and_in_order() -> None:
@@ -89,3 +91,38 @@ def test_regions_of_no_pictures_are_none() -> None:
     assert rois_of([torch.zeros(0, 4), torch.zeros(0, 4)]).shape == (0, 5)
     pooler = RoIPooler([4, 8], PoolConfig(7))
     assert pooler([torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 4, 4)], rois_of([])).shape == (0, 2, 7, 7)
+
+
+def test_a_federated_loss_is_of_the_classes_present_and_some_drawn() -> None:
+    labels, weights = torch.tensor([3, 3, 5, 8]), torch.tensor([1.0, 4, 0, 1, 1, 1, 2, 2])  # 8: background
+    kept = federated_classes(labels, weights, 5, torch.rand(8))
+    assert kept.shape == (8,)
+    assert kept[[3, 5]].all()
+    assert not kept[2]  # of weight 0
+    assert kept.sum() == 4  # the background has a place
+    assert federated_classes(labels, weights, 2, torch.rand(8)).nonzero()[:, 0].tolist() == [3, 5]
+    assert federated_classes(labels, weights, 50, torch.rand(8)).sum() == 7
+    # The first draw is proportional to the weights.
+    noise = torch.rand(4000, 8, generator=torch.Generator().manual_seed(0))
+    drawn = torch.stack([federated_classes(labels, weights, 4, row) for row in noise]).float().mean(0)
+    torch.testing.assert_close(drawn[[0, 1, 4, 6, 7]], torch.tensor([0.1, 0.4, 0.1, 0.2, 0.2]), rtol=0, atol=0.03)
+
+
+def test_a_predictor_with_a_federated_loss_counts_pictures() -> None:
+    torch.manual_seed(0)
+    config = BoxHeadConfig(sigmoid=True, federated=3)
+    predictor = BoxPredictor(4, 6, config, config.weights)
+    predictor.count_images(torch.tensor([100, 0, 0, 0, 0, 0]))
+    assert predictor.state_dict()["fed_loss_cls_weights"].tolist() == [10, 0, 0, 0, 0, 0]
+    official = "roi_heads.box_predictor{}.fed_loss_cls_weights"
+    assert roi_name(official.format("")) == "roi_heads.box_predictors.0.fed_loss_cls_weights"
+    assert roi_name(official.format(".2")) == "roi_heads.box_predictors.2.fed_loss_cls_weights"
+    logits, deltas, boxes = torch.randn(3, 7), torch.zeros(3, 24), torch.tensor([[0.0, 0, 9, 9]]).repeat(3, 1)
+    which = torch.tensor([2, 6, 6])
+    regions = Regions(torch.zeros(3, dtype=torch.long), boxes, which, torch.zeros(3, dtype=torch.long), boxes)
+    loss = predictor.losses(logits, deltas, regions, Draws(torch.rand(6)))["loss_cls"]
+    target = torch.tensor([[0.0, 1], [0, 0], [0, 0]])  # classes 0, drawn, and 2
+    expected = nn.functional.binary_cross_entropy_with_logits(logits[:, [0, 2]], target, reduction="sum") / 3
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(ZooError, match=r"box\.sigmoid"):
+        BoxPredictor(4, 6, BoxHeadConfig(federated=3), config.weights)

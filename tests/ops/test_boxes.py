@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import batched_nms
 
 from zoo.errors import ZooError
 from zoo.ops.boxes import (
@@ -22,6 +23,7 @@ from zoo.ops.boxes import (
     permutation,
     pyramid_levels,
     sample_labels,
+    soft_nms,
 )
 
 
@@ -87,3 +89,24 @@ def test_box_losses_vanish_at_the_truth(kind: Any) -> None:
     assert (deltas.grad.abs().sum(dim=1) > 0).all()
     with pytest.raises(ZooError, match="did you mean 'giou'"):
         box_loss(deltas, boxes, anchors, (1.0,) * 4, "gious")  # type: ignore[arg-type]
+
+
+def test_soft_nms_lowers_what_overlaps_a_better_box_of_its_class() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [0, 0, 10, 2], [0, 0, 10, 10], [50, 50, 60, 60]])
+    scores, labels = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.05]), torch.tensor([0, 0, 0, 1, 0])
+    kept, values = soft_nms(boxes, scores, labels, "linear", threshold=0.5)
+    # The second overlaps the first by 0.8, the third by 0.2 only, and the fourth is of another class.
+    assert kept.tolist() == [0, 2, 3, 1, 4]
+    torch.testing.assert_close(values, torch.tensor([0.9, 0.7, 0.6, 0.8 * 0.2, 0.05]))
+    kept, values = soft_nms(boxes, scores, labels, "gaussian", sigma=0.5, min_score=0.1)
+    third, second = 0.7 * math.exp(-(0.2**2) / 0.5), 0.8 * math.exp(-(0.8**2) / 0.5)
+    assert kept.tolist() == [0, 2, 3, 1]
+    torch.testing.assert_close(values, torch.tensor([0.9, third, 0.6, second * math.exp(-(0.25**2) / 0.5)]))
+    assert soft_nms(boxes, scores, labels, most=2)[0].tolist() == [0, 2]
+    assert soft_nms(boxes[:0], scores[:0], labels[:0])[0].shape == (0,)
+    # Narrow enough, it keeps what hard suppression keeps.
+    many, values, kinds = random_boxes(60, side=30), torch.rand(60, dtype=torch.float64), torch.arange(60) % 3
+    kept, _ = soft_nms(many, values, kinds, "gaussian", sigma=1e-6)
+    assert kept.tolist() == batched_nms(many, values, kinds, 0.0).tolist()
+    with pytest.raises(ZooError, match="did you mean 'linear'"):
+        soft_nms(boxes, scores, labels, "linar")  # type: ignore[arg-type]

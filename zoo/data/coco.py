@@ -36,6 +36,7 @@ from torch import Tensor
 
 from zoo.data import files
 from zoo.data.files import finite_numbers, whole_number
+from zoo.data.lvis import with_coco_classes
 from zoo.data.sources import ALIASES, EXTENSIONS, HOLD_OUT, choose_part, decode_image
 from zoo.errors import ZooError
 from zoo.ops.masks import run_lengths
@@ -48,6 +49,7 @@ Segment = list[np.ndarray] | np.ndarray
 
 _MOST_SIDE = 1 << 20  # pixels
 _FAR = 10  # times the picture's longer side; a polygon is drawn point by point, so that its length must be bounded
+_FREQUENCIES = ("r", "c", "f")  # LVIS's classes: rare, common, frequent
 OTHER_KINDS = ("captions", "panoptic", "stuff", "image_info")
 
 
@@ -66,6 +68,9 @@ class Record:
         keypoints: (n, P, 3) float64 x, y, visibility (0 not labelled, 1 hidden, 2 visible), or None.
         image_id: the set's number of the picture.
         path: its file, "" where it was drawn.
+        neg_labels, not_exhaustive_labels: of a federated set (LVIS), classes that are known not to be on it, and
+            classes on it of which objects may be missing here; else None.
+        frequency: (n,) int64, of each object's class: 0 rare, 1 common, 2 frequent; None where the set does not say.
     """
 
     image: Tensor
@@ -77,6 +82,9 @@ class Record:
     keypoints: np.ndarray | None
     image_id: int
     path: str = ""
+    neg_labels: np.ndarray | None = None
+    not_exhaustive_labels: np.ndarray | None = None
+    frequency: np.ndarray | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------- run lengths
@@ -116,6 +124,8 @@ class CocoSource:
         class_names, category_ids: of the classes in order.
         keypoint_names: of the P keypoints, empty where the set has none; flip_order: (P,) which keypoint each becomes
             in a mirror.
+        frequency: (K,) int64 of each class, as of :class:`Record`, or None.
+        federated: whether the set says what is known on which picture.
         image_ids: (N,) int64, the ids or, where some are text, the pictures' places; sizes: (N, 2) int64 height and
             width as the json states them.
         problems: what in the json is odd but harmless, in words, with the number of cases.
@@ -142,6 +152,10 @@ class CocoSource:
         if any("name" not in c for _, c in categories):
             raise ZooError(f"{file}: a category has no name")
         self.class_names = [str(c["name"]) for _, c in categories]
+        frequencies = [str(c.get("frequency")) for _, c in categories]
+        self.frequency = None
+        if set(frequencies) <= set(_FREQUENCIES):
+            self.frequency = np.array([_FREQUENCIES.index(f) for f in frequencies], dtype=np.int64)
         named: list[Any] = next((c["keypoints"] for _, c in categories if isinstance(c.get("keypoints"), list)), [])
         self.keypoint_names: list[str] = [str(k) for k in named]
         self.flip_order = mirror_order(self.keypoint_names)
@@ -157,6 +171,10 @@ class CocoSource:
         if (wrong := ((self.sizes < 1) | (self.sizes > _MOST_SIDE)).any(1)).any():
             height, width = self.sizes[wrong][0]
             raise ZooError(f"{file}: an image states {width}x{height} pixels")
+        self.federated = all(isinstance(p.get("neg_category_ids"), list) for _, p in pictures)
+        if self.federated:
+            self._absent = [self._labels(p["neg_category_ids"]) for _, p in pictures]
+            self._open_ended = [self._labels(p.get("not_exhaustive_category_ids")) for _, p in pictures]
         self.names = np.array(self._find_pictures([p for _, p in pictures], root, outside), dtype=np.str_)
         self._pack(content["annotations"])
 
@@ -178,6 +196,11 @@ class CocoSource:
     def _numbers(self, entries: list[tuple[int | str, dict[str, Any]]]) -> list[int]:
         ids = [key for key, _ in entries if isinstance(key, int)]
         return ids if len(ids) == len(entries) else list(range(len(entries)))
+
+    def _labels(self, ids: Any) -> np.ndarray:
+        """The classes of some ids of categories; (n,) int64."""
+        found = [self._categories.get(_key(k)) for k in ids or ()]  # type: ignore[arg-type]
+        return np.array([k for k in found if k is not None], dtype=np.int64)
 
     def _find_pictures(self, pictures: list[dict[str, Any]], root: Path | None, outside: bool) -> list[str]:
         """The pictures' names below `images`. Where a name's folder is another tool's, the file's own name is enough.
@@ -347,21 +370,30 @@ class CocoSource:
             flat = [r[5] or [0] * (3 * len(self.keypoint_names)) for r in rows]
             keypoints = np.array(flat, dtype=np.float64).reshape(len(rows), -1, 3)
             keypoints[..., :2] += 0.5
+        labels = np.array([r[1] for r in rows], dtype=np.int64)
         return Record(
             image=image,
             boxes=boxes,
-            labels=np.array([r[1] for r in rows], dtype=np.int64),
+            labels=labels,
             crowd=np.array([r[2] for r in rows], dtype=bool),
             area=np.array([r[3] for r in rows], dtype=np.float64),
             segments=[r[4] for r in rows],
             keypoints=keypoints,
             image_id=int(self.image_ids[index]),
             path=path,
+            neg_labels=self._absent[index] if self.federated else None,
+            not_exhaustive_labels=self._open_ended[index] if self.federated else None,
+            frequency=None if self.frequency is None else self.frequency[labels],
         )
 
     def read_many(self, indices: Sequence[int]) -> list[Record]:
         """Several pictures."""
         return [self.read(index) for index in indices]
+
+    def image_counts(self) -> np.ndarray:
+        """(K,) int64: on how many pictures each class has an object that is no crowd."""
+        present = [np.unique(labels) for labels in self.labels]
+        return np.bincount(np.concatenate(present), minlength=len(self.class_names))
 
     def trainable(self, keypoints: bool = False) -> np.ndarray:
         """(M,) numbers of the pictures with an object that is no crowd or, with `keypoints`, a labelled keypoint."""
@@ -433,7 +465,8 @@ def read_json(file: Path) -> dict[str, Any]:
 def _file_name(picture: Any, file: Path) -> str:
     picture = picture if isinstance(picture, dict) else {}
     name = picture.get("file_name")
-    if not name and isinstance(picture.get("coco_url"), str):  # LVIS names no file
+    # LVIS v1 names no file; in v0.5 the names are those of COCO 2014.
+    if (not name or "neg_category_ids" in picture) and isinstance(picture.get("coco_url"), str):
         name = "/".join(picture["coco_url"].split("/")[-2:])
     if not name or not isinstance(name, str) or "\0" in name:
         raise ZooError(f"{file}: image {picture.get('id')} has no file_name")
@@ -445,13 +478,15 @@ def _file_name(picture: Any, file: Path) -> str:
 
 @dataclass
 class CocoLayout:
-    """The parts found in the folder `root`: {"train": json, ...}; `images` is where the user says the pictures are, and
-    `outside` that their names may lead out of the folder."""
+    """The parts found in the folder `root`: {"train": json, ...}; `images` is where the user says the pictures are,
+    `outside` that their names may lead out of the folder, and `coco_classes` that of LVIS's classes only COCO's are
+    read (:func:`zoo.data.lvis.with_coco_classes`)."""
 
     root: Path
     parts: dict[str, Path]
     images: Path | None = None
     outside: bool = False
+    coco_classes: bool = False
     _open: dict[str, CocoSource] = field(default_factory=dict)
 
     def open(self, split: str) -> tuple[CocoSource, np.ndarray]:
@@ -459,6 +494,8 @@ class CocoLayout:
         part, which = choose_part(split, list(self.parts), str(self.root))
         if part not in self._open:
             content = read_json(self.parts[part])
+            if self.coco_classes:
+                content = with_coco_classes(content)
             place = self._pictures(part, content)
             self._open[part] = source = CocoSource(self.parts[part], place, content, self.root, self.outside)
             files.tell(str(self.parts[part]), source.problems)
@@ -495,6 +532,7 @@ def find_coco(
     images: str | None = None,
     name: str = "instances",
     outside: bool = False,
+    coco_classes: bool = False,
 ) -> CocoLayout:
     """What is in COCO's format at a path.
 
@@ -505,6 +543,7 @@ def find_coco(
         images: the folder of the pictures, where it is not found by itself.
         name: of the set.
         outside: let the names of pictures lead out of the folder.
+        coco_classes: of LVIS's classes only COCO's 80, in COCO's order.
 
     Raises:
         ZooError: nothing there, or several files for one split.
@@ -512,7 +551,7 @@ def find_coco(
     root = Path(place).expanduser()
     pictures = Path(images).expanduser() if images is not None else None
     if root.is_file() and root.suffix == ".json":
-        return CocoLayout(root.parent, {"train": root}, pictures, outside)
+        return CocoLayout(root.parent, {"train": root}, pictures, outside, coco_classes)
     if not root.is_dir():
         raise ZooError(f"no folder {str(root)!r}")
     known = {alias: part for part, aliases in ALIASES.items() for alias in aliases}
@@ -527,7 +566,7 @@ def find_coco(
     if not chosen:
         names = sorted({file.name for files in found.values() for file in files})
         raise ZooError(f"{root} has no annotations named {annotations!r}; it has: {', '.join(names)}")
-    return CocoLayout(root, chosen, pictures, outside)
+    return CocoLayout(root, chosen, pictures, outside, coco_classes)
 
 
 def _part_of(stem: str) -> str:

@@ -533,6 +533,9 @@ class DetectionSet(Dataset):
             target["masks"] = [to_rle(_stored(record, n), height, width) for n in range(len(record.segments))]
         if self.keypoints and record.keypoints is not None:
             target["keypoints"] = torch.from_numpy(record.keypoints)
+        for name in ("neg_labels", "not_exhaustive_labels", "frequency"):
+            if (known := getattr(record, name)) is not None:
+                target[name] = torch.from_numpy(known)
         return target
 
 
@@ -588,7 +591,7 @@ class Normalise:
 # ---------------------------------------------------------------------------------------------------------- data module
 
 _LENGTH = {"train": 50_000, "val": 1_000, "test": 1_000}
-_COCO_OPTIONS = ("annotations", "images", "outside")
+_COCO_OPTIONS = ("annotations", "images", "outside", "coco_classes")
 _PHOTO_SIZES = [640, 672, 704, 736, 768, 800]
 
 
@@ -605,8 +608,9 @@ class DetectionDataModule(SeededDataModule):
 
     Crowds, pictures without objects and what a crop left nothing of are not trained on. For val, test and predict the
     target is the stored truth in pixels of the file, crowds included: boxes and area float64, masks as run lengths. It
-    stays on the CPU, where the metric wants it. Order, randomness, resuming and exact evaluation are
-    :class:`~zoo.data.base.SeededDataModule`'s.
+    stays on the CPU, where the metric wants it. Of LVIS it also says what is known on the picture (neg_labels,
+    not_exhaustive_labels, frequency; see :class:`~zoo.metrics.LvisAP`). Order, randomness, resuming and exact
+    evaluation are :class:`~zoo.data.base.SeededDataModule`'s.
 
     Args:
         dataset: "shapes", a card's name (``coco``), a folder or a json; see :mod:`zoo.data.coco`.
@@ -630,7 +634,7 @@ class DetectionDataModule(SeededDataModule):
         image_size: the shorter side where no transforms are given, the longer at most 5/3 of it; for ``shapes`` the
             side.
         options: further keywords of the source: for ``shapes`` size (side in pixels), min_visible and
-            :class:`~zoo.data.shapes.Knobs`; else annotations, images and outside of
+            :class:`~zoo.data.shapes.Knobs`; else annotations, images, outside and coco_classes of
             :func:`~zoo.data.coco.find_coco`.
 
     Attributes:
@@ -729,15 +733,15 @@ class DetectionDataModule(SeededDataModule):
             return None
         place = self.data_dir or self.dataset
         named = self.dataset if self.data_dir else "instances"
-        outside = bool(self.options.get("outside", False))
-        return find_coco(place, self.options.get("annotations"), self.options.get("images"), named, outside)
+        flags = [bool(self.options.get(name, False)) for name in ("outside", "coco_classes")]
+        return find_coco(place, self.options.get("annotations"), self.options.get("images"), named, *flags)
 
     def _names(self) -> tuple[list[str], list[str]]:
         """Of classes and keypoints: the set's own or, as long as nobody has said where it lies, the card's."""
         if self._layout is None and self.dataset != "shapes":
             from zoo import catalog
 
-            card = catalog.data_card(self.dataset)
+            card = catalog.data_card("coco" if self.options.get("coco_classes") else self.dataset)
             return card.class_names or [str(k) for k in range(card.num_classes or 0)], []
         first = "train" if self._layout is None or "train" in self._layout.parts else "val"
         source = self._open(first)[0]
@@ -770,6 +774,11 @@ class DetectionDataModule(SeededDataModule):
             source, transforms or [], indices, training, self.normalise, self.size_divisibility, self.masks,
             self.keypoints, self.seed, SALT[split],
         )  # fmt: skip
+
+    def class_image_counts(self) -> Tensor | None:
+        """(num_classes,) int64: on how many of the pictures to train on each class is; None where they are drawn."""
+        source, _ = self._open("train")
+        return torch.from_numpy(source.image_counts()) if isinstance(source, CocoSource) else None
 
     def train_sampler(self, samples: Any) -> EpochSampler:
         """Wide and high pictures apart, pictures with rare classes more often, as asked for."""

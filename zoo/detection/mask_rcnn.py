@@ -49,7 +49,8 @@ from zoo.nn.detection import (
     configured,
 )
 from zoo.training import Optim
-from zoo.training.detection import Detection
+from zoo.training.detection import Detection, MetricName
+from zoo.training.tta import TTA
 from zoo.weights import detectron2
 from zoo.weights.detectron2 import convert_trunk as convert_trunk
 from zoo.weights.pretrained import read_source
@@ -144,6 +145,8 @@ class MaskRCNNDetection(Detection):
             torchvision's layout wants `resnet.stride_in_1x1` false, and RGB pixels.
         oks_sigmas: of the keypoints, as in COCO's OKS; null for COCO's 17.
         clip_each: bound of the norm of each parameter's own gradient; null for none.
+        metric: whose average precision is evaluated: `coco`, or `lvis` with what it says of each picture.
+        tta: views of an image that are merged in evaluation; null for the image as it is.
         optim: optimiser and schedule.
         network: of :class:`MaskRCNN`.
     """
@@ -155,13 +158,15 @@ class MaskRCNNDetection(Detection):
         init_from: str | None = None,
         oks_sigmas: list[float] | None = None,
         clip_each: float | None = None,
+        metric: MetricName = "coco",
+        tta: TTA | None = None,
         optim: Optim = Optim(  # noqa: B008
             name="sgd", base_lr=0.02, reference_batch=16, weight_decay=1e-4, no_decay="norm", schedule="step"
         ),
         **network: Any,
     ) -> None:
         detector = MaskRCNN(**network)
-        super().__init__(detector, optim, detector.iou_types, oks_sigmas, clip_each, init_from)
+        super().__init__(detector, optim, detector.iou_types, oks_sigmas, clip_each, init_from, metric, tta)
         self.save_hyperparameters()
 
     def load_initial(self, source: str) -> None:

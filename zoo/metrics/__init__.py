@@ -5,6 +5,7 @@ from __future__ import annotations
 from zoo.metrics.arc import ARCScore, vote
 from zoo.metrics.coco import CocoAP
 from zoo.metrics.knn import KNNAccuracy, knn_scores
+from zoo.metrics.lvis import LvisAP
 from zoo.metrics.retrieval import ImageTextRetrieval
 from zoo.metrics.video import FrameMAP, MultiLabelMAP, MultiViewAccuracy
 from zoo.metrics.zero_shot import class_features
@@ -15,6 +16,7 @@ __all__ = [
     "FrameMAP",
     "ImageTextRetrieval",
     "KNNAccuracy",
+    "LvisAP",
     "MultiLabelMAP",
     "MultiViewAccuracy",
     "class_features",

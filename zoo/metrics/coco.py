@@ -189,7 +189,7 @@ class CocoAP(Gathered):
         from pycocotools.cocoeval import COCOeval
 
         fast = self.backend == "faster_coco_eval"
-        true, found = _annotations(kind, truth, True), _annotations(kind, predictions, False)
+        true, found = annotations_of(kind, truth, True), annotations_of(kind, predictions, False)
         classes = sorted({a["category_id"] for a in (*true, *found)})
         if self.class_names is not None:
             classes = list(range(len(self.class_names)))
@@ -256,7 +256,7 @@ def _records(state: Tensor | list[Tensor]) -> dict[int, dict[str, Any]]:
     return records
 
 
-def _annotations(kind: str, records: dict[int, dict[str, Any]], true: bool) -> list[dict[str, Any]]:
+def annotations_of(kind: str, records: dict[int, dict[str, Any]], true: bool) -> list[dict[str, Any]]:
     """Entries in COCO's format; what the tool derives from results is derived here by its rules."""
     entries: list[dict[str, Any]] = []
     for image_id in sorted(records):

@@ -20,6 +20,7 @@ from zoo.errors import unknown
 
 Weights = tuple[float, float, float, float]
 BoxLoss = Literal["smooth_l1", "giou", "diou", "ciou"]
+SoftNMS = Literal["linear", "gaussian"]
 Permute = Callable[[int, torch.device], Tensor]
 
 # A side grows by no more than this in one decoding: the longest side of 1000 pixels from a stride of 16.
@@ -115,6 +116,57 @@ def grid_anchors(cells: Tensor, grid: Sequence[int], stride: int, offset: float 
     return (shifts[:, :, None] + cells).reshape(-1, 4)
 
 
+# --------------------------------------------------------------------------------------------------------- suppression
+
+
+def soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    method: SoftNMS = "gaussian",
+    threshold: float = 0.5,
+    sigma: float = 0.5,
+    min_score: float = 1e-4,
+    most: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Soft-NMS (Bodla et al. 2017, arXiv 1704.04503, section 3): in turn the best detection left is reported, and the
+    scores of those of its class that overlap it are lowered instead of set to zero.
+
+    Args:
+        boxes, scores, labels: (N, 4), (N,), (N,) of an image's detections.
+        method: by which factor at an overlap u: "linear", 1 - u where u is above the threshold (equation 2);
+            "gaussian", exp(-u^2 / sigma) at any overlap (equation 3).
+        threshold, sigma: of the two methods.
+        min_score: a detection of a lower score is dropped; 1e-4 in the Detectron of the paper's authors (m).
+        most: how many to report; None: all.
+
+    Returns:
+        Which detections (M,), and their scores (M,), best first.
+
+    Raises:
+        ZooError: an unknown method.
+    """
+    if method not in get_args(SoftNMS):
+        raise unknown("method of soft-NMS", method, get_args(SoftNMS))
+    left, chosen, values = scores.clone(), [], []
+    for _ in range(len(scores) if most is None else min(most, len(scores))):
+        value, best = left.max(dim=0)
+        if value < min_score:
+            break
+        chosen.append(best)
+        values.append(value)
+        overlap = pairwise_iou(boxes[best][None], boxes)[0]
+        if method == "linear":
+            factor = torch.where(overlap > threshold, 1 - overlap, torch.ones_like(overlap))
+        else:
+            factor = (-overlap.square() / sigma).exp()
+        left = torch.where(labels == labels[best], left * factor, left)
+        left[best] = -1
+    if not chosen:
+        return labels.new_zeros(0), scores.new_zeros(0)
+    return torch.stack(chosen), torch.stack(values)
+
+
 # -------------------------------------------------------------------------------------------------- matching, sampling
 
 
@@ -143,14 +195,26 @@ def match(
     return index, label
 
 
-def permutation(noise: Tensor | None) -> Permute:
+class Draws:
+    """A source of permutations and of uniform numbers, the same `noise` (N,) for each; without it, torch's global
+    generator."""
+
+    def __init__(self, noise: Tensor | None = None) -> None:
+        self.noise = noise
+
+    def __call__(self, n: int, device: torch.device) -> Tensor:
+        """A permutation of n; from noise by sorting its first n numbers."""
+        return torch.randperm(n, device=device) if self.noise is None else self.noise[:n].argsort(stable=True)
+
+    def uniform(self, n: int, device: torch.device) -> Tensor:
+        """(n,) numbers in 0..1."""
+        return torch.rand(n, device=device) if self.noise is None else self.noise[:n]
+
+
+def permutation(noise: Tensor | None) -> Draws:
     """A source of permutations: of n from uniform `noise` (>= n,) by sorting its first n numbers, else from torch's
     global generator."""
-
-    def permute(n: int, device: torch.device) -> Tensor:
-        return torch.randperm(n, device=device) if noise is None else noise[:n].argsort(stable=True)
-
-    return permute
+    return Draws(noise)
 
 
 def sample_labels(

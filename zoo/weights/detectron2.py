@@ -31,7 +31,10 @@ _CONV_NORM = re.compile(rf"roi_heads\.(?:box_head(?:\.(\d))?\.(conv\d)|(mask_hea
 _RPN = re.compile(
     r"proposal_generator\.rpn_head\.(?:(conv)(?:\.conv(\d))?|(objectness_logits|anchor_deltas))\.(weight|bias)"
 )
-_BOX = re.compile(r"roi_heads\.(box_head|box_predictor)(?:\.(\d))?\.((?:fc\d|cls_score|bbox_pred)\.(?:weight|bias))")
+_BOX = re.compile(
+    r"roi_heads\.(box_head|box_predictor)(?:\.(\d))?"
+    r"\.((?:fc\d|cls_score|bbox_pred)\.(?:weight|bias)|fed_loss_cls_weights)"
+)
 _SAME = re.compile(
     r"roi_heads\.(?:mask_head\.(?:deconv|predictor)|keypoint_head\.(?:conv_fcn\d+|score_lowres))\.(?:weight|bias)"
 )

@@ -16,7 +16,9 @@ from zoo.nn.detection.backbone import Norm, ResNetConfig, he_normal, lecun_unifo
 from zoo.nn.detection.rpn import Proposals, Sizes
 from zoo.ops.boxes import (
     BoxLoss,
+    Draws,
     Permute,
+    SoftNMS,
     Weights,
     at_least_float32,
     box_loss,
@@ -27,6 +29,7 @@ from zoo.ops.boxes import (
     pairwise_iou,
     pyramid_levels,
     sample_labels,
+    soft_nms,
 )
 from zoo.ops.keypoints import heatmaps_to_keypoints, keypoint_cells
 from zoo.ops.masks import crop_masks, crop_polygons
@@ -46,6 +49,9 @@ class RoIConfig:
         append_truth: count the objects' own boxes among the proposals.
         score_threshold, nms_threshold, detections: reported are the best `detections` an image whose class has a higher
             score, after suppression within each class.
+        soft_nms: lower the scores of what overlaps a better detection, instead of suppressing it; see
+            :func:`zoo.ops.boxes.soft_nms`, whose threshold is `nms_threshold`.
+        soft_nms_sigma: of its gaussian method.
     """
 
     levels: tuple[str, ...] | None = None
@@ -57,6 +63,8 @@ class RoIConfig:
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     detections: int = 100
+    soft_nms: SoftNMS | None = None
+    soft_nms_sigma: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,10 @@ class BoxHeadConfig:
         loss, beta: see :func:`zoo.ops.boxes.box_loss`.
         loss_weight: factor of the box loss.
         sigmoid: a logistic loss for each class instead of softmax (its sum over classes, mean over regions).
+        federated: with `sigmoid`, how many classes count in the loss of a batch (LVIS: 50): those of its regions, the
+            background among them, and others drawn by :func:`federated_classes`; 0 for all.
+        federated_power: others are drawn with a probability proportional to this power of the number of training
+            pictures with the class.
         train_on_predictions: mask and keypoint heads are trained on the predicted boxes, not on the proposals.
         cascade_ious, cascade_weights: overlaps and delta weights of the stages of a cascade; empty for a single stage.
     """
@@ -104,6 +116,8 @@ class BoxHeadConfig:
     beta: float = 0.0
     loss_weight: float = 1.0
     sigmoid: bool = False
+    federated: int = 0
+    federated_power: float = 0.5
     train_on_predictions: bool = False
     cascade_ious: tuple[float, ...] = ()
     cascade_weights: tuple[Weights, ...] = ()
@@ -210,8 +224,44 @@ class BoxHead(nn.Sequential):
         self.out_features = features
 
 
+def federated_classes(labels: Tensor, weights: Tensor, count: int, noise: Tensor) -> Tensor:
+    """Which classes count in a federated loss (Zhou et al. 2021, arXiv 2103.07461, section 5.4): those of `labels` and,
+    up to `count` in all, others drawn without replacement with probabilities proportional to `weights`.
+
+    As in detectron2 the background takes one of the `count` places where it is among the labels.
+
+    Args:
+        labels: (R,) of the regions, K for the background.
+        weights: (K,), not negative; a class of weight 0 is never drawn.
+        count: at least so many, as far as there are.
+        noise: (K,) uniform numbers in 0..1; drawn are the largest log(noise) / weight.
+
+    Returns:
+        bool (K,).
+    """
+    classes = len(weights)
+    kept = torch.zeros(classes + 1, dtype=torch.bool, device=labels.device)
+    kept[labels] = True
+    missing = min(count - int(kept.sum()), classes)
+    if missing > 0:
+        keys = noise.to(weights.dtype).clamp(min=torch.finfo(weights.dtype).tiny).log() / weights
+        keys = keys.masked_fill(kept[:-1] | (weights <= 0), -torch.inf)
+        best, places = keys.topk(missing)
+        kept[places[best > -torch.inf]] = True
+    return kept[:-1]
+
+
 class BoxPredictor(nn.Module):
-    """Class logits (R, K + 1), the background last, and deltas (R, 4 K), or (R, 4) where they are class-agnostic."""
+    """Class logits (R, K + 1), the background last, and deltas (R, 4 K), or (R, 4) where they are class-agnostic.
+
+    With a federated loss the buffer `fed_loss_cls_weights` (K,) holds the classes' weights, equal ones until
+    :meth:`count_images`.
+
+    Raises:
+        ZooError: a federated loss without `sigmoid`.
+    """
+
+    fed_loss_cls_weights: Tensor
 
     def __init__(self, in_features: int, num_classes: int, config: BoxHeadConfig, weights: Weights) -> None:
         super().__init__()
@@ -221,6 +271,14 @@ class BoxPredictor(nn.Module):
         for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
+        if config.federated:
+            if not config.sigmoid:
+                raise ZooError("a federated loss is of a logistic one for each class: set box.sigmoid")
+            self.register_buffer("fed_loss_cls_weights", torch.ones(num_classes))
+
+    def count_images(self, counts: Tensor) -> None:
+        """Takes the numbers (K,) of training pictures with each class as the weights of a federated loss."""
+        self.fed_loss_cls_weights.copy_(counts.to(self.fed_loss_cls_weights) ** self.config.federated_power)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.cls_score(x), self.bbox_pred(x)
@@ -234,15 +292,21 @@ class BoxPredictor(nn.Module):
         """The predicted boxes (R, K, 4) or (R, 1, 4) of regions `boxes` (R, 4)."""
         return decode_boxes(deltas.unflatten(1, (-1, 4)), boxes[:, None], self.weights)
 
-    def losses(self, logits: Tensor, deltas: Tensor, regions: Regions) -> dict[str, Tensor]:
-        """`loss_cls` and `loss_box_reg`, both over all regions, of which only objects have a box."""
+    def losses(self, logits: Tensor, deltas: Tensor, regions: Regions, draws: Draws | None = None) -> dict[str, Tensor]:
+        """`loss_cls` and `loss_box_reg`, both over all regions, of which only objects have a box; `draws` chooses the
+        classes of a federated loss."""
         config, labels = self.config, regions.labels
         count = max(len(labels), 1)
         logits = at_least_float32(logits)
         if config.sigmoid:
             target = torch.zeros_like(logits)
             target[torch.arange(len(labels), device=labels.device), labels] = 1
-            classes = binary_cross_entropy_with_logits(logits[:, :-1], target[:, :-1], reduction="sum")
+            logits, target = logits[:, :-1], target[:, :-1]
+            if config.federated:
+                noise = (draws or Draws()).uniform(self.num_classes, logits.device)
+                kept = federated_classes(labels, self.fed_loss_cls_weights, config.federated, noise)
+                logits, target = logits[:, kept], target[:, kept]
+            classes = binary_cross_entropy_with_logits(logits, target, reduction="sum")
         else:
             classes = cross_entropy(logits, labels, reduction="sum")
         objects = regions.objects(self.num_classes)
@@ -486,7 +550,8 @@ class RoIHeads(nn.Module):
             boxes = [torch.cat([a, b["boxes"].to(a.dtype)]) for a, b in zip(boxes, targets, strict=True)]
         regions = self.label(boxes, targets, self.config.thresholds, self.config.labels, permute)
         maps = [features[name] for name in self.levels]
-        losses, regions, shared = self._box_losses(maps, regions, sizes, targets)
+        draws = permute if isinstance(permute, Draws) else None
+        losses, regions, shared = self._box_losses(maps, regions, sizes, targets, draws)
         objects = regions.objects(self.num_classes)
         regions = regions.at(objects)
         if self.mask_head is not None:
@@ -497,7 +562,12 @@ class RoIHeads(nn.Module):
         return losses
 
     def _box_losses(
-        self, maps: Sequence[Tensor], regions: Regions, sizes: Sizes, targets: Sequence[Mapping[str, Any]]
+        self,
+        maps: Sequence[Tensor],
+        regions: Regions,
+        sizes: Sizes,
+        targets: Sequence[Mapping[str, Any]],
+        draws: Draws | None = None,
     ) -> tuple[dict[str, Tensor], Regions, Tensor | None]:
         """The losses, the regions for the other heads, and features that these share with the box head, if any.
 
@@ -516,7 +586,7 @@ class RoIHeads(nn.Module):
             x, shared = self._box_features(k, maps, current.rois)
             logits, deltas = predictor(x)
             suffix = f"_stage{k}" if stages > 1 else ""
-            found = predictor.losses(logits, deltas, current)
+            found = predictor.losses(logits, deltas, current, draws)
             losses.update({f"{name}{suffix}": loss for name, loss in found.items()})
             with torch.no_grad():
                 if stages > 1 or self.box.train_on_predictions:
@@ -549,13 +619,19 @@ class RoIHeads(nn.Module):
             Dicts of `boxes` (N, 4), `scores` (N,), `labels` (N,), best first; where there are such heads
             `mask_probs` (N, M, M), `keypoints` (N, K, 3) with their scores, and `heatmaps` (N, K, S, S), logits.
         """
+        detections = self.detect_boxes(features, proposals, sizes)
+        self.complete([features[name] for name in self.levels], detections)
+        return detections
+
+    def detect_boxes(
+        self, features: Mapping[str, Tensor], proposals: Sequence[Proposals], sizes: Sizes
+    ) -> list[Detection]:
+        """The boxes, scores and labels of :meth:`detect` alone."""
         maps = [features[name] for name in self.levels]
         counts = [len(found.boxes) for found in proposals]
         boxes, scores = self._predict(maps, proposals, sizes)
         chosen = zip(boxes.split(counts), scores.split(counts), sizes, strict=True)
-        detections = [self._select(found, values, size) for found, values, size in chosen]
-        self.complete(maps, detections)
-        return detections
+        return [self._select(found, values, size) for found, values, size in chosen]
 
     def _predict(self, maps: Sequence[Tensor], proposals: Sequence[Proposals], sizes: Sizes) -> tuple[Tensor, Tensor]:
         """Boxes (R, K or 1, 4) and probabilities (R, K + 1) of all proposals, image after image."""
@@ -576,10 +652,20 @@ class RoIHeads(nn.Module):
         boxes, scores = clip_boxes(boxes[finite], size), scores[finite, :-1]
         region, label = (scores > self.config.score_threshold).nonzero(as_tuple=True)
         found, values = boxes[region, label if boxes.shape[1] > 1 else 0], scores[region, label]
-        kept = batched_nms(found, values, label, self.config.nms_threshold)
-        if self.config.detections >= 0:
-            kept = kept[: self.config.detections]
-        return {"boxes": found[kept], "scores": values[kept], "labels": label[kept]}
+        return self.suppress(found, values, label)
+
+    def suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Detection:
+        """Of an image's detections (N, 4), (N,), (N,) those that are reported, best first."""
+        config = self.config
+        most = config.detections if config.detections >= 0 else None
+        if config.soft_nms is not None:
+            kept, scores = soft_nms(
+                boxes, scores, labels, config.soft_nms, config.nms_threshold, config.soft_nms_sigma, most=most
+            )
+        else:
+            kept = batched_nms(boxes, scores, labels, config.nms_threshold)[:most]
+            scores = scores[kept]
+        return {"boxes": boxes[kept], "scores": scores, "labels": labels[kept]}
 
     def complete(self, maps: Sequence[Tensor], detections: Sequence[Detection]) -> None:
         """Adds masks and keypoints to `detections`, pooled anew from the final boxes."""

@@ -47,8 +47,8 @@ class ViTConfig:
         conv_blocks: which blocks are followed by a residual block of convolutions.
         conv: what that block is: 1x1, 3x3 and 1x1 convolutions of half the width, two 3x3, or one.
         shift: of the windowed blocks every other one, from the second, has its windows shifted by half a side.
-        rel_pos: `decomposed`: q.Rh + q.Rw, tables of each block; `shared`: a bias a head from one table for all windowed
-            and one for all global blocks; null for none.
+        rel_pos: `decomposed`: q.Rh + q.Rw, tables of each block; `shared`: a bias a head from one table for all
+            windowed and one for all global blocks; null for none.
         pos_grid: side in tokens of the table of absolute positions: that of the pre-training.
         class_slot: the table has a row for the class token, which is kept and not used.
         layer_scale: what the scales of the residual branches start from; null for none.
@@ -154,7 +154,7 @@ class MapAttention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Maps (B, H, W, C) to (B, H, W, C); `bias` (h, N, N) is added to the scores within a window."""
-        height, width, dim = x.shape[1:]
+        dim = x.shape[-1]
         of_query, of_value = self.qkv.bias[:dim], self.qkv.bias[2 * dim :]
         qkv = linear(x, self.qkv.weight, torch.cat([of_query, torch.zeros_like(self.qkv.bias[dim:])]))
         if self.offset:
