@@ -165,9 +165,6 @@ def test_what_does_not_go_together_is_named(vit: dict[str, Any], message: str) -
         build(**vit).backbone(torch.zeros(1, 3, 64, 90))
 
 
-# --------------------------------------------------------------------------------------------------------------- starts
-
-
 def pretrained(kind: str) -> dict[str, Tensor]:
     """A small pre-trained network's state dict, of a 4 x 4 grid."""
     torch.manual_seed(1)
@@ -269,9 +266,6 @@ def test_indices_of_another_order_and_unknown_keys_are_refused() -> None:
     for stray in (f"{TRUNK}blocks.0.norm3.weight", "head.weight", f"{TRUNK}cls_token"):
         with pytest.raises(ZooError, match=f"unknown key '{stray}'"):
             convert_official({**table, stray: torch.zeros(1)})
-
-
-# ---------------------------------------------------------------------------------------------------------- torchvision
 
 
 def test_torchvision_s_detector_has_the_same_maps_and_outputs() -> None:

@@ -202,7 +202,9 @@ class TappedViT(vit_layers.ViTBackbone):
         return {"pos_embed", *(f"{kind}_rel_pos_bias.relative_position_bias_table" for kind in kinds)}
 
     def positions(self, size: tuple[int, int]) -> Tensor:
-        table = self.pos_embed if size == tuple(self.taps.grid) else resize_pos_embed(self.pos_embed, size, num_prefix=0)
+        table = (
+            self.pos_embed if size == tuple(self.taps.grid) else resize_pos_embed(self.pos_embed, size, num_prefix=0)
+        )
         return table.unflatten(1, size)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

@@ -163,7 +163,7 @@ class MapAttention(nn.Module):
         if self.window:
             qkv = windows(qkv, self.window)
         rows, columns = qkv.shape[1:3]
-        q, k, v = qkv.view(len(qkv), rows * columns, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.flatten(1, 2).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         scale = q.shape[-1] ** -0.5
         if self.has_table:
             tables = relative_rows(self.rel_pos_h, rows), relative_rows(self.rel_pos_w, columns)
@@ -171,7 +171,7 @@ class MapAttention(nn.Module):
             scale = 1.0
         if bias is not None:
             bias = bias.to(q.dtype)
-        out = attention(q, k, v, mask=bias, scale=scale).transpose(1, 2).reshape(len(qkv), rows, columns, dim)
+        out = attention(q, k, v, mask=bias, scale=scale).transpose(1, 2).flatten(2).unflatten(1, (rows, columns))
         if self.window:
             out = joined(out, size)[:, self.offset :, self.offset :]
         return linear(out, self.proj.weight, self.proj.bias + self.proj.weight @ of_value)
