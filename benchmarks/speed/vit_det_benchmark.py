@@ -10,8 +10,8 @@ Pictures have the size of the setting; 1024 pixels are published.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from benchmarks.environment import package_version
 from benchmarks.speed import harness
 from benchmarks.speed.harness import Loader, Setting, Trainer, Work
 from benchmarks.speed.shared import detection
+from zoo.errors import ZooError
 from zoo.nn.detection.vit import rescaled
 
 RECIPE, LR = "vit_det_benchmark/train_lsj_coco", 1e-4
@@ -50,7 +51,6 @@ class Size:
 MODELS = {
     "vit_b": Size(),
     "vit_b_512": Size(512),
-    "vit_b_512_depth4": Size(512, depth=4),
     "vit_b_512_depth8": Size(512, depth=8),
     "tiny": Size(64, 64, 4, 2, 2),  # for the harness's own test
 }
@@ -77,17 +77,19 @@ def official(size: Size, setting: Setting) -> Trainer:
     checkout = setting.official
     assert checkout is not None
     sys.modules.setdefault("detectron2._C", ModuleType("detectron2._C"))  # not built; nothing timed here calls it
-    import detectron2
-    from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
-
-    detectron2._C = sys.modules["detectron2._C"]
-    vit = harness.import_from(checkout, "models.benchmarking").BenchmarkingViTDet(
+    try:
+        detectron2 = importlib.import_module("detectron2")
+        detectron2._C = sys.modules["detectron2._C"]  # type: ignore[attr-defined]
+        fpn = importlib.import_module("detectron2.modeling.backbone.fpn")
+        theirs = harness.import_from(checkout, "models.benchmarking").BenchmarkingViTDet
+    except ModuleNotFoundError as error:
+        raise ZooError(f"MIMDet ({checkout}) wants {error.name} on PYTHONPATH") from error
+    vit = theirs(
         size.window, img_size=size.image, embed_dim=size.dim, depth=size.depth, num_heads=size.heads,
         sincos_pos_embed=True, norm_layer=nn.LayerNorm,
     )  # fmt: skip
-    network = (
-        FPN(vit, ["s0", "s1", "s2", "s3"], 256, norm="BN", top_block=LastLevelMaxPool()).to(setting.device).train()
-    )
+    network = fpn.FPN(vit, list(vit.output_shape()), 256, norm="BN", top_block=fpn.LastLevelMaxPool())
+    network.to(setting.device).train()
 
     def loss(images: Tensor) -> Tensor:
         return squares(network(SimpleNamespace(tensor=images)))
@@ -146,8 +148,6 @@ def work(setting: Setting) -> Work:
     return Work(setting.batch, tokens, harness.count_flops(lambda: squares(backbone(batch))), {"image": size.image})
 
 
-@contextlib.contextmanager
-def loaders(setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
+def loaders(setting: Setting) -> contextlib.AbstractContextManager[tuple[list[Loader], Work]]:
     """The pipelines from JPEG files and a COCO json to a training batch, as of Mask R-CNN."""
-    with detection.loaders("mask_rcnn/train_coco", "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x", setting) as found:
-        yield found
+    return detection.loaders("mask_rcnn/train_coco", "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x", setting)

@@ -383,10 +383,12 @@ def rescaled(dim: int, factor: float, norm: Norm | None = "ln", widths: tuple[in
         made = norm_layer(norm)
         between = [] if made is None else [made(first)]
         layers = [nn.ConvTranspose2d(dim, first, 2, 2), *between, nn.GELU(), nn.ConvTranspose2d(first, second, 2, 2)]
-    elif factor in (1, 2, 0.5):
-        layers = {1: [], 2: [nn.ConvTranspose2d(dim, first, 2, 2)], 0.5: [nn.MaxPool2d(2, 2)]}[factor]
+    elif factor == 2:
+        layers, second = [nn.ConvTranspose2d(dim, first, 2, 2)], first
+    elif factor in (1, 0.5):
+        layers, second = [nn.MaxPool2d(2, 2)] if factor < 1 else [], dim
     else:
         raise ZooError(f"a map is made 4, 2, 1 or 1/2 times as large, not {factor}")
     rescaling = nn.Sequential(*layers)
-    rescaling.out_channels = {4: second, 2: first}.get(factor, dim)  # type: ignore[assignment]
+    rescaling.out_channels = second  # type: ignore[assignment]
     return rescaling
