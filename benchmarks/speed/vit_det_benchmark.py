@@ -4,7 +4,6 @@ A step is whole: a plain ViT with windows and four global blocks, four taps resa
 of the mean squares of its levels, backward, AdamW. The heads are Mask R-CNN's, timed there (`mask_rcnn`). MIMDet is a
 checkout (`--official`); it needs detectron2 and einops on PYTHONPATH. timm's ViT of SAM is the nearest that can be
 installed by pip: its relative positions are a product with the query for each axis, where the others add a bias.
-Pictures have the size of the setting; 1024 pixels are published.
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ class Size:
 
 MODELS = {
     "vit_b": Size(),
-    "vit_b_512": Size(512),
     "vit_b_512_depth8": Size(512, depth=8),
     "tiny": Size(64, 64, 4, 2, 2),  # for the harness's own test
 }
@@ -107,8 +105,7 @@ class TimmBackbone(nn.Module):
         from torchvision.ops import FeaturePyramidNetwork
         from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-        quarter = size.depth // 4
-        self.ends = [quarter * (k + 1) - 1 for k in range(4)]
+        self.ends = [size.depth // 4 * (k + 1) - 1 for k in range(4)]
         self.vit = VisionTransformerSAM(
             size.image, embed_dim=size.dim, depth=size.depth, num_heads=size.heads, num_classes=0, use_rel_pos=True,
             window_size=size.window, global_attn_indexes=tuple(self.ends), neck_chans=0,
@@ -135,8 +132,7 @@ def trainers(setting: Setting) -> list[Trainer]:
 
 def images(setting: Setting) -> Tensor:
     """Noise (B, 3, S, S)."""
-    side = MODELS[setting.model].image
-    return harness.noise(setting, setting.batch, 3, side, side)
+    return harness.noise(setting, setting.batch, 3, *[MODELS[setting.model].image] * 2)
 
 
 def work(setting: Setting) -> Work:
