@@ -49,7 +49,7 @@ class Size:
 
 MODELS = {
     "vit_b": Size(),
-    "vit_b_512_depth8": Size(512, depth=8),
+    "vit_b_256_depth8": Size(256, depth=8, window=8),
     "tiny": Size(64, 64, 4, 2, 2),  # for the harness's own test
 }
 DEFAULT_MODEL = "vit_b"
