@@ -133,7 +133,7 @@ class Official:
     def __init__(self, case: Case, convert: Convert) -> None:
         self._shapes = {name: shape_of(entry) for name, entry in case["state"].items()}
         self._starts: dict[str, int] = {}
-        numbers, start = {}, 0
+        numbers, start = {}, 1  # 0 is of no element: what a conversion fills up with
         for name, shape in self._shapes.items():
             size = int(np.prod(shape))
             numbers[name] = torch.arange(start, start + size, dtype=torch.float64).reshape(shape)

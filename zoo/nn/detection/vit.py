@@ -11,6 +11,7 @@ Tokens are maps (B, H, W, C) inside; parameter names are those of timm and MAE, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -182,24 +183,25 @@ class SharedPositions(nn.Module):
 
     Args:
         num_heads: h.
-        side: in tokens, that the table is made for; on other maps it is resized (bicubic).
+        size: of the map in tokens, that the table is made for: its side, or rows and columns; on other maps it is
+            resized (bicubic).
     """
 
-    def __init__(self, num_heads: int, side: int) -> None:
+    def __init__(self, num_heads: int, size: int | tuple[int, int]) -> None:
         super().__init__()
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * side - 1) ** 2, num_heads))
+        self.size = (size, size) if isinstance(size, int) else size
+        rows = math.prod(2 * n - 1 for n in self.size)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
 
     def forward(self, height: int, width: int) -> Tensor:
         """(h, H * W, H * W)."""
-        table = self.relative_position_bias_table
-        side = round(len(table) ** 0.5)
-        square, wanted = table.T.unflatten(1, (side, side)), (2 * height - 1, 2 * width - 1)
-        if (side, side) != wanted:
-            square = interpolate(square[None], size=wanted, mode="bicubic", align_corners=False)[0]
-        y, x = (torch.arange(n, device=table.device) for n in (height, width))
-        rows, columns = y[:, None] - y + height - 1, x[:, None] - x + width - 1
-        bias = square[:, rows[:, None, :, None], columns[None, :, None, :]]  # (h, y, x, y', x')
-        return bias.flatten(3).flatten(1, 2)
+        own, wanted = (2 * self.size[0] - 1, 2 * self.size[1] - 1), (2 * height - 1, 2 * width - 1)
+        table = self.relative_position_bias_table.T.unflatten(1, own)
+        if own != wanted:
+            table = interpolate(table[None], size=wanted, mode="bicubic", align_corners=False)[0]
+        # Entry (y, x, i, j) of these strided views is of the key at (H - 1 - i, W - 1 - j): no index, no scattered sum.
+        views = table.unfold(1, height, 1).unfold(2, width, 1)
+        return views.flip(3, 4).flatten(3).flatten(1, 2)
 
 
 class ConvBlock(nn.Module):
@@ -322,6 +324,11 @@ class ViTBackbone(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed"}
 
+    def positions(self, size: tuple[int, int]) -> Tensor:
+        """Absolute positions (1, H, W, C) of a map of `size` (H, W)."""
+        prefix = int(self.config.class_slot)
+        return resize_pos_embed(self.pos_embed, size, num_prefix=prefix)[:, prefix:].unflatten(1, size)
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, 3, H, W), sides multiples of the patch, to maps (B, C, H / patch, W / patch).
 
@@ -336,8 +343,7 @@ class ViTBackbone(nn.Module):
             )
         x = self.patch_embed.proj(images).permute(0, 2, 3, 1)
         size = (x.shape[1], x.shape[2])
-        positions = resize_pos_embed(self.pos_embed, size, num_prefix=int(config.class_slot))
-        x = x + positions[:, int(config.class_slot) :].unflatten(1, size)
+        x = x + self.positions(size)
         bias_of: dict[bool, Any] = {True: None, False: None}
         if self.windowed_rel_pos_bias is not None:
             bias_of[True] = self.windowed_rel_pos_bias(config.window_size, config.window_size)
