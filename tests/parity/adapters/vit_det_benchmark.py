@@ -45,6 +45,7 @@ def vit(config: Config) -> dict[str, Any]:
     )
     given = {name: config[name] for name in same}
     given |= {"img_size": tuple(side) if isinstance(side, list) else (side, side)}
+    given["freeze_patch_embed"] = config.get("stop_grad_conv1", False)
     return given
 
 
@@ -104,7 +105,7 @@ def optimizer(case: Case) -> dict[str, Tensor]:
     config = case["config"]
     channels, classes = config["out_channels"], config["num_classes"]
     parts: dict[str, Any] = {
-        "vit": {**vit(config), "freeze_patch_embed": config["stop_grad_conv1"]},
+        "vit": vit(config),
         "fpn": {"channels": channels, "norm": "bn"},
         "box": {"convs": 4, "conv_channels": channels, "fcs": 1, "fc_channels": config["fc_dim"], "norm": "bn"},
         "mask": {"channels": channels, "norm": "bn"},

@@ -21,6 +21,7 @@ from zoo.training.optim import lr_at, param_groups
 
 official = shared("detectron2")
 RGB = {official.MEAN: [123.675, 116.28, 103.53], official.STD: [58.395, 57.12, 57.375]}
+RPN = {"sizes": "anchor_sizes", "pre_nms": "pre_nms_topk", "post_nms": "post_nms_topk", "samples": "rpn_batch"}
 SAME = ("img_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "window_size", "patch_size")
 
 
@@ -44,22 +45,14 @@ def vit(config: Config) -> ViTConfig:
 
 def options(config: Config) -> dict[str, Any]:
     """Our network's options for the flat keys of a detector."""
-    base = config["base_config"].rpartition("/")[2]
-    match = re.match(r"((?:cascade_)?mask_rcnn_vitdet_[blh])_", base)
+    match = re.search(r"/((?:cascade_)?mask_rcnn_vitdet_[blh])_", config["base_config"])
     if match is None:
-        raise ZooError(f"no network of ours for the base config {base!r}")
+        raise ZooError(f"no network of ours for the base config {config['base_config']!r}")
     given: dict[str, Any] = {"vit": vars(vit(config)), "num_classes": config["num_classes"]}
-    given["pyramid"] = {"channels": config["out_channels"]}
-    given["rpn"] = {
-        "sizes": config["anchor_sizes"],
-        "pre_nms": config["pre_nms_topk"],
-        "post_nms": config["post_nms_topk"],
-        "samples": config["rpn_batch"],
-        "box_weights": config["rpn_box_weights"],
-    }
+    given["pyramid"] = given["mask"] = {"channels": config["out_channels"]}
     given["roi"] = {"samples": config["roi_batch"], "detections": config["topk"]}
+    given["rpn"] = {ours: config[theirs] for ours, theirs in {**RPN, "box_weights": "rpn_box_weights"}.items()}
     given["box"] = {"conv_channels": config["out_channels"], "fc_channels": config["fc_dim"]}
-    given["mask"] = {"channels": config["out_channels"]}
     if "LVIS" in config["base_config"]:
         given["roi"]["score_threshold"] = 0.02
         given["box"] |= {"sigmoid": True, "federated": 50}
@@ -68,7 +61,6 @@ def options(config: Config) -> dict[str, Any]:
 
 
 def divisibility(config: Config) -> int:
-    """A square of `square_pad`, or without one what the levels want."""
     return config["square_pad"] or 2 * config.get("patch_size", 16)
 
 
