@@ -143,11 +143,11 @@ class Optim:
             if getattr(self, key) is not None and not getattr(self, key) >= 0:
                 raise ZooError(f"optim.{key} must be null or not negative, but is {getattr(self, key)}")
         for leaf, entry in self.overrides.items():
-            for key, value in entry.items():
-                if key not in ("weight_decay", "lr_scale"):
-                    raise unknown(f"override of {leaf}", key, ("weight_decay", "lr_scale"))
-                if not value >= 0:
-                    raise ZooError(f"optim.overrides.{leaf}.{key} must not be negative, but is {value}")
+            for fact, number in entry.items():
+                if fact not in ("weight_decay", "lr_scale"):
+                    raise unknown(f"override of {leaf}", fact, ("weight_decay", "lr_scale"))
+                if not number >= 0:
+                    raise ZooError(f"optim.overrides.{leaf}.{fact} must not be negative, but is {number}")
         if self.first_epoch not in (0, 1):
             raise ZooError(f"optim.first_epoch must be 0 or 1, not {self.first_epoch}")
         in_steps = self.interval == "step" or self.milestone_steps or self.warmup_steps
