@@ -19,7 +19,7 @@ FIELDS = {
     "SEM_SEG_HEAD.IN_FEATURES": ("semantic.levels", _SAME),
     "SEM_SEG_HEAD.NUM_CLASSES": ("semantic.classes", _SAME),
     "SEM_SEG_HEAD.CONVS_DIM": ("semantic.channels", _SAME),
-    "SEM_SEG_HEAD.NORM": ("semantic.norm", official.NORMS.__getitem__),
+    "SEM_SEG_HEAD.NORM": ("semantic.norm", official.norm),
     "SEM_SEG_HEAD.COMMON_STRIDE": ("semantic.stride", _SAME),
     "SEM_SEG_HEAD.LOSS_WEIGHT": ("semantic.loss_weight", _SAME),
     "PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT": ("instance_loss_weight", _SAME),

@@ -32,7 +32,7 @@ def _fields(section: str, part: str, words: str) -> dict[str, Any]:
 
 INSTANCES = _fields("POINT_HEAD", "point.head", _HEAD) | _fields("ROI_MASK_HEAD", "point", _MASK)
 PIXELS = _fields("POINT_HEAD", "point", _HEAD) | _fields("SEM_SEG_HEAD", "head", _SEMANTIC)
-PIXELS |= {"SEM_SEG_HEAD.NORM": ("head.norm", official.NORMS.__getitem__)}
+PIXELS |= {"SEM_SEG_HEAD.NORM": ("head.norm", official.norm)}
 ELSEWHERE = {
     "POINT_HEAD.NAME": ("StandardPointHead",),
     "ROI_MASK_HEAD.NAME": ("PointRendMaskHead", "CoarseMaskHead"),
