@@ -576,7 +576,8 @@ class DetectionDataModule(SeededDataModule):
         )  # fmt: skip
 
     def class_image_counts(self) -> Tensor | None:
-        """(num_classes,) int64: on how many of the pictures to train on each class is; None where they are drawn."""
+        """(num_classes,) int64: on how many pictures of the training split each class is, all of them also where a part
+        is trained on, as in detectron2's fixed table; None where they are drawn."""
         source, _ = self._open("train")
         return torch.from_numpy(source.image_counts()) if isinstance(source, CocoSource) else None
 
