@@ -16,7 +16,7 @@ from zoo.ops.boxes import BoxLoss
 from zoo.parity import Case, Config, dtype_of
 from zoo.training import Optim
 
-NORMS = {"": None, "FrozenBN": "frozen_bn", "BN": "bn", "SyncBN": "bn", "nnSyncBN": "bn", "GN": "gn"}
+NORMS = {"": None, "FrozenBN": "frozen_bn", "BN": "bn", "SyncBN": "bn", "nnSyncBN": "bn", "GN": "gn", "LN": "ln"}
 POOLINGS = {"ROIAlignV2": "align", "ROIAlign": "align_unshifted", "ROIPool": "pool"}
 MEAN, STD = "PIXEL_MEAN", "PIXEL_STD"
 
@@ -296,6 +296,25 @@ def ellipses(boxes: Tensor, height: int, width: int) -> Tensor:
     x1, y1, x2, y2 = (boxes[:, k, None, None] for k in range(4))
     across, down = (x - (x1 + x2) / 2) / ((x2 - x1) / 2), (y - (y1 + y2) / 2) / ((y2 - y1) / 2)
     return across**2 + down**2 <= 1
+
+
+def semantic_fields(part: str) -> dict[str, tuple[str, Callable[[Any], Any]]]:
+    """FIELDS of the semantic branch, which is our `part`."""
+    same = {"IN_FEATURES": "levels", "NUM_CLASSES": "classes", "CONVS_DIM": "channels", "COMMON_STRIDE": "stride"}
+    same |= {"LOSS_WEIGHT": "loss_weight"}
+    fields = {f"SEM_SEG_HEAD.{theirs}": (f"{part}.{ours}", _SAME) for theirs, ours in same.items()}
+    return {**fields, "SEM_SEG_HEAD.NORM": (f"{part}.norm", norm)}
+
+
+def semantic_targets(count: int, given: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Labels of the pixels of each image. Those do not count whose number is under 0.1, nor of the label that the case
+    ignores."""
+    made = []
+    for n in range(count):
+        labels = inputs[f"sem_seg{n}"].long()
+        labels = labels.masked_fill(labels == given.get("SEM_SEG_HEAD.IGNORE_VALUE", 255), 255)
+        made.append(labels.masked_fill(inputs[f"ignore{n}"] < 0.1, 255) if f"ignore{n}" in inputs else labels)
+    return made
 
 
 # -------------------------------------------------------------------------------------------------------------- solver
