@@ -70,6 +70,19 @@ def test_names_of_runs(here: Path) -> None:
             find_checkpoint(one)
 
 
+def test_a_run_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in ("1", "2", "empty"):
+        (Path("runs/mae/pocket") / run / "checkpoints").mkdir(parents=True)
+    for run in ("1", "2"):
+        (Path("runs/mae/pocket") / run / "checkpoints" / "last.ckpt").touch()
+    assert find_checkpoint("runs:mae/pocket/1") == Path("runs/mae/pocket/1/checkpoints/last.ckpt")
+    assert find_checkpoint("runs:mae/pocket").parts[3] == "2"
+    for one in ("runs:mae/pocket/1:best", "runs:mae/pocket/empty"):  # no other run stands in
+        with pytest.raises(ZooError, match="nothing was saved"):
+            find_checkpoint(one)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_is_enough(kind: str, here: Path) -> None:
     """Its task with its weights, the names of its classes, the recipe, and how it prepares samples."""

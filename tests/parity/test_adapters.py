@@ -62,7 +62,7 @@ def test_mask_rcnn_reads_the_lowest_level(
         ("ROI_BOX_HEAD.NAME", "OtherHead"),
         ("ROI_MASK_HEAD.NAME", "PointRendMaskHead"),
         ("BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
-        ("RESNETS.NORM", "LN"),
+        ("RESNETS.NORM", "CycleBN"),
         ("FPN.FUSE_TYPE", "max"),
         ("ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignRotated"),
         ("RPN.BBOX_REG_LOSS_TYPE", "siou"),

@@ -145,6 +145,24 @@ def test_norms_and_biases_may_have_a_decay_of_their_own() -> None:
     assert scales == [0.25, 0.5, 1.0, 1.0, 2.0, 1.0]
 
 
+def test_overrides_by_the_last_part_of_a_name_come_last() -> None:
+    optim = Optim(layer_decay=0.5, weight_decay=0.1, norm_weight_decay=0.01, no_decay="none")
+    own = {"bias": {"weight_decay": 0.3}, "token": {"weight_decay": 0.0, "lr_scale": 3.0}}
+    groups = param_groups(Tiny(), dataclasses.replace(optim, overrides=own))
+    of = {name: (group["weight_decay"], group["lr_scale"]) for group in groups for name in group["names"]}
+    assert (of["token"], of["norm.bias"], of["norm.weight"]) == ((0.0, 3.0), (0.3, 1.0), (0.01, 1.0))
+    assert (of["block.bias"], of["block.weight"]) == ((0.3, 0.5), (0.1, 0.5))
+    with pytest.raises(ZooError, match="names 'nix'"):
+        param_groups(Tiny(), dataclasses.replace(optim, overrides={"nix": {"weight_decay": 0.0}}))
+
+
+def test_a_norm_that_decays_like_the_rest_has_no_decay_of_its_own() -> None:
+    model = Tiny()
+    model.weight_decay_too = lambda: {"norm.weight"}  # type: ignore[assignment]
+    groups = param_groups(model, Optim(weight_decay=0.1, norm_weight_decay=0.0, no_decay="none"))
+    assert [group["names"] for group in groups if group["weight_decay"] == 0] == [["norm.bias"]]
+
+
 @pytest.mark.parametrize(
     ("options", "reference"),
     [
@@ -182,6 +200,8 @@ def test_optimisers_take_what_is_declared(options: dict, reference: Any) -> None
         {"global_batch": 0},
         {"norm_weight_decay": -1.0},
         {"bias_lr_scale": 0.0},
+        {"overrides": {"bias": {"weight_decay": -1.0}}},
+        {"overrides": {"bias": {"betas": 0.9}}},
         {"nesterov": True, "dampening": 0.1},
         {"first_epoch": 2, "interval": "epoch"},
         {"first_epoch": 1},

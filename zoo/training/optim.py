@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -49,6 +49,9 @@ class Optim:
         norm_weight_decay: decay of normalisation layers, which are a group of their own then; null: as `no_decay` says.
         bias_weight_decay: decay of all biases, those of normalisation layers too; null: as the others'.
         bias_lr_scale: factor of the learning rate of all biases.
+        overrides: `weight_decay` and `lr_scale` of parameters by the last part of their name, such as
+            `{rel_pos_h: {weight_decay: 0.0}}`, whatever else would give them theirs; `lr_scale` stands in for that of
+            the layer.
         betas, eps: of Adam, AdamW and NAdam.
         momentum: of SGD, LARS and LARC.
         muon_momentum: of the matrices under Muon.
@@ -89,6 +92,7 @@ class Optim:
     norm_weight_decay: float | None = None
     bias_weight_decay: float | None = None
     bias_lr_scale: float = 1.0
+    overrides: dict[str, dict[str, float]] = field(default_factory=dict)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     momentum: float = 0.9
@@ -138,6 +142,12 @@ class Optim:
         for key in ("norm_weight_decay", "bias_weight_decay"):
             if getattr(self, key) is not None and not getattr(self, key) >= 0:
                 raise ZooError(f"optim.{key} must be null or not negative, but is {getattr(self, key)}")
+        for leaf, entry in self.overrides.items():
+            for fact, number in entry.items():
+                if fact not in ("weight_decay", "lr_scale"):
+                    raise unknown(f"override of {leaf}", fact, ("weight_decay", "lr_scale"))
+                if not number >= 0:
+                    raise ZooError(f"optim.overrides.{leaf}.{fact} must not be negative, but is {number}")
         if self.first_epoch not in (0, 1):
             raise ZooError(f"optim.first_epoch must be 0 or 1, not {self.first_epoch}")
         in_steps = self.interval == "step" or self.milestone_steps or self.warmup_steps
@@ -200,19 +210,19 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     """The trainable parameters of `model`, grouped by weight decay and learning-rate scale.
 
     Undecayed are what `no_decay` spares and the names in `no_weight_decay()` of the model or of any part of it, save
-    the names in its `weight_decay_too()`. Normalisation layers and biases with a decay of their own have that instead,
-    a bias of a normalisation layer that of biases. Without layer decay these groups come first, then the undecayed one;
-    with it, groups come in the order in which they first occur in `named_parameters`, and a layer's scale is
-    layer_decay ** (top - id), top being `model.num_layer_ids` - 1. Under Muon matrices are groups of their own, and so
-    are parameters of a constant rate, behind the others.
+    the names in its `weight_decay_too()`. Normalisation layers (but those names) and biases with a decay of their own
+    have that instead, a bias of a normalisation layer that of biases; `overrides` come last. Without layer decay
+    these groups come first, then the undecayed one; with it, groups come in the order in which they first occur in
+    `named_parameters`, and a layer's scale is layer_decay ** (top - id), top being `model.num_layer_ids` - 1. Under
+    Muon matrices are groups of their own, and so are parameters of a constant rate, behind the others.
 
     Returns:
         Groups with keys `params`, `names`, `weight_decay`, `lr_scale`, `constant` where the rate is, and under Muon
         `orthogonal`.
 
     Raises:
-        ZooError: nothing to train, layer decay for a model that does not number its layers, or a constant rate for
-            names that nothing trainable has.
+        ZooError: nothing to train, layer decay for a model that does not number its layers, or a constant rate or an
+            override for names that nothing trainable has.
     """
     spared = {
         f"{prefix}.{name}" if prefix else name
@@ -227,12 +237,15 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     included: set[str] = getattr(model, "weight_decay_too", set)()
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     used: set[str | None] = set()
+    leaves: set[str] = set()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
         norm = isinstance(owner, NORMS)
-        bias = name.rpartition(".")[2] == "bias"
+        leaf = name.rpartition(".")[2]
+        leaves |= {leaf}
+        bias = leaf == "bias"
         plain = norm if optim.no_decay == "norm" else parameter.ndim <= 1 or name.endswith(".bias")
         decayed = optim.no_decay == "none" or name in included or not (plain or name in spared)
         layer, scale = 0, 1.0
@@ -243,10 +256,14 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
         if bias:
             scale *= optim.bias_lr_scale
         kind, decay = (2, optim.weight_decay) if decayed else (1, 0.0)
-        if norm and optim.norm_weight_decay is not None:
+        if norm and name not in included and optim.norm_weight_decay is not None:
             kind, decay = -1, optim.norm_weight_decay
         if bias and optim.bias_weight_decay is not None:
             kind, decay = 0, optim.bias_weight_decay
+        own = optim.overrides.get(leaf, {})
+        scale = own.get("lr_scale", scale)
+        if "weight_decay" in own:
+            kind, decay = 3 + list(optim.overrides).index(leaf), own["weight_decay"]
         matrix = optim.name == "muon" and parameter.ndim == 2 and not isinstance(owner, nn.Embedding)
         prefix = next((start for start in optim.constant_lr if f"{name}.".startswith(f"{start}.")), None)
         used |= {prefix}
@@ -261,6 +278,8 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
         raise ZooError(f"{type(model).__name__} has no parameter that requires a gradient; nothing to train")
     if unused := [prefix for prefix in optim.constant_lr if prefix not in used]:
         raise ZooError(f"optim.constant_lr names {unused[0]!r}, which no trainable parameter of the model begins with")
+    if strangers := [leaf for leaf in optim.overrides if leaf not in leaves]:
+        raise ZooError(f"optim.overrides names {strangers[0]!r}, which no trainable parameter of the model is called")
     if optim.layer_decay is None:
         return [groups[key] for key in sorted(groups)]
     return list(groups.values())

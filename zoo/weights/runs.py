@@ -67,9 +67,9 @@ def order(run: Path) -> int:
 
 
 def is_run(name: str) -> bool:
-    """Whether `name` means a run: ``runs:last``, ``runs:RECIPE``, a run's folder, a checkpoint (a file or the folder of
-    a sharded one), with ``:last`` or ``:best`` behind it where wanted, or what ``zoo push`` wrote (:func:`is_pushed`).
-    A path under ``runs/``, and a ``.ckpt``, need not be there: what opens it says so."""
+    """Whether `name` means a run: ``runs:last``, ``runs:RECIPE``, ``runs:RECIPE/RUN``, a run's folder, a checkpoint
+    (a file or the folder of a sharded one), with ``:last`` or ``:best`` behind it where wanted, or what ``zoo push``
+    wrote (:func:`is_pushed`). A path under ``runs/``, and a ``.ckpt``, need not be there: what opens it says so."""
     base, _ = _split(name)
     if base.startswith(f"{_ROOT}:") or base.endswith(".ckpt") or is_pushed(name):
         return True
@@ -123,7 +123,8 @@ def _in_folder(run: Path, which: str) -> Path | None:
 
 
 def _newest(recipe: str, which: str) -> Path:
-    """Of the newest run of a recipe, of those below a folder such as ``mae``, or (of "") of all."""
+    """Of the newest run of a recipe, of those below a folder such as ``mae``, or (of "") of all; of a run that is named
+    (``mae/pocket/20261130-120000``) that run's."""
     from zoo import catalog
 
     name = folder_name(recipe)
@@ -131,6 +132,10 @@ def _newest(recipe: str, which: str) -> Path:
         known = catalog.list_recipes()  # the beginning of a name will do
         name = next((one for one in known if one.startswith(recipe)), name)
     under = Path(_ROOT) / name
+    if (under / "checkpoints").is_dir():  # one run, by its folder
+        if named := _in_folder(under, which):
+            return named
+        raise ZooError(f"{under}: holds no {_WHICH[which][0]}; nothing was saved yet")
     places = [place.parent for depth in range(5) for place in under.glob("*/" * depth + "checkpoints")]
     newest = []
     for folder in {run.parent for run in places if run.parts[1:2] != ("claims",)}:

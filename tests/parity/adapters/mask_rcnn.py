@@ -14,7 +14,7 @@ from zoo.nn.detection.rpn import AnchorGenerator
 from zoo.ops.boxes import decode_boxes, encode_boxes, match, pairwise_iou, permutation, pyramid_levels, sample_labels
 from zoo.ops.keypoints import heatmaps_to_keypoints
 from zoo.ops.masks import crop_masks, crop_polygons, paste_masks
-from zoo.parity import Case, filled_inputs, gradients, load_filled, named, shared, train
+from zoo.parity import Case, filled_inputs, load_filled, shared, train
 
 official = shared("detectron2")
 
@@ -30,38 +30,10 @@ def create(base: str | None, given: dict[str, Any]) -> MaskRCNN:
 
 
 def network(case: Case) -> dict[str, Tensor]:
-    """Losses and gradients of a batch, or proposals and detections."""
-    config, inputs = case["config"], filled_inputs(case)
+    config = case["config"]
     base, given = official.settings(config)
     net: Any = load_filled(create(base, given), case, convert_official).train(config["training"])
-    images = [inputs[f"image{n}"] for n in range(len(config["image_sizes"]))]
-    batch = official.batch(images, given, net.size_divisibility, case)
-    if config["training"]:
-        losses = net({**batch, "target": official.targets(config, case)}, inputs["perm_uniform"])
-        total = sum(losses.values())
-        total.backward()
-        return {**losses, "total": total, **named(case, convert_official, grad=gradients(net))}
-    with torch.no_grad():
-        return evaluate(case, net, batch)
-
-
-def evaluate(case: Case, net: MaskRCNN, batch: dict[str, Any]) -> dict[str, Tensor]:
-    config = case["config"]
-    features, proposals = net.propose(batch)
-    outputs = {f"feature_{name.replace('c', 'res')}": x for name, x in features.items()}
-    for n, found in enumerate(proposals):
-        outputs |= {f"proposals{n}": found.boxes, f"proposal_logits{n}": found.logits}
-    sizes = zip(net.detect(batch), config["image_sizes"], config["output_sizes"], strict=True)
-    for n, (found, size, original) in enumerate(sizes):
-        outputs |= {f"boxes{n}": found["boxes"], f"scores{n}": found["scores"], f"classes{n}": found["labels"]}
-        final = net.postprocess(found, size, original)
-        outputs |= {f"final_{key}{n}": value for key, value in final.items() if key in ("boxes", "keypoints")}
-        if "mask_probs" in found:
-            outputs[f"mask_probs{n}"] = found["mask_probs"][:, None]
-            outputs[f"final_mask_area{n}"] = final["masks"].sum(dim=(1, 2))
-        if "keypoints" in found:
-            outputs |= {f"keypoints{n}": found["keypoints"], f"keypoint_logits{n}": found["heatmaps"]}
-    return outputs
+    return official.network(case, net, given, net.size_divisibility, convert_official)
 
 
 def train_run(case: Case) -> dict[str, Tensor]:

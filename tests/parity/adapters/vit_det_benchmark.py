@@ -20,7 +20,7 @@ from zoo.detection.vit_det_benchmark import (
 from zoo.nn.detection import FPN, FPNConfig, Subsample
 from zoo.nn.detection.vit import SharedPositions
 from zoo.ops.pos_embed import sincos_2d
-from zoo.parity import Case, Config, dtype_of, filled_inputs, gradients, load_filled, named
+from zoo.parity import Case, Config, dtype_of, filled_inputs, gradients, load_filled, named, shared
 from zoo.parity.cases import Official
 from zoo.training import Optim, lr_at, param_groups
 
@@ -45,6 +45,7 @@ def vit(config: Config) -> dict[str, Any]:
     )
     given = {name: config[name] for name in same}
     given |= {"img_size": tuple(side) if isinstance(side, list) else (side, side)}
+    given["freeze_patch_embed"] = config.get("stop_grad_conv1", False)
     return given
 
 
@@ -104,22 +105,17 @@ def optimizer(case: Case) -> dict[str, Tensor]:
     config = case["config"]
     channels, classes = config["out_channels"], config["num_classes"]
     parts: dict[str, Any] = {
-        "vit": {**vit(config), "freeze_patch_embed": config["stop_grad_conv1"]},
+        "vit": vit(config),
         "fpn": {"channels": channels, "norm": "bn"},
         "box": {"convs": 4, "conv_channels": channels, "fcs": 1, "fc_channels": config["fc_dim"], "norm": "bn"},
         "mask": {"channels": channels, "norm": "bn"},
     }
-    kept = set(config["overrides"])
-    if kept != {"pos_embed", "relative_position_bias_table"} or any(
-        entry != {"weight_decay": 0.0} for entry in config["overrides"].values()
-    ):
-        raise ValueError(f"overrides of {sorted(kept)}: only positions without decay are built")
+    official = Official(case, convert_official)
     optim = Optim(
         lr=config["base_lr"],
         betas=tuple(config["betas"]),
         weight_decay=config["weight_decay"],
-        norm_weight_decay=config["weight_decay_norm"] or None,
-        no_decay="norm",
+        **shared("detectron2").decays(config, official.names, config["base_lr"]),
         schedule_from="start",
         warmup_start_lr=config["warmup_factor"] * config["base_lr"],
     )
@@ -128,15 +124,15 @@ def optimizer(case: Case) -> dict[str, Tensor]:
     assert isinstance(task.network, ViTMaskRCNN)
     groups = param_groups(task.trainable(), optim)
     of = {name: group for group in groups for name in group["names"]}
-    official = Official(case, convert_official)
     ours = [official.find(name) for name in sorted(official.names)]
     rows = [of[name] for name in ours if name in of]
     length = config["max_iter"]
     start = config["warmup_length"] * length
     rates = [lr_at(optim, k, length, config["base_lr"], warmup_epochs=start) for k in config["iters"]]
+    # detectron2 merges the groups of one rate and decay.
     return {
-        "lr": torch.tensor([row["lr_scale"] for row in rows]).double(),
-        "weight_decay": torch.tensor([row["weight_decay"] for row in rows]).double(),
-        "groups": torch.tensor([len(groups)]),
+        "lr": torch.tensor([row["lr_scale"] for row in rows], dtype=torch.float64),
+        "weight_decay": torch.tensor([row["weight_decay"] for row in rows], dtype=torch.float64),
+        "groups": torch.tensor([len({(group["lr_scale"], group["weight_decay"]) for group in groups})]),
         "lr_multiplier": torch.tensor(rates, dtype=torch.float64) / config["base_lr"],
     }

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
+from zoo.nn.detection import RCNN
 from zoo.ops.boxes import BoxLoss
-from zoo.parity import Case, Config, dtype_of
+from zoo.parity import Case, Config, Convert, dtype_of, filled_inputs, gradients, named
 from zoo.training import Optim
 
 NORMS = {"": None, "FrozenBN": "frozen_bn", "BN": "bn", "SyncBN": "bn", "nnSyncBN": "bn", "GN": "gn", "LN": "ln"}
@@ -249,6 +250,43 @@ def options(
     return found
 
 
+# ------------------------------------------------------------------------------------------------------------ networks
+
+
+def network(case: Case, net: RCNN, given: Mapping[str, Any], divisibility: int, convert: Convert) -> dict[str, Tensor]:
+    """Losses and gradients of a batch, or what :func:`evaluate` gives, of a filled network in the case's mode."""
+    config, inputs = case["config"], filled_inputs(case)
+    images = [inputs[f"image{n}"] for n in range(len(config["image_sizes"]))]
+    made = batch(images, given, divisibility, case)
+    if config["training"]:
+        losses = net({**made, "target": targets(config, case)}, inputs["perm_uniform"])
+        total = sum(losses.values())
+        total.backward()
+        return {**losses, "total": total, **named(case, convert, grad=gradients(net))}
+    with torch.no_grad():
+        return evaluate(case, net, made)
+
+
+def evaluate(case: Case, net: RCNN, made: dict[str, Any]) -> dict[str, Tensor]:
+    """Levels, proposals and detections, at the size of the batch and as of the original images."""
+    config = case["config"]
+    features, proposals = net.propose(made)
+    outputs = {f"feature_{name.replace('c', 'res')}": x for name, x in features.items()}
+    for n, found in enumerate(proposals):
+        outputs |= {f"proposals{n}": found.boxes, f"proposal_logits{n}": found.logits}
+    sizes = zip(net.detect(made), config["image_sizes"], config["output_sizes"], strict=True)
+    for n, (found, size, original) in enumerate(sizes):
+        outputs |= {f"boxes{n}": found["boxes"], f"scores{n}": found["scores"], f"classes{n}": found["labels"]}
+        final = net.postprocess(found, size, original)
+        outputs |= {f"final_{key}{n}": value for key, value in final.items() if key in ("boxes", "keypoints")}
+        if "mask_probs" in found:
+            outputs[f"mask_probs{n}"] = found["mask_probs"][:, None]
+            outputs[f"final_mask_area{n}"] = final["masks"].sum(dim=(1, 2))
+        if "keypoints" in found:
+            outputs |= {f"keypoints{n}": found["keypoints"], f"keypoint_logits{n}": found["heatmaps"]}
+    return outputs
+
+
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
@@ -347,6 +385,28 @@ def optim(solver: Config) -> Optim:
         **{"warmup_start_lr": start} if warm_up == "linear" else {"warmup_lr": start},
         **own,
     )
+
+
+def decays(solver: Config, state: Iterable[str], base_lr: float, norm: float | None = 0.0) -> dict[str, Any]:
+    """The groups of ``get_default_optimizer_params`` as fields of an Optim: norms' own decay (None: as the others'),
+    and overrides by the last part of a name, of which those that no key of the `state` has do nothing.
+
+    Raises:
+        ZooError: an override of something else than rate and decay.
+    """
+    leaves = {key.rpartition(".")[2] for key in state}
+    overrides: dict[str, dict[str, float]] = {}
+    for leaf, entry in solver["overrides"].items():
+        if strange := entry.keys() - {"lr", "weight_decay"}:
+            raise unknown(f"override of {leaf}", min(strange), ("lr", "weight_decay"))
+        if leaf in leaves:
+            own = {
+                "weight_decay": entry.get("weight_decay"),
+                "lr_scale": entry["lr"] / base_lr if "lr" in entry else None,
+            }
+            overrides[leaf] = {key: value for key, value in own.items() if value is not None}
+    norm = solver.get("weight_decay_norm", norm)
+    return {"no_decay": "none", "norm_weight_decay": norm, "overrides": overrides}
 
 
 def clipping(solver: Config) -> tuple[float | None, dict[str, Any]]:
