@@ -69,6 +69,7 @@ def _official_network(size: Size, setting: Setting, start: dict[str, Tensor], th
     """detectron2's network, and its settings."""
     checkout = setting.official
     assert checkout is not None
+    detection.detectron2(checkout, "detectron2.config")  # before there is a cv2, of which it would ask the version
     sys.modules.setdefault("cv2", ModuleType("cv2"))
     project = detection.detectron2(checkout, "detectron2.projects.point_rend")
     config = detection.detectron2_config(

@@ -190,6 +190,11 @@ def test_label_maps_are_refined_and_pixels_without_label_do_not_count() -> None:
         network.train()({**given, "target": [{}, {}]})
 
 
+def test_labels_end_below_the_one_that_does_not_count() -> None:
+    with pytest.raises(ZooError, match="1 to 255 classes"):
+        PointRendSemantic(**{**STREETS, "head": {"classes": 256}})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
