@@ -6,7 +6,7 @@ the same weights. Every pixel has one of 54 labels, in blocks. torchvision's det
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,7 @@ def _official_network(checkout: Path, size: Size, device: str, start: Mapping[st
     config.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = threshold
     config.SOLVER.BASE_LR = LR
     network = detection.detectron2(checkout, "detectron2.modeling").build_model(config)
-    theirs = {next(iter(convert_official({key: value}))): key for key, value in network.state_dict().items()}
-    network.load_state_dict({theirs[key]: value for key, value in start.items()})
-    return network, config
+    return detection.same_weights(network, convert_official, start), config
 
 
 def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
@@ -135,16 +133,13 @@ def samplers(setting: Setting) -> tuple[list[Loader], Work]:
     network.load_state_dict(start := _start(size))
     pictures, sizes = images(setting), torch.tensor([[size.height, size.width]] * batch)
 
-    def forever(maps: Callable[[], list[Tensor]]) -> Iterator[Tensor]:
-        while True:
-            with torch.no_grad():
-                yield torch.stack(maps())
-
-    ours = forever(lambda: [found["panoptic"] for found in network({"image": pictures, "size": sizes})])
+    ours = detection.inferences(
+        lambda: [x["panoptic"] for x in network({"image": pictures, "size": sizes})], torch.stack
+    )
     found = [Loader("zoo", zoo.__version__, ours, "the network of the recipe in evaluation")]
     if setting.official is not None:
         theirs = _official_network(setting.official, size, setting.device, start, 0.0)[0].eval()
         inputs = [{"image": x, "height": size.height, "width": size.width} for x in pictures]
-        maps = forever(lambda: [one["panoptic_seg"][0] for one in theirs(inputs)])
+        maps = detection.inferences(lambda: [x["panoptic_seg"][0] for x in theirs(inputs)], torch.stack)
         found.append(Loader("official", harness.revision(setting.official), maps, _ABOUT))
     return found, Work(batch, detail={"title": f"panoptic maps of {size.height} x {size.width} pixels"})

@@ -10,7 +10,6 @@ of whose imports OpenCV, which draws colours in training, is not used here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -25,36 +24,30 @@ from benchmarks.speed.shared import detection
 from zoo.detection.pointrend import convert_official
 
 RECIPE, LR = "pointrend/train_coco", 1e-3
+CONFIG = "InstanceSegmentation/pointrend_rcnn_R_50_FPN_1x_coco"
 PACKAGES = ("fvcore", "pycocotools")
 _ABOUT = "facebookresearch/detectron2, projects/PointRend (its compiled module not built)"
 
 
 @dataclass(frozen=True)
 class Size:
-    """Images and samples; `depth` and `samples` are the recipe's, but in the harness's own test."""
+    """Images and samples; those of regions are the recipe's, but in the harness's own test."""
 
     height: int
     width: int
-    depth: int = 50
     samples: int = 512
     anchors: int = 256
 
     @property
-    def channels(self) -> int:
-        return 256 if self.depth >= 50 else 64
-
-    @property
     def options(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"model.resnet.depth": self.depth, "model.resnet.channels": self.channels}
-        own |= {"model.resnet.stride_in_1x1": self.depth >= 50}
-        own |= {"model.roi.samples": self.samples, "model.rpn.samples": self.anchors, "model.init_from": None}
-        return {**own, "model.optim.lr": LR}
+        samples = {"model.roi.samples": self.samples, "model.rpn.samples": self.anchors}
+        return {**samples, "model.init_from": None, "model.optim.lr": LR}
 
 
 MODELS = {
     "pointrend_rcnn_r50_fpn": Size(320, 480),
     "pointrend_rcnn_r50_fpn_800": Size(800, 1216),
-    "tiny": Size(64, 96, depth=18, samples=32, anchors=32),  # for the harness's own test
+    "tiny": Size(64, 96, samples=32, anchors=32),  # for the harness's own test
 }
 DEFAULT_MODEL = "pointrend_rcnn_r50_fpn"
 
@@ -76,39 +69,25 @@ def _official_network(size: Size, setting: Setting, start: dict[str, Tensor], th
     """detectron2's network, and its settings."""
     checkout = setting.official
     assert checkout is not None
-    config = detection.detectron2(checkout, "detectron2.config").get_cfg()
+    detection.detectron2(checkout, "detectron2.config")  # before there is a cv2, of which it would ask the version
     sys.modules.setdefault("cv2", ModuleType("cv2"))
-    detection.detectron2(checkout, "detectron2.projects.point_rend").add_pointrend_config(config)
-    place = checkout / "projects" / "PointRend" / "configs" / "InstanceSegmentation"
-    config.merge_from_file(str(place / "pointrend_rcnn_R_50_FPN_1x_coco.yaml"))
-    config.MODEL.DEVICE, config.MODEL.PIXEL_MEAN, config.SOLVER.BASE_LR = setting.device, [0.0, 0.0, 0.0], LR
-    config.MODEL.RESNETS.DEPTH, config.MODEL.RESNETS.RES2_OUT_CHANNELS = size.depth, size.channels
-    config.MODEL.RESNETS.STRIDE_IN_1X1 = size.depth >= 50
+    project = detection.detectron2(checkout, "detectron2.projects.point_rend")
+    config = detection.detectron2_config(
+        checkout, CONFIG, setting.device, project.add_pointrend_config, "projects/PointRend"
+    )
+    config.SOLVER.BASE_LR, config.MODEL.ROI_HEADS.SCORE_THRESH_TEST = LR, threshold
     config.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, config.MODEL.RPN.BATCH_SIZE_PER_IMAGE = size.samples, size.anchors
-    config.MODEL.ROI_HEADS.SCORE_THRESH_TEST = threshold
     network = detection.detectron2(checkout, "detectron2.modeling").build_model(config)
-    theirs = {next(iter(convert_official({key: value}))): key for key, value in network.state_dict().items()}
-    network.load_state_dict({theirs[key]: value for key, value in start.items()})
-    return network, config
+    return detection.same_weights(network, convert_official, start), config
 
 
 def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
     checkout = setting.official
     assert checkout is not None
     network, config = _official_network(size, setting, start, 0.05)
-    network.train()
     optimizer = detection.detectron2(checkout, "detectron2.solver").build_optimizer(config, network)
-    structures = detection.detectron2(checkout, "detectron2.structures")
     given = detection.objects(size.height, size.width, setting.batch, setting.device)
-    forward, masks = network.forward, [structures.BitMasks(target["masks"]) for target in given]
-
-    def with_bits(inputs: list[dict[str, Any]]) -> Any:
-        for one, bits in zip(inputs, masks, strict=True):
-            one["instances"].gt_masks = bits
-        return forward(inputs)
-
-    network.forward = with_bits
-    loss = detection.detectron2_loss(checkout, network, given, masks=False)
+    loss = detection.detectron2_loss(checkout, network.train(), given, masks=True, bits=True)
     return Trainer("official", harness.revision(checkout), loss, optimizer, f"{_ABOUT} with detectron2's optimizer")
 
 
@@ -157,17 +136,12 @@ def samplers(setting: Setting) -> tuple[list[Loader], Work]:
     network.load_state_dict(start)
     pictures, sizes = images(setting), torch.tensor([[size.height, size.width]] * batch)
 
-    def forever(masks: Callable[[], list[Tensor]]) -> Iterator[Tensor]:
-        while True:
-            with torch.no_grad():
-                yield torch.cat(masks())
-
-    ours = forever(lambda: [found["masks"] for found in network({"image": pictures, "size": sizes})])
+    ours = detection.inferences(lambda: [x["masks"] for x in network({"image": pictures, "size": sizes})], torch.cat)
     found = [Loader("zoo", package_version("zoo") or "", ours, "the network of the recipe in evaluation")]
     if setting.official is not None:
         theirs = _official_network(size, setting, start, 0.0)[0].eval()
         inputs = [{"image": x, "height": size.height, "width": size.width} for x in pictures]
-        masks = forever(lambda: [one["instances"].pred_masks for one in theirs(inputs)])
+        masks = detection.inferences(lambda: [x["instances"].pred_masks for x in theirs(inputs)], torch.cat)
         found.append(Loader("official", harness.revision(setting.official), masks, _ABOUT))
     what = f"inference of {size.height} x {size.width} pixels to 100 masks, rendered at 224 x 224"
     return found, Work(batch, detail={"title": what})

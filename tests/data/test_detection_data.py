@@ -15,10 +15,11 @@ from pycocotools import mask as coco_mask
 from torch import nn
 
 from zoo.data.coco import CocoSource, find_coco, mirror_order, repeat_factors, to_rle
-from zoo.data.detection import (
-    DetectionDataModule,
+from zoo.data.detection import DetectionDataModule, Normalise
+from zoo.data.loader import EpochSampler, GroupedSampler
+from zoo.data.lvis import synset
+from zoo.data.scenes import (
     FixedSizeCrop,
-    Normalise,
     RandomFlip,
     ResizeScale,
     ResizeShortestEdge,
@@ -30,8 +31,6 @@ from zoo.data.detection import (
     resize_pil,
     shortest_edge_size,
 )
-from zoo.data.loader import EpochSampler, GroupedSampler
-from zoo.data.lvis import synset
 from zoo.data.shapes import hash64, render
 from zoo.errors import ZooError
 

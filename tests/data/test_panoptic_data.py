@@ -11,16 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from zoo.data.detection import (
-    ColorJitter,
-    DetectionDataModule,
-    FixedSizeCrop,
-    RandomCrop,
-    RandomFlip,
-    ResizeShortestEdge,
-    Scene,
-)
+from zoo.data.detection import DetectionDataModule
 from zoo.data.panoptic import PanopticClasses, coco_panoptic, colours_of, find_panoptic, ids_of
+from zoo.data.scenes import ColorJitter, FixedSizeCrop, RandomCrop, RandomFlip, ResizeShortestEdge, Scene
 from zoo.data.shapes import PANOPTIC_BASE, render
 from zoo.errors import ZooError
 

@@ -102,6 +102,10 @@ def test_what_is_wrong_is_one_line(devkit: Path) -> None:
         xml.write_text(text)
         with pytest.raises(ZooError, match=said):
             read_annotation(xml)
+    entity = '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE a [<!ENTITY b "c">]>' + good
+    xml.write_bytes(entity.encode("utf-16"))
+    with pytest.raises(ZooError, match="declares a document type"):
+        read_annotation(xml)
     xml.write_text(good.replace("dog", "dgo"))
     with pytest.raises(ZooError, match="'dgo'; did you mean 'dog'"):
         module(devkit).samples("train")

@@ -147,6 +147,11 @@ def test_a_classifier_fills_the_trunk_with_its_normalisation(tmp_path: Path, sou
             assert torch.equal(trunk[key], value), key
 
 
+def test_levels_are_joined_in_known_ways_only() -> None:
+    with pytest.raises(ZooError, match="unknown fuse 'max'"):
+        build(fpn={"channels": 32, "fuse": "max"})
+
+
 # ----------------------------------------------------------------------------------------- normalisation over processes
 
 

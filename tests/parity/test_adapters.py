@@ -56,6 +56,46 @@ def test_mask_rcnn_reads_the_lowest_level(
         assert read(case, features) == lowest
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ROI_BOX_HEAD.NAME", "OtherHead"),
+        ("ROI_MASK_HEAD.NAME", "PointRendMaskHead"),
+        ("BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
+        ("RESNETS.NORM", "CycleBN"),
+        ("FPN.FUSE_TYPE", "max"),
+        ("ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignRotated"),
+        ("RPN.BBOX_REG_LOSS_TYPE", "siou"),
+        ("LOAD_PROPOSALS", True),
+    ],
+)
+def test_detectron2_s_settings_that_we_have_not_are_named(name: str, value: Any) -> None:
+    official = parity.shared("detectron2")
+    case = _case("mask_rcnn", "fpn_inference")
+    section, _, leaf = name.rpartition(".")
+    (case["config"]["resolved"]["MODEL"][section] if section else case["config"]["resolved"]["MODEL"])[leaf] = value
+    with pytest.raises(ZooError, match=f"unknown {leaf if leaf in ('NORM', 'POOLER_TYPE') else name} '{value}'"):
+        official.options(official.settings(case["config"])[1])
+
+
+def test_detectron2_s_overrides_count_where_the_resolved_settings_say_nothing() -> None:
+    official, config = parity.shared("detectron2"), _case("mask_rcnn", "fpn_inference")["config"]
+    config["overrides"] |= {"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, True, True, True]}
+    config["resolved"]["MODEL"]["ROI_HEADS"]["NAME"] = "CascadeROIHeads"
+    found = official.options(official.settings(config)[1])
+    assert found["resnet"]["deform"] == (False, True, True, True)
+    assert found["box"]["cascade_ious"] == (0.5, 0.6, 0.7)
+    assert found["box"]["cascade_weights"][2] == (30, 30, 15, 15)
+
+
+def test_detectron2_s_image_without_objects_has_keypoints_of_the_others_number() -> None:
+    config = {"image_sizes": [[9, 9], [9, 9]], "gt_boxes": [[], [[0, 0, 5, 5]]], "gt_classes": [[], [0]]}
+    case = {"config": config | {"gt_keypoints": [[], [[[1, 2, 2], [3, 4, 0]]]]}}
+    empty, full = parity.shared("detectron2").targets(case["config"], case)
+    assert empty["keypoints"].shape == (0, 2, 3)
+    assert full["keypoints"].shape == (1, 2, 3)
+
+
 class _Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()

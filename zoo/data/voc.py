@@ -55,7 +55,8 @@ def read_annotation(path: str | os.PathLike[str]) -> Annotation:
         ZooError: it cannot be read, is no XML, declares entities, or lacks a size, a name or a box.
     """
     data = files.read_bytes(path, _MOST_BYTES)
-    if b"<!DOCTYPE" in data or b"<!ENTITY" in data:  # an entity may grow without bound
+    plain = data.replace(b"\0", b"")  # UTF-16 and 32 have zeros between
+    if b"<!DOCTYPE" in plain or b"<!ENTITY" in plain:  # an entity may grow without bound
         raise ZooError(f"{path} declares a document type, which VOC's annotations do not; it is not read")
     try:
         tree = ElementTree.fromstring(data)

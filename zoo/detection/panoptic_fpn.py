@@ -23,13 +23,13 @@ kind of stuff of which nothing is left makes no empty segment.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.detection.mask_rcnn import MaskRCNN
 from zoo.errors import ZooError
@@ -44,11 +44,11 @@ from zoo.nn.detection import (
     SemanticHeadConfig,
     configured,
 )
-from zoo.nn.detection.semantic import resize_logits
+from zoo.nn.detection.semantic import SemanticNetwork, file_logits, labels_of, resize_logits, sizes_of
 from zoo.ops.boxes import permutation
 from zoo.training import Optim
-from zoo.training.base import BaseModule
 from zoo.training.detection import Detection
+from zoo.training.segmentation import Segmentation
 from zoo.weights import detectron2
 from zoo.weights.detectron2 import convert_trunk as convert_trunk
 from zoo.weights.pretrained import read_source
@@ -169,10 +169,9 @@ class PanopticFPN(MaskRCNN):
         """
         if not self.training:
             return self.segment(batch)
-        targets = _with_labels(batch)
+        labels, targets = labels_of(batch), batch["target"]
         maps = self.backbone(batch["image"])
-        logits = self._semantic_logits(batch, maps)
-        losses = {"loss_sem_seg": self.semantic_head.loss(logits, [target["semantic"] for target in targets])}
+        losses = {"loss_sem_seg": self.semantic_head.loss(self._semantic_logits(batch, maps), labels)}
         sizes, permute = [(height, width) for height, width in batch["size"].tolist()], permutation(noise)
         proposals, of_proposals = self.rpn(maps, sizes, targets, permute)
         of_regions = self.roi_heads.losses(maps, proposals, sizes, targets, permute, **further)
@@ -192,7 +191,7 @@ class PanopticFPN(MaskRCNN):
         uint8, and panoptic, segments and segment_scores of :func:`combine`."""
         detections, logits = self.raw(batch)
         found = []
-        for detection, some, size, original in zip(detections, logits.split(1), *_sizes(batch), strict=True):
+        for detection, some, (size, original) in zip(detections, logits.split(1), sizes_of(batch), strict=True):
             result = self.postprocess(detection, size, original)
             labels = resize_logits(self.semantic_head.upsampled(some)[0], size, original).argmax(dim=0)
             merged = combine(result["masks"], result["scores"], result["labels"], labels, self.combine)
@@ -200,7 +199,7 @@ class PanopticFPN(MaskRCNN):
         return found
 
 
-class SemanticFPN(nn.Module):
+class SemanticFPN(SemanticNetwork):
     """The semantic branch alone on a pyramid (section 4.1).
 
     Args:
@@ -208,10 +207,6 @@ class SemanticFPN(nn.Module):
         fpn: the pyramid.
         semantic: the branch.
     """
-
-    export_part = "backbone"
-    not_exported = "takes a whole batch"
-    size_divisibility = 32
 
     def __init__(
         self,
@@ -226,36 +221,14 @@ class SemanticFPN(nn.Module):
         self.semantic_head = SemanticHead(self.backbone, semantic)
         self.options: dict[str, Any] = {"resnet": resnet, "fpn": fpn, "semantic": semantic}
 
-    def forward(self, batch: Mapping[str, Any], noise: Tensor | None = None, **further: Any) -> Any:
-        """{"loss_sem_seg"} in training mode, else what :meth:`segment` gives; nothing of it is drawn from `noise`."""
-        if not self.training:
-            return self.segment(batch)
-        logits = self.semantic_head(self.backbone(batch["image"]))
-        labels = [target["semantic"] for target in _with_labels(batch)]
-        return {"loss_sem_seg": self.semantic_head.loss(logits, labels)}
+    def losses(self, batch: Mapping[str, Any], **further: Any) -> dict[str, Tensor]:
+        """{"loss_sem_seg"}."""
+        labels = labels_of(batch)
+        return {"loss_sem_seg": self.semantic_head.loss(self.semantic_head(self.backbone(batch["image"])), labels)}
 
-    def segment(self, batch: Mapping[str, Any]) -> list[dict[str, Tensor]]:
-        """{"semantic": (H, W) uint8} of each picture in its file's pixels."""
+    def logits(self, batch: Mapping[str, Any]) -> Iterator[Tensor]:
         logits = self.semantic_head(self.backbone(batch["image"])).split(1)
-        return [
-            {"semantic": resize_logits(self.semantic_head.upsampled(x)[0], size, original).argmax(0).to(torch.uint8)}
-            for x, size, original in zip(logits, *_sizes(batch), strict=True)
-        ]
-
-
-def _with_labels(batch: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    if "target" not in batch or any("semantic" not in target for target in batch["target"]):
-        raise ZooError(
-            "semantic segmentation trains on batches with `target` whose dicts hold `semantic`: set data.semantic"
-        )
-    return batch["target"]
-
-
-def _sizes(batch: Mapping[str, Any]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Height and width of each image inside the padding, and of its file (default: the same)."""
-    found = [batch["size"].tolist(), batch.get("original_size", batch["size"]).tolist()]
-    sizes, originals = ([(height, width) for height, width in some] for some in found)
-    return sizes, originals
+        return file_logits((self.semantic_head.upsampled(x)[0] for x in logits), batch)  # one by one: they are large
 
 
 # ------------------------------------------------------------------------------------------------------------ 3. tasks
@@ -314,9 +287,9 @@ class PanopticSegmentation(Detection):
             other.reset()
 
 
-class SemanticSegmentation(BaseModule):
-    """Training and evaluation of a :class:`SemanticFPN`. Logs `train/loss_sem_seg` and `{val,test}/semantic/mIoU` with
-    fIoU, mACC and pACC.
+class SemanticSegmentation(Segmentation):
+    """Training and evaluation of a :class:`SemanticFPN`. Logs `train/loss_sem_seg`, and what
+    :class:`~zoo.training.segmentation.Segmentation` does.
 
     Args:
         init_from: as of :class:`PanopticSegmentation`.
@@ -324,57 +297,15 @@ class SemanticSegmentation(BaseModule):
         network: of :class:`SemanticFPN`.
     """
 
-    monitor = ("val/semantic/mIoU", "max")
-    batch_keys = ("image", "size", "target")
-    not_exported = "takes a whole batch"
+    network: SemanticFPN
 
     def __init__(self, init_from: str | None = None, optim: Optim = _SGD, **network: Any) -> None:
-        super().__init__(optim)
-        self.network, self.init_from = SemanticFPN(**network), init_from
-        classes = self.network.semantic_head.config.classes
-        self.val_semantic, self.test_semantic = (SemanticIoU(classes) for _ in range(2))
+        made = SemanticFPN(**network)
+        super().__init__(made, made.semantic_head.config.classes, optim, init_from)
         self.save_hyperparameters()
 
     def load_initial(self, source: str) -> None:
         load_weights(self.network, source)
-
-    def trainable(self) -> nn.Module:
-        return self.network
-
-    def forward(self, batch: Mapping[str, Any]) -> Any:
-        return self.network(batch)
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self.network(batch)["loss_sem_seg"]
-        self.log("train/loss_sem_seg", loss.detach(), batch_size=len(batch["image"]))
-        return loss
-
-    def _evaluate(self, batch: Mapping[str, Any], metric: SemanticIoU) -> None:
-        found = [one["semantic"] for one in self.network(batch)]
-        metric.update(found, [one["semantic"] for one in _with_labels(batch)])
-
-    def _report(self, metric: SemanticIoU, split: str) -> None:
-        for name, value in metric.compute().items():
-            self.log(f"{split}/semantic/{name}", value, prog_bar=split == "val" and name == "mIoU")
-        metric.reset()
-
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.val_semantic)
-
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        self._report(self.val_semantic, "val")
-
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.test_semantic)
-
-    def on_test_epoch_end(self) -> None:
-        super().on_test_epoch_end()
-        self._report(self.test_semantic, "test")
-
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Tensor]]:
-        """The label map of each picture, in its file's pixels."""
-        return self.network(batch)
 
 
 # ----------------------------------------------------------------------------------------------------------- 4. models

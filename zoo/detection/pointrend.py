@@ -24,19 +24,17 @@ Deviations from the official code (detectron2's projects/PointRend), none of whi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate, relu
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, relu
 
 from zoo.detection.mask_rcnn import MaskRCNN
-from zoo.detection.panoptic_fpn import SemanticSegmentation
 from zoo.errors import ZooError, unknown
-from zoo.metrics.semantic import SemanticIoU
 from zoo.nn.detection import FPN, BoxHeadConfig, FPNConfig, ResNetBackbone, ResNetConfig, Subsample, configured
 from zoo.nn.detection.backbone import he_normal, lecun_uniform
 from zoo.nn.detection.roi_heads import Regions, mask_targets
@@ -44,8 +42,11 @@ from zoo.nn.detection.semantic import (
     IGNORED,
     SemanticHead,
     SemanticHeadConfig,
+    SemanticNetwork,
+    doubled,
+    file_logits,
+    labels_of,
     padded_labels,
-    resize_logits,
 )
 from zoo.ops.boxes import at_least_float32
 from zoo.ops.points import (
@@ -61,8 +62,9 @@ from zoo.ops.points import (
     uncertain_cells,
     uncertain_points,
 )
-from zoo.training import BaseModule, Optim
+from zoo.training import Optim
 from zoo.training.detection import Detection, MetricName
+from zoo.training.segmentation import Segmentation
 from zoo.training.tta import TTA
 from zoo.weights import detectron2
 from zoo.weights.pretrained import read_source
@@ -287,6 +289,8 @@ class PointRendMaskHead(nn.Module):
         side, steps = self.config.size, config.steps
         while steps and 4 * side**2 <= config.points:  # every point of the doubled mask would be predicted anew
             side, steps = 2 * side, steps - 1
+        if not len(rois):
+            return at_least_float32(coarse).new_zeros(0, side, side)
 
         def predicted(points: Tensor) -> Tensor:
             return at_least_float32(of_class(self.at(maps, rois, coarse, points), labels))
@@ -294,7 +298,7 @@ class PointRendMaskHead(nn.Module):
         start = predicted(grid_points(side, side, rois).expand(len(rois), -1, -1))
         logits = start.unflatten(1, (side, side))
         for _ in range(steps):
-            logits = _doubled(logits[:, None])[:, 0]
+            logits = doubled(logits[:, None])[:, 0]
             places, points = uncertain_cells(-logits.abs(), config.points)
             logits = logits.flatten(1).scatter(1, places, predicted(points)).view_as(logits)
         return logits.sigmoid()
@@ -308,10 +312,6 @@ def _training_points(
         side = round(config.train_points**0.5)
         return grid_points(side, side, coarse).expand(len(coarse), -1, -1)
     return uncertain_points(coarse, uncertainty, config.train_points, config.oversample, config.importance, noise)
-
-
-def _doubled(logits: Tensor) -> Tensor:
-    return interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
 class PointRendSemanticHead(nn.Module):
@@ -369,7 +369,7 @@ class PointRendSemanticHead(nn.Module):
             return self.coarse_head.upsampled(coarse)
         coarse = logits = at_least_float32(coarse)
         for _ in range(config.steps):
-            logits = _doubled(logits)
+            logits = doubled(logits)
             places, points = uncertain_cells(margin_uncertainty(logits), config.points)
             fresh = at_least_float32(self.at(maps, coarse, points))
             places = places[:, None].expand(-1, logits.shape[1], -1)
@@ -411,7 +411,7 @@ class PointRend(MaskRCNN):
             self.roi_heads.replace_mask_head(PointRendMaskHead(below, self.num_classes, point))
 
 
-class PointRendSemantic(nn.Module):
+class PointRendSemantic(SemanticNetwork):
     """Semantic FPN with PointRend: images to losses in training, and to label maps in evaluation. As it stands R101 for
     Cityscapes.
 
@@ -423,8 +423,6 @@ class PointRendSemantic(nn.Module):
     Raises:
         ZooError: an unknown option or level.
     """
-
-    export_part = "backbone"
 
     def __init__(
         self,
@@ -443,41 +441,13 @@ class PointRendSemantic(nn.Module):
         self.semantic_head = PointRendSemanticHead(self.backbone, head, point)
         self.options: dict[str, Any] = {"resnet": resnet, "fpn": fpn, "head": head, "point": point}
 
-    @property
-    def size_divisibility(self) -> int:
-        """What the sides of a padded batch must be multiples of."""
-        return max(self.backbone.bottom_up.strides.values())  # type: ignore[operator]
+    def logits(self, batch: Mapping[str, Any]) -> Iterator[Tensor]:
+        return file_logits(self.semantic_head(self.backbone(batch["image"])), batch)
 
-    def logits(self, batch: Mapping[str, Any]) -> list[Tensor]:
-        """Logits (C, H, W) of each picture in its file's pixels; of `image`, `size` and, if any, `original_size`."""
-        sizes = batch["size"].tolist()
-        originals = batch["original_size"].tolist() if "original_size" in batch else sizes
-        found = self.semantic_head(self.backbone(batch["image"]))
-        return [
-            resize_logits(x, (size[0], size[1]), (original[0], original[1]))
-            for x, size, original in zip(found, sizes, originals, strict=True)
-        ]
-
-    def segment(self, batch: Mapping[str, Any]) -> list[dict[str, Tensor]]:
-        """{"semantic": (H, W) uint8}, the label map of each picture in its file's pixels."""
-        return [{"semantic": x.argmax(0).to(torch.uint8)} for x in self.logits(batch)]
-
-    def forward(self, batch: Mapping[str, Any], points: PointNoise | None = None) -> Any:
-        """Losses by name in training mode, else what :meth:`segment` gives.
-
-        Args:
-            batch: as of :class:`zoo.nn.detection.RCNN`; in training each `target` holds `semantic` (h, w).
-            points: numbers that training points are drawn by.
-
-        Raises:
-            ZooError: training without label maps.
-        """
-        if not self.training:
-            return self.segment(batch)
-        if any("semantic" not in target for target in batch.get("target", [{}])):
-            raise ZooError("training wants label maps, `semantic` in every target: set data.semantic")
-        semantic = [target["semantic"] for target in batch["target"]]
-        return self.semantic_head.losses(self.backbone(batch["image"]), semantic, points)
+    def losses(self, batch: Mapping[str, Any], points: PointNoise | None = None, **further: Any) -> dict[str, Tensor]:
+        """Those of :class:`PointRendSemanticHead`; `points`: the numbers that its points are drawn by."""
+        labels = labels_of(batch)
+        return self.semantic_head.losses(self.backbone(batch["image"]), labels, points)
 
 
 # ------------------------------------------------------------------------------------------------------------ 2. tasks
@@ -520,9 +490,9 @@ class PointRendDetection(Detection):
         load_weights(self.network, source)
 
 
-class PointRendSegmentation(SemanticSegmentation):
+class PointRendSegmentation(Segmentation):
     """Training and evaluation of a :class:`PointRendSemantic`. Logs `train/loss_sem_seg`, `train/loss_sem_seg_point`,
-    and `{val,test}/semantic/mIoU` with fIoU, mACC and pACC.
+    and what :class:`~zoo.training.segmentation.Segmentation` does.
 
     Args:
         init_from: as of :class:`PointRendDetection`.
@@ -530,7 +500,7 @@ class PointRendSegmentation(SemanticSegmentation):
         network: of :class:`PointRendSemantic`.
     """
 
-    network: Any
+    network: PointRendSemantic
 
     def __init__(
         self,
@@ -540,19 +510,15 @@ class PointRendSegmentation(SemanticSegmentation):
         ),
         **network: Any,
     ) -> None:
-        BaseModule.__init__(self, optim)  # the parent's own would build the branch alone
-        self.network, self.init_from = PointRendSemantic(**network), init_from
-        classes = self.network.semantic_head.config.classes
-        self.val_semantic, self.test_semantic = (SemanticIoU(classes) for _ in range(2))
+        made = PointRendSemantic(**network)
+        super().__init__(made, made.semantic_head.config.classes, optim, init_from)
         self.save_hyperparameters()
+
+    def further(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"points": batch["point_noise"]} if "point_noise" in batch else {}
 
     def load_initial(self, source: str) -> None:
         load_weights(self.network, source)
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        losses: dict[str, Tensor] = self.network(batch, batch.get("point_noise"))
-        self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(batch["image"]))
-        return torch.stack(list(losses.values())).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------- 3. models
@@ -592,29 +558,7 @@ _CLASS_LAYERS = re.compile(
     r"|roi_heads\.mask_head\.(?:coarse_head\.prediction|point_head\.\w+)\.(?:weight|bias)"
     r"|semantic_head\.(?:coarse_head\.predictor|point_head\.\w+)\.(?:weight|bias)"
 )
-_COARSE = re.compile(
-    r"roi_heads\.(?:mask_head\.coarse_head|mask_coarse_head)\."
-    r"(?:coarse_mask_)?(reduce_(?:channel|spatial)_dim_conv|fc\d+|prediction)\.(weight|bias)"
-)
-_POINT = re.compile(
-    r"(?:roi_heads\.(mask_head\.point_head|mask_point_head)|sem_seg_head\.point_head)\."
-    r"(fc\d+|predictor)\.(weight|bias)"
-)
-
-
-def _head_name(key: str) -> str | None:
-    """PointRend's heads, in the names of either time."""
-    if match := _COARSE.fullmatch(key):
-        return f"roi_heads.mask_head.coarse_head.{match[1]}.{match[2]}"
-    if match := _POINT.fullmatch(key):
-        return f"{'roi_heads.mask_head' if match[1] else 'semantic_head'}.point_head.{match[2]}.{match[3]}"
-    if key.startswith(place := "sem_seg_head.coarse_sem_seg_head."):
-        name = detectron2.semantic_name(f"sem_seg_head.{key.removeprefix(place)}")
-        return name and name.replace("semantic_head.", "semantic_head.coarse_head.", 1)
-    return None
-
-
-_RULES = (_head_name, detectron2.backbone_name, detectron2.rpn_name, detectron2.roi_name)
+_RULES = (detectron2.point_name, detectron2.backbone_name, detectron2.rpn_name, detectron2.roi_name)
 
 
 def convert_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

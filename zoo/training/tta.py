@@ -1,7 +1,8 @@
 """Test-time augmentation of R-CNNs: an image at several sizes, and mirrored; detections merged, masks averaged.
 
-As detectron2's `GeneralizedRCNNWithTTA` merges, with one difference: its views are resized by Pillow from bytes, these
-bilinearly (antialiased) from what the network would have seen, so that the option needs nothing of the data.
+As detectron2's `GeneralizedRCNNWithTTA` merges, with two differences. Its views are resized by Pillow from bytes, these
+bilinearly (antialiased) from what the network would have seen, so that the option needs nothing of the data. And it
+pads three views at a time to a common size, which GroupNorm sees; here each view is a batch of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from zoo.data.detection import shortest_edge_size
+from zoo.data.scenes import shortest_edge_size
 from zoo.errors import ZooError
 from zoo.nn.detection import RCNN
 from zoo.nn.detection.roi_heads import Detection

@@ -40,6 +40,14 @@ _SAME = re.compile(
     r"roi_heads\.(?:mask_head\.(?:deconv|predictor)|keypoint_head\.(?:conv_fcn\d+|score_lowres))\.(?:weight|bias)"
 )
 _SEMANTIC = re.compile(rf"sem_seg_head\.(?:(p\d)\.(\d)\.{LEAF}|(predictor\.(?:weight|bias)))")
+_COARSE = re.compile(
+    r"roi_heads\.(?:mask_head\.coarse_head|mask_coarse_head)\."
+    r"(?:coarse_mask_)?(reduce_(?:channel|spatial)_dim_conv|fc\d+|prediction)\.(weight|bias)"
+)
+_POINT = re.compile(
+    r"(?:roi_heads\.(mask_head\.point_head|mask_point_head)|sem_seg_head\.point_head)\."
+    r"(fc\d+|predictor)\.(weight|bias)"
+)
 _NOT_WEIGHTS = re.compile(r"pixel_(?:mean|std)|(?:proposal_generator\.)?anchor_generator\.cell_anchors\.\d")
 
 _BGR_MEAN = (103.53, 116.28, 123.675)
@@ -135,6 +143,19 @@ def semantic_name(key: str) -> str | None:
         if predictor:
             return f"semantic_head.{predictor}"
         return None if int(stage) % 2 else f"semantic_head.branches.{level}.{int(stage) // 2}.{int(bool(norm))}.{leaf}"
+    return None
+
+
+def point_name(key: str) -> str | None:
+    """The heads of projects/PointRend, in the names of either time: coarse masks, points, and the semantic branch that
+    points refine."""
+    if match := _COARSE.fullmatch(key):
+        return f"roi_heads.mask_head.coarse_head.{match[1]}.{match[2]}"
+    if match := _POINT.fullmatch(key):
+        return f"{'roi_heads.mask_head' if match[1] else 'semantic_head'}.point_head.{match[2]}.{match[3]}"
+    if key.startswith(place := "sem_seg_head.coarse_sem_seg_head."):
+        name = semantic_name(f"sem_seg_head.{key.removeprefix(place)}")
+        return name and name.replace("semantic_head.", "semantic_head.coarse_head.", 1)
     return None
 
 

@@ -187,7 +187,7 @@ class _ShortestEdge(nn.Module):
         self.short, self.longest = short, longest
 
     def forward(self, image: Tensor) -> Tensor:
-        from zoo.data.detection import resize_pil, shortest_edge_size
+        from zoo.data.scenes import resize_pil, shortest_edge_size
 
         height, width = image.shape[-2:]
         return resize_pil(image.as_subclass(Tensor), *shortest_edge_size(height, width, self.short, self.longest))

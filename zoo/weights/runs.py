@@ -589,7 +589,7 @@ class _Objects:
     def __call__(self, picture: Any) -> Tensor:
         from torch import Tensor
 
-        from zoo.data.detection import resize_pil, shortest_edge_size
+        from zoo.data.scenes import resize_pil, shortest_edge_size
 
         image = self.read(picture).as_subclass(Tensor)
         if self.short is not None:

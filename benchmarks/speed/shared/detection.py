@@ -89,17 +89,23 @@ def detectron2(checkout: Path, name: str) -> Any:
         raise ZooError(f"detectron2 wants {error.name}: pip install {error.name}") from error
 
 
-def detectron2_config(checkout: Path, config: str, device: str) -> Any:
+def detectron2_config(
+    checkout: Path, config: str, device: str, further: Callable[[Any], None] = lambda config: None, place: str = "."
+) -> Any:
     """detectron2's settings of a published network ("COCO-Detection/faster_rcnn_R_50_FPN_1x"), for pictures that are
-    centred at 0."""
+    centred at 0; `further` adds those of the project whose folder `place` is."""
     made = detectron2(checkout, "detectron2.config").get_cfg()
-    made.merge_from_file(str(checkout / "configs" / f"{config}.yaml"))
+    further(made)
+    made.merge_from_file(str(checkout / place / "configs" / f"{config}.yaml"))
     made.MODEL.DEVICE, made.MODEL.PIXEL_MEAN = device, [0.0, 0.0, 0.0]
     return made
 
 
-def detectron2_loss(checkout: Path, network: Any, targets: list[dict[str, Any]], masks: bool) -> Callable[..., Tensor]:
-    """The sum of the losses of a network of detectron2 for images (B, 3, H, W) of these objects, masks as polygons."""
+def detectron2_loss(
+    checkout: Path, network: Any, targets: list[dict[str, Any]], masks: bool, bits: bool = False
+) -> Callable[..., Tensor]:
+    """The sum of the losses of a network of detectron2 for images (B, 3, H, W) of these objects, masks as polygons, or
+    as bits."""
     structures = detectron2(checkout, "detectron2.structures")
     events = detectron2(checkout, "detectron2.utils.events")
     instances = []
@@ -107,7 +113,8 @@ def detectron2_loss(checkout: Path, network: Any, targets: list[dict[str, Any]],
         found = structures.Instances(tuple(target["masks"].shape[-2:]))
         found.gt_boxes, found.gt_classes = structures.Boxes(target["boxes"]), target["labels"]
         if masks:
-            found.gt_masks = structures.PolygonMasks(target["polygons"])
+            known = structures.BitMasks(target["masks"]) if bits else structures.PolygonMasks(target["polygons"])
+            found.gt_masks = known
         instances.append(found)
 
     def loss(images: Tensor) -> Tensor:
@@ -116,6 +123,20 @@ def detectron2_loss(checkout: Path, network: Any, targets: list[dict[str, Any]],
         return sum(losses.values())  # type: ignore[return-value]
 
     return loss
+
+
+def same_weights(network: Any, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]], start: Any) -> Any:
+    """detectron2's network with the weights `start` of ours, of which `convert` knows the names."""
+    theirs = {next(iter(convert({key: value}))): key for key, value in network.state_dict().items()}
+    network.load_state_dict({theirs[key]: value for key, value in start.items()})
+    return network
+
+
+def inferences(results: Callable[[], list[Tensor]], join: Callable[[list[Tensor]], Tensor]) -> Iterator[Tensor]:
+    """What networks find of a batch, again and again."""
+    while True:
+        with torch.no_grad():
+            yield join(results())
 
 
 def torchvision_rcnn(

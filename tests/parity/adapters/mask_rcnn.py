@@ -87,7 +87,7 @@ def box_ops(case: Case) -> dict[str, Tensor]:
     maps = [inputs[f"feat{k}"] for k in range(sum(name.startswith("feat") for name in inputs))]
     lowest, canonical = official.lowest_level(case, maps), config["canonical_size"]
     side = case["outputs"]["roi_features"]["shape"][-1] if "roi_features" in case["outputs"] else 7
-    pool = PoolConfig(side, config["sampling_ratio"], official.POOLINGS[config["pooler"]])
+    pool = PoolConfig(side, config["sampling_ratio"], official.pooling(config["pooler"]))
     pooler = RoIPooler([2 ** (lowest + k) for k in range(len(maps))], pool, canonical)
     half = len(proposals) // 2
     logits, heatmaps = inputs["mask_logits"], inputs["heatmaps"]

@@ -15,14 +15,7 @@ from zoo.parity import Case, filled_inputs, gradients, load_filled, named, share
 
 official = shared("detectron2")
 _SAME = lambda value: value  # noqa: E731
-FIELDS = {
-    "SEM_SEG_HEAD.IN_FEATURES": ("semantic.levels", _SAME),
-    "SEM_SEG_HEAD.NUM_CLASSES": ("semantic.classes", _SAME),
-    "SEM_SEG_HEAD.CONVS_DIM": ("semantic.channels", _SAME),
-    "SEM_SEG_HEAD.NORM": ("semantic.norm", official.NORMS.__getitem__),
-    "SEM_SEG_HEAD.COMMON_STRIDE": ("semantic.stride", _SAME),
-    "SEM_SEG_HEAD.LOSS_WEIGHT": ("semantic.loss_weight", _SAME),
-    "PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT": ("instance_loss_weight", _SAME),
+FIELDS = official.semantic_fields("semantic") | {
     "PANOPTIC_FPN.COMBINE.OVERLAP_THRESH": ("combine.overlap", _SAME),
     "PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT": ("combine.stuff_area", _SAME),
     "PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH": ("combine.score", _SAME),
@@ -49,12 +42,11 @@ def network(case: Case) -> dict[str, Tensor]:
         with torch.no_grad():
             return evaluate(case, net, batch)
     targets = official.targets(config, case)
-    for n, target in enumerate(targets):
-        labels = inputs[f"sem_seg{n}"].long()
-        if f"ignore{n}" in inputs:
-            labels = labels.masked_fill(inputs[f"ignore{n}"] < 0.1, given.get("SEM_SEG_HEAD.IGNORE_VALUE", 255))
+    for target, labels in zip(targets, official.semantic_targets(len(images), given, inputs), strict=True):
         target["semantic"] = labels
     losses = net({**batch, "target": targets}, inputs["perm_uniform"])
+    weight = given.get("PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT", 1.0)  # there not of the classification (ledger)
+    losses |= {name: losses[name] * weight for name in ("loss_box_reg", "loss_mask") if name in losses}
     total = sum(losses.values())
     total.backward()
     return {**losses, "total": total, **named(case, convert_official, grad=gradients(net))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ _HEAD = """IN_FEATURES levels FC_DIM channels NUM_FC layers COARSE_PRED_EACH_LAY
     SUBDIVISION_STEPS steps SUBDIVISION_NUM_POINTS points"""
 _MASK = """IN_FEATURES levels POOLER_RESOLUTION pool CONV_DIM channels FC_DIM fc_channels NUM_FC fcs
     OUTPUT_SIDE_RESOLUTION size"""
-_SEMANTIC = "IN_FEATURES levels NUM_CLASSES classes CONVS_DIM channels COMMON_STRIDE stride LOSS_WEIGHT loss_weight"
 
 
 def _fields(section: str, part: str, words: str) -> dict[str, Any]:
@@ -31,14 +31,12 @@ def _fields(section: str, part: str, words: str) -> dict[str, Any]:
 
 
 INSTANCES = _fields("POINT_HEAD", "point.head", _HEAD) | _fields("ROI_MASK_HEAD", "point", _MASK)
-PIXELS = _fields("POINT_HEAD", "point", _HEAD) | _fields("SEM_SEG_HEAD", "head", _SEMANTIC)
-PIXELS |= {"SEM_SEG_HEAD.NORM": ("head.norm", official.NORMS.__getitem__)}
+PIXELS = _fields("POINT_HEAD", "point", _HEAD) | official.semantic_fields("head")
 ELSEWHERE = {
     "POINT_HEAD.NAME": ("StandardPointHead",),
     "ROI_MASK_HEAD.NAME": ("PointRendMaskHead", "CoarseMaskHead"),
     "POINT_HEAD.COARSE_SEM_SEG_HEAD_NAME": ("SemSegFPNHead",),
     "SEM_SEG_HEAD.NAME": ("SemSegFPNHead", "PointRendSemSegHead"),
-    "SEM_SEG_HEAD.IGNORE_VALUE": (255,),
     "META_ARCHITECTURE": ("GeneralizedRCNN", "SemanticSegmentor"),
 }
 
@@ -55,8 +53,8 @@ def run(case: Case) -> dict[str, Tensor]:
     images = [inputs[f"image{n}"] for n in range(len(config["image_sizes"]))]
     batch = official.batch(images, given, net.size_divisibility, case)
     if config["training"]:
-        noise, whole = noise_of(inputs), {**batch, "target": targets(semantic, config, case, inputs)}
-        losses = net(whole, noise) if semantic else net(whole, inputs["perm_uniform"], points=noise)
+        noise, whole = noise_of(inputs), {**batch, "target": targets(given, config, case, inputs)}
+        losses = net(whole, **({} if semantic else {"noise": inputs["perm_uniform"]}), points=noise)
         total = sum(losses.values())
         total.backward()
         return {**losses, "total": total, **named(case, convert_official, grad=gradients(net))}
@@ -80,12 +78,11 @@ def noise_of(inputs: Mapping[str, Tensor]) -> points.PointNoise:
     return points.PointNoise(inputs["points_oversampled"], inputs["points_random"])
 
 
-def targets(semantic: bool, config: Mapping[str, Any], case: Case, inputs: Mapping[str, Tensor], at: Any = None) -> Any:
-    """Objects; or label maps, of which pixels count unless their number is under 0.1."""
-    if not semantic:
+def targets(given: Any, config: Any, case: Case, inputs: Mapping[str, Tensor], at: Any = None) -> Any:
+    """Objects, or label maps."""
+    if given["META_ARCHITECTURE"] != "SemanticSegmentor":
         return official.targets(config, case, at)
-    numbered = ((inputs[f"sem_seg{n}"], inputs[f"ignore{n}"]) for n in range(len(config["image_sizes"])))
-    return [{"semantic": labels.long().masked_fill(number < 0.1, 255)} for labels, number in numbered]
+    return [{"semantic": x} for x in official.semantic_targets(len(config["image_sizes"]), given, inputs)]
 
 
 def masks(config: Mapping[str, Any], net: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -123,7 +120,7 @@ def train_run(case: Case) -> dict[str, Tensor]:
         images = [step[f"image{n}"] for n in range(len(model["image_sizes"]))]
         made = official.batch(images, given, task.network.size_divisibility, case)
         made |= {"noise": step["perm_uniform"]} if "perm_uniform" in step else {}
-        return {**made, "target": targets(semantic, model, case, step, k), "point_noise": noise_of(step)}
+        return {**made, "target": targets(given, model, case, step, k), "point_noise": noise_of(step)}
 
     whole = {**case, "config": {**config, "train": {"iterations": solver["MAX_ITER"], **config.get("train", {})}}}
     return train(whole, task, convert_official, batch, epochs=1, **clipping)
@@ -136,11 +133,9 @@ def points_alone(case: Case) -> dict[str, Tensor]:
     maps = [inputs[name] for name in sorted(inputs) if name.startswith("feat")]
     pixels, instance = points.image_points(boxes, coords), points.class_uncertainty(coarse, classes)
     places, centres = points.uncertain_cells(instance, config["grid_points"])
-    share = (config["num_points"], config["oversample_ratio"], config["importance_ratio"])
+    share = config["num_points"], config["oversample_ratio"], config["importance_ratio"]
+    uncertainty = partial(points.class_uncertainty, labels=classes)
     counts, strides = [first, len(boxes) - first], [4 * 2**k for k in range(len(maps))]
-
-    def uncertainty(logits: Tensor) -> Tensor:
-        return points.class_uncertainty(logits, classes)
 
     return {
         "fine_features": points.fine_features(maps, strides, pixels, counts).transpose(0, 1),

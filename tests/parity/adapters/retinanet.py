@@ -27,7 +27,7 @@ _ANCHORS = {"SIZES": "sizes", "ASPECT_RATIOS": "ratios", "OFFSET": "offset"}
 FIELDS = {f"RETINANET.{theirs}": (ours, _SAME) for theirs, ours in _OWN.items()} | {
     "ROI_HEADS.NUM_CLASSES": ("roi.classes", _SAME),  # left out, as all of the R-CNNs' parts
     **{f"ANCHOR_GENERATOR.{key}": (f"anchors.{ours}", _SAME) for key, ours in _ANCHORS.items()},
-    "RETINANET.NORM": ("head.norm", official.NORMS.__getitem__),
+    "RETINANET.NORM": ("head.norm", official.norm),
     "RETINANET.FOCAL_LOSS_ALPHA": ("loss.alpha", lambda alpha: alpha if alpha >= 0 else None),
     "TEST.DETECTIONS_PER_IMAGE": ("inference.detections", _SAME),
 }

@@ -300,11 +300,16 @@ class FPN(nn.Module):
         bottom_up: the backbone below.
         config: the pyramid.
         top: makes the levels above the last: gets it and the maps of `bottom_up`, gives `top.levels` maps.
+
+    Raises:
+        ZooError: an unknown way to join levels.
     """
 
     def __init__(self, bottom_up: nn.Module, config: FPNConfig, top: nn.Module | None = None) -> None:
         super().__init__()
         self.bottom_up, self.top = bottom_up, top
+        if config.fuse not in ("sum", "avg"):
+            raise unknown("fuse", config.fuse, ("sum", "avg"))
         self.fuse, self.inputs = config.fuse, config.inputs
         below: Any = bottom_up
         norm = norm_layer(config.norm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -47,8 +47,8 @@ class SemanticHeadConfig:
             raise unknown("fuse", self.fuse, ("sum", "concat"))
         if self.norm is not None and self.norm not in get_args(Norm):
             raise unknown("norm", str(self.norm), get_args(Norm))
-        if not self.levels or self.classes < 1 or self.stride < 1:
-            raise ZooError(f"a semantic head wants levels, classes and a stride, not {self}")
+        if not self.levels or not 1 <= self.classes <= IGNORED or self.stride < 1:
+            raise ZooError(f"a semantic head wants levels, 1 to {IGNORED} classes and a stride, not {self}")
 
 
 class SemanticHead(nn.Module):
@@ -102,12 +102,12 @@ class SemanticHead(nn.Module):
         for name, stages in self.branches.items():
             x = features[name]
             for n, stage in enumerate(stages.children()):
-                x = relu(stage(_doubled(x) if n else x))
+                x = relu(stage(doubled(x) if n else x))
             (fine if name in self.finest else coarse).append(x)
         if self.config.fuse == "concat":
-            return self.predictor(torch.cat([*fine, *([_doubled(torch.cat(coarse, 1))] if coarse else [])], 1))
+            return self.predictor(torch.cat([*fine, *([doubled(torch.cat(coarse, 1))] if coarse else [])], 1))
         if coarse:
-            fine.append(_doubled(_total(coarse)))
+            fine.append(doubled(_total(coarse)))
         return self.predictor(_total(fine))
 
     def upsampled(self, logits: Tensor) -> Tensor:
@@ -129,7 +129,8 @@ class SemanticHead(nn.Module):
         return total * (self.config.loss_weight / (labels != IGNORED).sum().clamp(min=1))
 
 
-def _doubled(x: Tensor) -> Tensor:
+def doubled(x: Tensor) -> Tensor:
+    """A map (B, C, H, W) of twice the size, bilinear."""
     return interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
@@ -151,3 +152,62 @@ def resize_logits(logits: Tensor, size: tuple[int, int], original: tuple[int, in
     """Logits (C, H, W) of a padded image, cut to its `size` (height, width), then bilinear at the `original` size."""
     cut = logits[:, : size[0], : size[1]]
     return interpolate(cut[None], size=original, mode="bilinear", align_corners=False)[0]
+
+
+def labels_of(batch: Mapping[str, Any]) -> list[Tensor]:
+    """The label maps (h, w) of a batch.
+
+    Raises:
+        ZooError: it has none.
+    """
+    if "target" not in batch or any("semantic" not in target for target in batch["target"]):
+        raise ZooError(
+            "semantic segmentation takes batches with `target` whose dicts hold `semantic`: set data.semantic"
+        )
+    return [target["semantic"] for target in batch["target"]]
+
+
+def file_logits(logits: Iterable[Tensor], batch: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Logits (C, H, W) of each picture in its file's pixels, of those (C, h, w) of the padded images, one by one."""
+    for x, (size, original) in zip(logits, sizes_of(batch), strict=True):
+        yield resize_logits(x, size, original)
+
+
+def sizes_of(batch: Mapping[str, Any]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Height and width of each image inside the padding, and of its file (default: the same)."""
+    found = zip(batch["size"].tolist(), batch.get("original_size", batch["size"]).tolist(), strict=True)
+    return [((size[0], size[1]), (original[0], original[1])) for size, original in found]
+
+
+class SemanticNetwork(nn.Module):
+    """Images to losses in training, and to label maps in evaluation. A subclass has `backbone`, a pyramid, `logits` and
+    `losses`."""
+
+    export_part = "backbone"
+    not_exported = "takes a whole batch"
+    backbone: nn.Module
+
+    @property
+    def size_divisibility(self) -> int:
+        """What the sides of a padded batch must be multiples of."""
+        return max(self.backbone.bottom_up.strides.values())  # type: ignore[union-attr, operator]
+
+    def logits(self, batch: Mapping[str, Any]) -> Iterable[Tensor]:
+        """Logits (C, H, W) of each picture in its file's pixels; of `image`, `size` and, if any, `original_size`."""
+        raise NotImplementedError
+
+    def losses(self, batch: Mapping[str, Any], **further: Any) -> dict[str, Tensor]:
+        """Losses by name; each `target` of the batch holds `semantic` (h, w). `further` is a paper's own.
+
+        Raises:
+            ZooError: no label maps.
+        """
+        raise NotImplementedError
+
+    def segment(self, batch: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+        """{"semantic": (H, W) uint8}, the label map of each picture in its file's pixels."""
+        return [{"semantic": x.argmax(0).to(torch.uint8)} for x in self.logits(batch)]
+
+    def forward(self, batch: Mapping[str, Any], **further: Any) -> Any:
+        """:meth:`losses` in training mode, else what :meth:`segment` gives."""
+        return self.losses(batch, **further) if self.training else self.segment(batch)

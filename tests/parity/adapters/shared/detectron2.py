@@ -6,17 +6,18 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from zoo.errors import ZooError, unknown
 from zoo.nn.detection import RCNN
+from zoo.ops.boxes import BoxLoss
 from zoo.parity import Case, Config, Convert, dtype_of, filled_inputs, gradients, named
 from zoo.training import Optim
 
-NORMS = {"": None, "FrozenBN": "frozen_bn", "BN": "bn", "SyncBN": "bn", "nnSyncBN": "bn", "GN": "gn"}
+NORMS = {"": None, "FrozenBN": "frozen_bn", "BN": "bn", "SyncBN": "bn", "nnSyncBN": "bn", "GN": "gn", "LN": "ln"}
 POOLINGS = {"ROIAlignV2": "align", "ROIAlign": "align_unshifted", "ROIPool": "pool"}
 MEAN, STD = "PIXEL_MEAN", "PIXEL_STD"
 
@@ -30,13 +31,27 @@ def _bound(value: float) -> float | None:
     return value if value >= 0 else None
 
 
+def choice(what: str, known: Mapping[str, Any]) -> Callable[[str], Any]:
+    """Ours for a word of theirs; another word is a :class:`ZooError`."""
+
+    def ours(word: str) -> Any:
+        if word not in known:
+            raise unknown(what, str(word), known)
+        return known[word]
+
+    return ours
+
+
+norm, pooling = choice("NORM", NORMS), choice("POOLER_TYPE", POOLINGS)
+
+
 # Our options by detectron2's settings: part, field, and what becomes of the value. Two settings of one field, for
 # training and for evaluation, are its two entries.
 _SAME: Callable[[Any], Any] = lambda value: value  # noqa: E731
 FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "ROI_HEADS.NUM_CLASSES": ("num_classes", _SAME),
     "RESNETS.DEPTH": ("resnet.depth", _SAME),
-    "RESNETS.NORM": ("resnet.norm", NORMS.__getitem__),
+    "RESNETS.NORM": ("resnet.norm", norm),
     "RESNETS.STEM_OUT_CHANNELS": ("resnet.stem_channels", _SAME),
     "RESNETS.RES2_OUT_CHANNELS": ("resnet.channels", _SAME),
     "RESNETS.NUM_GROUPS": ("resnet.groups", _SAME),
@@ -47,7 +62,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "BACKBONE.FREEZE_AT": ("resnet.freeze", _SAME),
     "FPN.IN_FEATURES": ("fpn.inputs", _levels),
     "FPN.OUT_CHANNELS": ("fpn.channels", _SAME),
-    "FPN.NORM": ("fpn.norm", NORMS.__getitem__),
+    "FPN.NORM": ("fpn.norm", norm),
     "FPN.FUSE_TYPE": ("fpn.fuse", _SAME),
     "RPN.IN_FEATURES": ("rpn.levels", _levels),
     "ANCHOR_GENERATOR.SIZES": ("rpn.sizes", _SAME),
@@ -81,7 +96,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "TEST.DETECTIONS_PER_IMAGE": ("roi.detections", _SAME),
     "ROI_BOX_HEAD.NUM_CONV": ("box.convs", _SAME),
     "ROI_BOX_HEAD.CONV_DIM": ("box.conv_channels", _SAME),
-    "ROI_BOX_HEAD.NORM": ("box.norm", NORMS.__getitem__),
+    "ROI_BOX_HEAD.NORM": ("box.norm", norm),
     "ROI_BOX_HEAD.NUM_FC": ("box.fcs", _SAME),
     "ROI_BOX_HEAD.FC_DIM": ("box.fc_channels", _SAME),
     "ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": ("box.class_agnostic", _SAME),
@@ -95,7 +110,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": ("box.cascade_weights", _SAME),
     "ROI_MASK_HEAD.NUM_CONV": ("mask.convs", _SAME),
     "ROI_MASK_HEAD.CONV_DIM": ("mask.channels", _SAME),
-    "ROI_MASK_HEAD.NORM": ("mask.norm", NORMS.__getitem__),
+    "ROI_MASK_HEAD.NORM": ("mask.norm", norm),
     "ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": ("mask.class_agnostic", _SAME),
     "ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": ("keypoint.keypoints", _SAME),
     "ROI_KEYPOINT_HEAD.CONV_DIMS": ("keypoint.channels", _SAME),
@@ -106,18 +121,31 @@ for _theirs, _part in {"ROI_BOX_HEAD": "box", "ROI_MASK_HEAD": "mask", "ROI_KEYP
     FIELDS |= {
         f"{_theirs}.POOLER_RESOLUTION": (f"{_part}.pool.size", _SAME),
         f"{_theirs}.POOLER_SAMPLING_RATIO": (f"{_part}.pool.sampling", _SAME),
-        f"{_theirs}.POOLER_TYPE": (f"{_part}.pool.pooling", POOLINGS.__getitem__),
+        f"{_theirs}.POOLER_TYPE": (f"{_part}.pool.pooling", pooling),
     }
 # What else a setting may say, and the values that we have.
 ELSEWHERE: dict[str, Sequence[Any]] = {
     "META_ARCHITECTURE": ("GeneralizedRCNN",),
+    "LOAD_PROPOSALS": (False,),
+    "BACKBONE.NAME": ("build_resnet_fpn_backbone", "build_resnet_backbone"),
+    "FPN.FUSE_TYPE": ("sum", "avg"),
     "ROI_HEADS.NAME": ("StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads"),
     "PROPOSAL_GENERATOR.NAME": ("RPN",),
     "ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
     "RPN.HEAD_NAME": ("StandardRPNHead",),
+    "RPN.BBOX_REG_LOSS_TYPE": get_args(BoxLoss),
+    "ROI_BOX_HEAD.NAME": ("FastRCNNConvFCHead", ""),
+    "ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": get_args(BoxLoss),
+    "ROI_MASK_HEAD.NAME": ("MaskRCNNConvUpsampleHead",),
+    "ROI_KEYPOINT_HEAD.NAME": ("KRCNNConvDeconvUpsampleHead",),
     "ROI_BOX_HEAD.USE_FED_LOSS": (False,),
     "RESNETS.DEFORM_MODULATED": (False,),
     "RESNETS.DEFORM_NUM_GROUPS": (1,),
+}
+# Of a cascade of which the case says no more.
+CASCADE = {
+    "cascade_ious": (0.5, 0.6, 0.7),
+    "cascade_weights": tuple((10.0 * k, 10.0 * k, 5.0 * k, 5.0 * k) for k in (1, 2, 3)),
 }
 # How base configs are called, and how they differ from the published network that they are.
 _BASE = re.compile(r"((?:cascade_)?(?:mask|faster|keypoint)_rcnn)_([RX])_(\d+)_(?:(32x8d)_)?(FPN|C4|DC5)")
@@ -144,13 +172,13 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
 def settings(model: Mapping[str, Any], further: Mapping[str, Any] | None = None) -> tuple[str | None, Config]:
     """(The published network that the case builds on, or None; the settings it gives, flat, without ``MODEL.``).
 
-    A case gives all of them ("resolved"), or a base config and what it overrides.
+    A case gives all of them ("resolved", beside what it overrides), or a base config and what it overrides.
 
     Raises:
         ZooError: a base config of no network of ours.
     """
     if "resolved" in model:
-        return None, Config(_flat(model["resolved"]))
+        return None, Config(_flat(model.get("overrides", {})) | _flat(model["resolved"]))
     base = model["base_config"]
     match = _BASE.search(base.rpartition("/")[2])
     if match is None:
@@ -215,6 +243,8 @@ def options(
     for part in ("mask", "keypoint"):
         if not given.get(f"{part.upper()}_ON", True):
             found[part] = None
+    if heads == "CascadeROIHeads":
+        found["box"] = CASCADE | found.get("box", {})
     if heads is not None:
         found["design"] = "fpn" if given["FPN.IN_FEATURES"] else "c4" if heads == "Res5ROIHeads" else "dc5"
     return found
@@ -290,8 +320,9 @@ def targets(config: Mapping[str, Any], case: Case, at: int | None = None) -> lis
                 raise ZooError(f"gt_masks {config['gt_masks']!r}: only ellipses are known")
             target["masks"] = ellipses(boxes, height, width)
         if "gt_keypoints" in config:
+            most = max((len(one) for objects in given("gt_keypoints") for one in objects), default=1)
             points = torch.tensor(given("gt_keypoints")[image], dtype=dtype_of(case), device=case.get("device", "cpu"))
-            target["keypoints"] = points
+            target["keypoints"] = points if len(points) else points.reshape(0, most, 3)
         made.append(target)
     return made
 
@@ -303,6 +334,25 @@ def ellipses(boxes: Tensor, height: int, width: int) -> Tensor:
     x1, y1, x2, y2 = (boxes[:, k, None, None] for k in range(4))
     across, down = (x - (x1 + x2) / 2) / ((x2 - x1) / 2), (y - (y1 + y2) / 2) / ((y2 - y1) / 2)
     return across**2 + down**2 <= 1
+
+
+def semantic_fields(part: str) -> dict[str, tuple[str, Callable[[Any], Any]]]:
+    """FIELDS of the semantic branch, which is our `part`."""
+    same = {"IN_FEATURES": "levels", "NUM_CLASSES": "classes", "CONVS_DIM": "channels", "COMMON_STRIDE": "stride"}
+    same |= {"LOSS_WEIGHT": "loss_weight"}
+    fields = {f"SEM_SEG_HEAD.{theirs}": (f"{part}.{ours}", _SAME) for theirs, ours in same.items()}
+    return {**fields, "SEM_SEG_HEAD.NORM": (f"{part}.norm", norm)}
+
+
+def semantic_targets(count: int, given: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Labels of the pixels of each image. Those do not count whose number is under 0.1, nor of the label that the case
+    ignores."""
+    made = []
+    for n in range(count):
+        labels = inputs[f"sem_seg{n}"].long()
+        labels = labels.masked_fill(labels == given.get("SEM_SEG_HEAD.IGNORE_VALUE", 255), 255)
+        made.append(labels.masked_fill(inputs[f"ignore{n}"] < 0.1, 255) if f"ignore{n}" in inputs else labels)
+    return made
 
 
 # -------------------------------------------------------------------------------------------------------------- solver
