@@ -78,3 +78,15 @@ def test_assignment_and_candidates() -> None:
     scores, anchor, label = candidates(torch.tensor([[0.0, 3.0], [-9.0, 1.0]]), 0.4, 2)
     assert torch.equal(scores, torch.tensor([3.0, 1.0]).sigmoid())
     assert (anchor.tolist(), label.tolist()) == ([0, 1], [1, 1])
+
+
+def test_overlaps_are_float32_s_whatever_the_network_has() -> None:
+    """Anchors of a symmetric cell overlap an object alike but for rounding, which says which of them are best."""
+    maps = [torch.zeros(1, 1, 12, 16)]
+    config = DenseAnchorConfig(sizes=((16.0, 30.0),), scales_per_octave=1)
+    anchors = torch.cat(DenseAnchors([8], config)(maps))
+    target = {"boxes": torch.tensor([[10.0, 12, 60, 70], [50, 20, 120, 90]]), "labels": torch.tensor([0, 1])}
+    single = assign_anchors(anchors, [target], 2)
+    double = assign_anchors(anchors.double(), [{**target, "boxes": target["boxes"].double()}], 2)
+    assert torch.equal(single.labels, double.labels)
+    assert torch.equal(single.objects, double.objects)

@@ -208,3 +208,26 @@ def test_pmf_logs_a_term_without_weight() -> None:
     one = parity.adapter("pmf")(case)
     assert one["loss"] < both["loss"]
     assert one["aux_loss_convnext"] == both["aux_loss_convnext"]
+
+
+def test_retinanet_s_image_without_objects_matches_boxes_of_zeros() -> None:
+    case = _case("retinanet", "train")
+    case["config"] |= {"gt_boxes": [[], case["config"]["gt_boxes"][1]], "gt_classes": [[], [1]]}
+    found = parity.adapter("retinanet")(case)
+    assert not found["matched_boxes_sum"][0].any()
+    assert (found["matched_boxes_sum"][1] > 0).all()
+    assert (found["anchor_labels"][0] == 3).all()
+
+
+def test_tensormask_reads_a_loss_without_weights_and_an_image_without_detections() -> None:
+    case, adapter = _case("tensormask", "train"), parity.adapter("tensormask")
+    weighted = adapter(case)
+    case["config"]["resolved"]["MODEL"]["TENSOR_MASK"]["FOCAL_LOSS_ALPHA"] = -1
+    plain = adapter(case)
+    assert weighted["loss_cls"] < 0.71 * plain["loss_cls"]  # nearly all are negatives, of weight 0.7
+    assert weighted["loss_mask"] == plain["loss_mask"]
+    case = _case("tensormask", "inference")
+    case["config"]["resolved"]["MODEL"]["TENSOR_MASK"]["SCORE_THRESH_TEST"] = 1.0
+    found = adapter(case)
+    assert found["boxes0"].shape == (0, 4)
+    assert found["mask_means0"].shape == found["mask_sizes0"].shape == (0,)

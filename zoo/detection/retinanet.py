@@ -56,7 +56,7 @@ from zoo.nn.detection.dense import (
 )
 from zoo.ops.boxes import BoxLoss, Weights, box_loss
 from zoo.ops.collective import sum_over
-from zoo.ops.focal import focal_star_term, focal_term
+from zoo.ops.focal import class_weights, focal_star_term, focal_term
 from zoo.training import Optim
 from zoo.training.detection import Detection
 from zoo.weights import detectron2
@@ -128,11 +128,6 @@ class RetinaLossConfig:
             return focal_star_term(x, self.gamma, self.beta)
         return focal_term(x, self.gamma if self.kind == "focal" else 0.0)
 
-    @property
-    def sides(self) -> tuple[float, float]:
-        """alpha_t of the positives and of the negatives."""
-        return (1.0, 1.0) if self.alpha is None else (self.alpha, 1 - self.alpha)
-
 
 class Positives(NamedTuple):
     """P positive anchors: their `image` and place among the R anchors (P,), and their `logits` of all classes (P, K)
@@ -162,7 +157,7 @@ def anchor_losses(logits: Sequence[Tensor], positives: Positives, loss: RetinaLo
         positives: the rest is background.
         loss: which.
     """
-    positive, negative = loss.sides
+    positive, negative = class_weights(loss.alpha)
     classes = positives.logits.shape[1]
     every = torch.cat([_per_anchor(loss.term(x), classes) for x in logits], dim=1) * negative
     x = positives.logit
@@ -174,7 +169,7 @@ def anchor_losses(logits: Sequence[Tensor], positives: Positives, loss: RetinaLo
 def easy_losses(logits: Sequence[Tensor], positives: Positives, loss: RetinaLossConfig, below: float = 0.1) -> Tensor:
     """The part of :func:`anchor_losses` (B, R) that is of negatives (a class that an anchor is not of) with a
     probability less than `below`."""
-    negative, classes = loss.sides[1], positives.logits.shape[1]
+    negative, classes = class_weights(loss.alpha)[1], positives.logits.shape[1]
     parts = [_per_anchor(torch.where(x.sigmoid() < below, loss.term(x), 0.0), classes) for x in logits]
     x = positives.logit
     counted = torch.where(x.sigmoid() < below, loss.term(x), 0.0)

@@ -50,7 +50,7 @@ from zoo.nn.detection import (
 )
 from zoo.nn.detection.dense import ConvSubnet, flatten_level, prior_bias, select_dense, small_normal
 from zoo.ops.boxes import Weights, at_least_float32, box_loss, clip_boxes, nonempty
-from zoo.ops.focal import focal_star_term
+from zoo.ops.focal import class_weights, focal_star_term
 from zoo.ops.masks import crop_objects, paste_masks
 from zoo.ops.tensor_masks import Interpolation, align2nat, aligned_windows, swap_align2nat, upscale_masks
 from zoo.training import Optim
@@ -167,13 +167,13 @@ class LossConfig:
     """Three losses, summed; each over the number of positive windows of the batch.
 
     Args:
-        alpha, gamma: of FL*.
+        alpha, gamma: of FL*; alpha null for no weights.
         box_weights: of the deltas.
         mask_weight: of the masks' loss.
         positive_weight: of the pixels on an object.
     """
 
-    alpha: float = 0.3
+    alpha: float | None = 0.3
     gamma: float = 3.0
     box_weights: Weights = (1.5, 1.5, 0.75, 0.75)
     mask_weight: float = 2.0
@@ -399,7 +399,7 @@ class TensorMask(DenseDetector):
             where = cells.image[at], cells.window[at]
             values = logits[level].unflatten(1, (-1, self.num_classes))
             values = values[(*where, classes[at], cells.row[at], cells.column[at])]
-            right = config.alpha * focal_star_term(-values, config.gamma).sum()
+            right = class_weights(config.alpha)[0] * focal_star_term(-values, config.gamma).sum()
             classification = classification + right - self._negative(values)
             moves = deltas[level].unflatten(1, (-1, 4))[(*where, slice(None), cells.row[at], cells.column[at])]
             regression = regression + box_loss(moves, boxes[at], windows[at], config.box_weights)
@@ -409,7 +409,7 @@ class TensorMask(DenseDetector):
         return found
 
     def _negative(self, logits: Tensor) -> Tensor:
-        return (1 - self.loss.alpha) * focal_star_term(logits, self.loss.gamma).sum()
+        return class_weights(self.loss.alpha)[1] * focal_star_term(logits, self.loss.gamma).sum()
 
     def _mask_loss(
         self,

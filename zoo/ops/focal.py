@@ -24,8 +24,14 @@ def focal_star_term(x: Tensor, gamma: float, beta: float = 0.0) -> Tensor:
     return softplus(gamma * at_least_float32(x) - beta) / gamma
 
 
+def class_weights(alpha: float | None) -> tuple[float, float]:
+    """alpha_t of the positives and of the negatives; 1 for both where alpha is None."""
+    return (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
+
+
 def _weighted(loss: Tensor, targets: Tensor, alpha: float | None) -> Tensor:
-    return loss if alpha is None else loss * (alpha * targets + (1 - alpha) * (1 - targets))
+    positive, negative = class_weights(alpha)
+    return loss if alpha is None else loss * (positive * targets + negative * (1 - targets))
 
 
 def focal_loss(logits: Tensor, targets: Tensor, alpha: float | None = 0.25, gamma: float = 2.0) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from zoo.detection.retinanet import RetinaNet, RetinaNetDetection, convert_official
 from zoo.errors import ZooError
@@ -95,8 +96,9 @@ def steps(case: Case, net: RetinaNet, batch: dict[str, Any]) -> dict[str, Tensor
     """The losses of the same batch again and again: the normaliser moves."""
     anchors = torch.cat(net.predict(batch["image"])[0])
     assigned = net.assign(anchors, batch["target"])
-    sums = [target["boxes"].sum(dim=1)[index] for target, index in zip(batch["target"], assigned.objects, strict=True)]
-    outputs = {"anchor_labels": assigned.labels, "matched_boxes_sum": torch.stack(sums)}
+    sums = [pad(target["boxes"].sum(dim=1), (0, 1)) for target in batch["target"]]  # 0 where there are no objects
+    matched = torch.stack([x[index] for x, index in zip(sums, assigned.objects, strict=True)])
+    outputs = {"anchor_labels": assigned.labels, "matched_boxes_sum": matched}
     count = sum(key.startswith("normalizer_step") for key in case["outputs"])
     for step in range(1, count + 1):
         found = net(batch)
@@ -127,13 +129,11 @@ def train_run(case: Case) -> dict[str, Tensor]:
     solver, images = effective["SOLVER"], len(model["image_sizes"])
     settings = given(model, {key: entry for key, entry in effective.items() if key.startswith("MODEL.")})
     clip_each, clipping = official.clipping(solver)
-    ours = options(settings, images)
-    task = RetinaNetDetection(**ours, optim=official.optim(solver), clip_each=clip_each)
+    task = RetinaNetDetection(**options(settings, images), optim=official.optim(solver), clip_each=clip_each)
     net = task.network
 
     def batch(step: dict[str, Tensor], k: int) -> dict[str, Any]:
-        shown = [step[f"image{n}"] for n in range(images)]
-        made = official.batch(shown, settings, net.size_divisibility, case)
+        made = official.batch([step[f"image{n}"] for n in range(images)], settings, net.size_divisibility, case)
         return {**made, "target": official.targets(model, case, k)}
 
     def after() -> dict[str, Tensor]:
@@ -144,7 +144,5 @@ def train_run(case: Case) -> dict[str, Tensor]:
             found |= {f"eval_logits_{name}": scores, f"eval_deltas_{name}": moves}
         return found
 
-    run = {"iterations": solver["MAX_ITER"], **config.get("train", {})}
-    return train(
-        {**case, "config": {**config, "train": run}}, task, convert_official, batch, epochs=1, after=after, **clipping
-    )
+    whole = {**case, "config": {**config, "train": {"iterations": solver["MAX_ITER"], **config.get("train", {})}}}
+    return train(whole, task, convert_official, batch, epochs=1, after=after, **clipping)

@@ -17,12 +17,13 @@ official = shared("detectron2")
 NAMES = {
     "head": "convs NUM_CONVS cls_channels CLS_CHANNELS box_channels BBOX_CHANNELS mask_channels MASK_CHANNELS"
     " aligned ALIGNED_ON bipyramid BIPYRAMID_ON",
-    "loss": "box_weights BBOX_REG_WEIGHTS alpha FOCAL_LOSS_ALPHA gamma FOCAL_LOSS_GAMMA mask_weight MASK_LOSS_WEIGHT"
-    " positive_weight POSITIVE_WEIGHT",
+    "loss": "box_weights BBOX_REG_WEIGHTS gamma FOCAL_LOSS_GAMMA mask_weight MASK_LOSS_WEIGHT positive_weight"
+    " POSITIVE_WEIGHT",
     "inference": "score_threshold SCORE_THRESH_TEST candidates TOPK_CANDIDATES_TEST nms_threshold NMS_THRESH_TEST",
     "windows": "levels IN_FEATURES",
 }
 FIELDS: dict[str, Any] = {
+    "TENSOR_MASK.FOCAL_LOSS_ALPHA": ("loss.alpha", lambda alpha: alpha if alpha >= 0 else None),
     "TENSOR_MASK.NUM_CLASSES": ("num_classes", lambda value: value),
     "ANCHOR_GENERATOR.SIZES": ("windows.sizes", lambda value: value),
     "TEST.DETECTIONS_PER_IMAGE": ("inference.detections", lambda value: value),
@@ -71,12 +72,11 @@ def network(case: Case) -> dict[str, Tensor]:
     config, inputs = case["config"], filled_inputs(case)
     given, options = settings(config)
     net: Any = load_filled(TensorMask(**options), case, convert_official).train(config["training"])
-    images = [inputs[f"image{n}"] for n in range(len(config["image_sizes"]))]
-    batch = official.batch(images, given, net.size_divisibility, case)
+    images = range(len(config["image_sizes"]))
+    batch = official.batch([inputs[f"image{n}"] for n in images], given, net.size_divisibility, case)
     if config["training"]:
         losses = net({**batch, "target": official.targets(config, case)})
-        total = sum(losses.values())
-        total.backward()
+        (total := sum(losses.values())).backward()
         return {**losses, "total": total, **named(case, convert_official, grad=gradients(net))}
     with torch.no_grad():
         return evaluate(case, net, batch)
@@ -97,10 +97,10 @@ def evaluate(case: Case, net: TensorMask, batch: dict[str, Any]) -> dict[str, Te
     sizes = zip(net.detect(batch), config["image_sizes"], config["output_sizes"], strict=True)
     for n, (found, size, original) in enumerate(sizes):
         outputs |= {f"boxes{n}": found["boxes"], f"scores{n}": found["scores"], f"classes{n}": found["labels"]}
-        final = net.postprocess(found, size, original)
-        outputs |= {f"windows{n}": found["windows"], f"final_boxes{n}": final["boxes"]}
+        outputs[f"windows{n}"], final = found["windows"], net.postprocess(found, size, original)
+        outputs[f"final_boxes{n}"] = final["boxes"]
         if "mask_probs" in found:
-            outputs[f"mask_means{n}"] = torch.stack([mask.mean() for mask in found["mask_probs"]])
+            outputs[f"mask_means{n}"] = features[0].new_tensor([mask.mean() for mask in found["mask_probs"]])
             outputs[f"mask_sizes{n}"] = torch.tensor([len(mask) for mask in found["mask_probs"]])
             outputs[f"final_mask_area{n}"] = final["masks"].sum(dim=(1, 2))
     return outputs
@@ -124,27 +124,26 @@ def assignment(case: Case) -> dict[str, Tensor]:
 
 
 def swaps(case: Case) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    found, inputs = {}, filled_inputs(case)
     for n, scale in enumerate(case["config"]["lambdas"]):
-        x = filled_inputs(case)[f"x{n}"].requires_grad_()
+        x = inputs[f"x{n}"].requires_grad_()
         y = swap_align2nat(x, scale, case["config"]["pad_val"])
         found |= {f"y{n}": y, f"grad{n}": torch.autograd.grad(y.square().sum() / 2, x)[0]}
     return found
 
 
 def train_run(case: Case) -> dict[str, Tensor]:
-    config = case["config"]
-    model, effective = config["model"], config["effective"]
-    solver = effective["SOLVER"]
+    config, effective = case["config"], case["config"]["effective"]
+    model, solver = config["model"], effective["SOLVER"]
     given, options = settings(model, {key: entry for key, entry in effective.items() if key.startswith("MODEL.")})
     clip_each, clipping = official.clipping(solver)
     task = TensorMaskDetection(**options, optim=official.optim(solver), clip_each=clip_each)
     net = task.network
 
     def batch(step: dict[str, Tensor], k: int) -> dict[str, Any]:
-        images = [step[f"image{n}"] for n in range(len(model["image_sizes"]))]
-        made = official.batch(images, given, net.size_divisibility, case)
+        images = range(len(model["image_sizes"]))
+        made = official.batch([step[f"image{n}"] for n in images], given, net.size_divisibility, case)
         return {**made, "target": official.targets(model, case, k)}
 
-    whole = {**case, "config": {**config, "train": {"iterations": solver["MAX_ITER"], **config.get("train", {})}}}
-    return train(whole, task, convert_official, batch, epochs=1, **clipping)
+    run = {"iterations": solver["MAX_ITER"], **config.get("train", {})}
+    return train({**case, "config": {**config, "train": run}}, task, convert_official, batch, epochs=1, **clipping)

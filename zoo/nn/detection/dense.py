@@ -304,7 +304,8 @@ def assign_anchors(
     """
     classes, objects = [], []
     for target in targets:
-        index, label = match(pairwise_iou(target["boxes"].to(anchors.dtype), anchors), thresholds, labels, low_quality)
+        iou = pairwise_iou(target["boxes"].float(), anchors.float())  # as in detectron2: rounding decides among equals
+        index, label = match(iou, thresholds, labels, low_quality)
         found = target["labels"][index] if len(target["labels"]) else torch.full_like(index, num_classes)
         classes.append(found.masked_fill(label == 0, num_classes).masked_fill(label == -1, -1))
         objects.append(index)

@@ -32,7 +32,7 @@ from zoo.ops.boxes import (
     soft_nms,
 )
 from zoo.ops.keypoints import heatmaps_to_keypoints, keypoint_cells
-from zoo.ops.masks import crop_masks, crop_polygons
+from zoo.ops.masks import crop_objects
 
 Pooling = Literal["align", "align_unshifted", "pool", "warp"]
 Detection = dict[str, Tensor]
@@ -425,11 +425,7 @@ def mask_targets(regions: Regions, targets: Sequence[Mapping[str, Any]], size: i
     wanted = []
     for image, target in enumerate(targets):
         mine = regions.image == image
-        index, boxes = regions.matched[mine], regions.boxes[mine]
-        if "polygons" in target:
-            wanted.append(crop_polygons([target["polygons"][n] for n in index.tolist()], boxes, size))
-        else:
-            wanted.append(crop_masks(target["masks"], index, boxes, size))
+        wanted.append(crop_objects(target, regions.matched[mine], regions.boxes[mine], size))
     return torch.cat(wanted)
 
 
