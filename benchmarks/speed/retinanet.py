@@ -73,8 +73,7 @@ def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
     config.MODEL.RESNETS.DEPTH, config.MODEL.RESNETS.RES2_OUT_CHANNELS = size.depth, size.channels
     config.MODEL.RESNETS.STRIDE_IN_1X1, config.SOLVER.BASE_LR = False, LR  # the stride as torchvision's
     network = detection.detectron2(checkout, "detectron2.modeling").build_model(config).train()
-    theirs = {next(iter(convert_official({key: value}))): key for key, value in network.state_dict().items()}
-    network.load_state_dict({theirs[key]: value for key, value in start.items()})
+    detection.same_weights(network, convert_official, start)
     optimizer = detection.detectron2(checkout, "detectron2.solver").build_optimizer(config, network)
     targets = detection.objects(size.height, size.width, setting.batch, setting.device)
     loss = detection.detectron2_loss(checkout, network, targets, masks=False)

@@ -1,11 +1,9 @@
 """Speed of TensorMask: our training step beside detectron2's project, and the swap of units beside plain indexing.
 
-The step is whole: ResNet-50-FPN with the stem and the second stage frozen, head, windows, losses, backward, SGD, from
-the same weights, on the same images and objects. The project's swap is a CUDA kernel, which is not built; in its place
-stands :func:`sixteen_corners`, the same arithmetic by torch's indexing. The settings `swap_...` time that function
-beside `swap_align2nat`, forward and backward, on masks of 15 x 15 pixels. For each entry of its output the kernel reads
-16 entries, and in its backward adds to 16; here an entry takes one interpolation for each pair of axes, and a mean of
-two neighbours before it. No other package has the swap. detectron2 is a checkout (`--official`).
+The step is whole: ResNet-50-FPN (stem and second stage frozen), head, windows, losses, backward, SGD, from the same
+weights, on the same images and objects. The project's swap is a CUDA kernel, which is not built; in its place stands
+:func:`sixteen_corners`, the same arithmetic by torch's indexing. The settings `swap_...` time it beside
+`swap_align2nat`, forward and backward, on masks of 15 x 15 pixels. detectron2 is a checkout (`--official`).
 """
 
 from __future__ import annotations
@@ -28,8 +26,8 @@ from benchmarks.speed.shared import detection
 from zoo.detection.tensormask import convert_official
 from zoo.ops.tensor_masks import mask_side, swap_align2nat
 
-RECIPE, LR = "tensormask/train_coco", 1e-3
-PACKAGES = ("fvcore", "pycocotools")
+RECIPE, LR, PACKAGES = "tensormask/train_coco", 1e-3, ("fvcore", "pycocotools")
+CONFIG, PROJECT = "tensormask_R_50_FPN_1x", "projects/TensorMask"
 
 
 @dataclass(frozen=True)
@@ -40,10 +38,7 @@ class Size:
     width: int
     depth: int = 50
     scale: int = 0
-
-    @property
-    def channels(self) -> int:
-        return 256 if self.depth >= 50 else 64
+    channels: int = 256
 
     @property
     def options(self) -> dict[str, Any]:
@@ -53,31 +48,27 @@ class Size:
 
 MODELS = {
     "tensormask_r50_fpn": Size(160, 256),
-    "swap_1": Size(64, 96, scale=1),
-    "swap_4": Size(64, 96, scale=4),
-    "swap_32": Size(64, 96, scale=32),
-    "tiny": Size(64, 96, depth=18),  # for the harness's own test
+    **{f"swap_{scale}": Size(64, 96, scale=scale) for scale in (1, 4, 32)},
+    "tiny": Size(64, 96, depth=18, channels=64),  # for the harness's own test
 }
 DEFAULT_MODEL = "tensormask_r50_fpn"
 
 
 def sixteen_corners(x: Tensor, scale: int, pad: float) -> Tensor:
     """Each entry of the swap of (B, V * V, H, W) from the 16 entries around it, fetched one by one."""
-    sides = side, height, _, width = (mask_side(x.shape[1]), x.shape[-2], mask_side(x.shape[1]), x.shape[-1])
-    size, rows, columns = side * scale, math.ceil(height / scale), math.ceil(width / scale)
-    x, out, places = x.unflatten(1, (side, side)), torch.zeros((), device=x.device, dtype=x.dtype), []
-    for count, shape in ((rows, (size, 1, rows, 1)), (columns, (1, size, 1, columns))):
-        pixel, cell = (torch.arange(n, device=x.device, dtype=torch.float64) for n in (size, count))
-        places.append(((pixel[:, None] + 0.5).expand(-1, count) / scale - 0.5).reshape(shape))
-        places.append((cell * scale + pixel[:, None] - size / 2 + 0.5).view(shape))
+    side, sides, out = mask_side(x.shape[1]), x.shape[-2:], torch.zeros((), device=x.device, dtype=x.dtype)
+    x, places, size = x.unflatten(1, (side, side)), [], side * scale
+    for length, shapes in zip(sides, (((-1, 1, 1, 1), (-1, 1)), ((-1, 1, 1), (-1,))), strict=True):
+        counts = size, math.ceil(length / scale)
+        pixel, cell = (torch.arange(n, device=x.device).double().view(k) for n, k in zip(counts, shapes, strict=True))
+        places += [((pixel + 0.5) / scale - 0.5, side), (cell * scale + pixel - size / 2 + 0.5, length)]
     for picks in itertools.product((0, 1), repeat=4):
         weight, inside, index = torch.ones((), device=x.device), torch.tensor(True, device=x.device), []
-        for place, pick, length in zip(places, picks, sides, strict=True):
-            low = place.floor()
-            weight = weight * ((place - low) if pick else 1 - (place - low)).to(x.dtype)
-            corner = low.long() + pick
+        for (place, length), pick in zip(places, picks, strict=True):
+            corner = place.floor() + pick
+            weight = weight * (1 - (place - corner).abs()).to(x.dtype)
             inside = inside & (corner >= 0) & (corner < length)
-            index.append(corner.clamp(0, length - 1))
+            index.append(corner.long().clamp(0, length - 1))
         v, y, u, column = index
         out = out + weight * torch.where(inside, x[:, v, u, y, column], pad)
     return out.flatten(1, 2)
@@ -90,21 +81,18 @@ def _ours(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
 
 
 def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
-    """The project's network from its config, with its own optimizer."""
-    checkout, stub = setting.official, ModuleType("tensormask._C")
+    checkout = setting.official
     assert checkout is not None
-    config = detection.detectron2(checkout, "detectron2.config").get_cfg()
-    sys.path.insert(0, str(checkout / "projects/TensorMask"))
-    sys.modules.setdefault("tensormask._C", stub)
+    detection.detectron2(checkout, "detectron2.config")  # the project imports it
+    sys.path.insert(0, str(checkout / PROJECT))
+    sys.modules.setdefault("tensormask._C", ModuleType("tensormask._C"))
     project = importlib.import_module("tensormask")
-    project.add_tensormask_config(config)
     project.layers.SwapAlign2Nat.forward = lambda self, x: sixteen_corners(x, self.lambda_val, self.pad_val)
-    config.merge_from_file(str(checkout / "projects/TensorMask/configs/tensormask_R_50_FPN_1x.yaml"))
-    config.MODEL.DEVICE, config.MODEL.PIXEL_MEAN, config.SOLVER.BASE_LR = setting.device, [0.0, 0.0, 0.0], LR
-    config.MODEL.RESNETS.DEPTH, config.MODEL.RESNETS.RES2_OUT_CHANNELS = size.depth, size.channels
+    config = detection.detectron2_config(checkout, CONFIG, setting.device, project.add_tensormask_config, PROJECT)
+    trunk, config.SOLVER.BASE_LR = config.MODEL.RESNETS, LR
+    trunk.DEPTH, trunk.RES2_OUT_CHANNELS = size.depth, size.channels
     network = detection.detectron2(checkout, "detectron2.modeling").build_model(config).train()
-    theirs = {next(iter(convert_official({key: value}))): key for key, value in network.state_dict().items()}
-    network.load_state_dict({theirs[key]: value for key, value in start.items()})
+    detection.same_weights(network, convert_official, start)
     optimizer = detection.detectron2(checkout, "detectron2.solver").build_optimizer(config, network)
     targets = detection.objects(size.height, size.width, setting.batch, setting.device)
     loss = detection.detectron2_loss(checkout, network, targets, masks=True)
@@ -113,7 +101,7 @@ def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
 
 
 def _swap(name: str, version: str, swap: Any, scale: int, about: str) -> Trainer:
-    """Forward and backward of the sum of squares; the parameter that an optimizer wants plays no part."""
+    """Forward and backward of the mean of squares; the parameter that an optimizer wants plays no part."""
     idle = torch.nn.Parameter(torch.zeros(()))
 
     def loss(masks: Tensor) -> Tensor:
@@ -128,12 +116,11 @@ def trainers(setting: Setting) -> list[Trainer]:
     if size.scale:
         ours = "zoo.ops.tensor_masks.swap_align2nat: strided views, a pass for each pair of axes"
         plain = "the 16 corners of each entry by torch's indexing, with its own gradient"
-        both = (("zoo", zoo.__version__, swap_align2nat, ours), ("indexing", torch.__version__, sixteen_corners, plain))
-        return [_swap(name, version, swap, size.scale, about) for name, version, swap, about in both]
+        peer = _swap("indexing", torch.__version__, sixteen_corners, size.scale, plain)
+        return [_swap("zoo", zoo.__version__, swap_align2nat, size.scale, ours), peer]
     torch.manual_seed(0)
     start = detection.calmed(harness.recipe_task(RECIPE, size.options).network).state_dict()
-    contenders = [_ours, *([official] if setting.official is not None else [])]
-    return [build(size, setting, start) for build in contenders]
+    return [build(size, setting, start) for build in ([_ours, official] if setting.official is not None else [_ours])]
 
 
 def images(setting: Setting) -> Tensor:
@@ -143,24 +130,20 @@ def images(setting: Setting) -> Tensor:
 
 
 def work(setting: Setting) -> Work:
-    """FLOPs of the convolutions, with the mask maps of all levels; of the swap alone, 16 multiply-adds an entry forward
-    and as many backward."""
+    """FLOPs of the convolutions, all mask maps'; of the swap, 16 multiply-adds an entry and as many backward."""
     size = MODELS[setting.model]
     shape = [size.height, size.width]
     if size.scale:
-        entries = (
-            setting.batch * 225 * size.scale**2 * math.ceil(shape[0] / size.scale) * math.ceil(shape[1] / size.scale)
-        )
-        return Work(setting.batch, flops=64 * entries, detail={"map": shape, "scale": size.scale})
+        cells = math.prod(math.ceil(side / size.scale) for side in shape)
+        entries, detail = 225 * setting.batch * size.scale**2 * cells, {"map": shape, "scale": size.scale}
+        return Work(setting.batch, flops=64 * entries, detail=detail)
     network = harness.recipe_task(RECIPE, size.options, "meta").network
     with torch.device("meta"):
-        batch = torch.empty(setting.batch, 3, *shape)
 
         def loss() -> Tensor:
-            features = network.features(batch)
-            logits, deltas = network.head(features)
-            maps = network.head.mask_maps(features, range(len(features)))
-            return torch.stack([x.sum() for x in (*logits, *deltas, *maps.values())]).sum()
+            features = network.features(torch.empty(setting.batch, 3, *shape))
+            parts = [*network.head(features), network.head.mask_maps(features, range(len(features))).values()]
+            return torch.stack([x.sum() for part in parts for x in part]).sum()
 
         flops = harness.count_flops(loss)
     return Work(setting.batch, flops=flops, detail={"image": shape, "objects": detection.OBJECTS})
