@@ -225,7 +225,13 @@ def _claim_options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--json", action="store_true", help="declaration and result")
     one.add_argument("--run", action="store_true", help="run it; finished parts are kept, a killed run goes on")
     run = one.add_argument_group("with --run")
-    run.add_argument("--seeds", type=int, nargs="+", metavar="N", help="a count, or the seeds themselves")
+    run.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="one number: so many, from 0 (or from 100, --pilot); several: these",
+    )
     run.add_argument("--data", metavar="DATASET", help="instead of the declared one")
     run.add_argument("--data_dir", metavar="FOLDER", help="where it lies (default: shared/data beside the checkout)")
     run.add_argument("--arms", nargs="+", metavar="ARM", help="only these")
