@@ -206,6 +206,9 @@ class _Task:
     [
         ({"head": {"aligned": False}}, "bipyramid has aligned masks"),
         ({"head": {"upscale": 3.0}}, "no further upscaling"),
+        ({"head": {"prior": 2.0}}, "prior"),
+        ({"loss": {"alpha": -1.0}}, "alpha null or"),
+        ({"inference": {"clip": True}}, "other detectors"),
         ({"windows": {"levels": ("p2", "p8"), "sizes": ((12,), (24,))}}, "no level p8"),
         ({"windows": {"levels": ("p2", "p3"), "sizes": ((12,),)}}, "as many windows for each of the 2 levels"),
         ({"windows": {"levels": ("p2",), "sizes": ((12, 13),)}}, "masks of one size"),

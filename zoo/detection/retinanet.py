@@ -119,6 +119,10 @@ class RetinaLossConfig:
             raise ZooError(f"gamma is not negative, and more than 0 in FL*; got {self.gamma}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ZooError(f"alpha is null or a weight from 0 to 1, not {self.alpha}")
+        if len(self.labels) != len(self.thresholds) + 1 or sorted(self.thresholds) != list(self.thresholds):
+            raise ZooError("thresholds rise, and there is one more of the labels than of them")
+        if not 0 <= self.momentum <= 1:
+            raise ZooError(f"momentum is from 0 to 1, not {self.momentum}")
         if self.ohem_batch < 1 or (self.ohem_ratio is not None and self.ohem_ratio <= 0) or self.initial <= 0:
             raise ZooError("ohem_batch, ohem_ratio and initial are more than 0")
 

@@ -179,6 +179,10 @@ class LossConfig:
     mask_weight: float = 2.0
     positive_weight: float = 1.5
 
+    def __post_init__(self) -> None:
+        if self.gamma <= 0 or not 0 <= (self.alpha or 0) <= 1:
+            raise ZooError(f"gamma is more than 0, alpha null or from 0 to 1; got {self.gamma} and {self.alpha}")
+
 
 class Cells(NamedTuple):
     """Windows by place, (P,) each."""
@@ -327,6 +331,8 @@ class TensorMask(DenseDetector):
         resnet, fpn = configured(ResNetConfig, resnet), configured(FPNConfig, fpn)
         windows, head = configured(WindowConfig, windows), configured(HeadConfig, head)
         loss, inference = configured(LossConfig, loss), configured(DenseInferenceConfig, inference)
+        if inference.clip or inference.pixel_borders or inference.last_threshold is not None:
+            raise ZooError("clip, pixel_borders and last_threshold are of other detectors: TensorMask has none of them")
         trunk = ResNetBackbone(resnet, fpn.inputs)
         backbone = FPN(trunk, fpn, ConvTop(fpn.channels, trunk.channels["c5"]) if top else None)
         super().__init__(backbone)
@@ -466,11 +472,9 @@ class TensorMask(DenseDetector):
         for level, window, at, where in cells.groups():
             drawn = self.head.masks(maps[level], level, window, where).sigmoid()
             masks.update(zip(at.tolist(), drawn, strict=True))
-        start = 0
+        ordered = iter([masks[n] for n in range(len(index))])
         for detection in found:
-            count = len(detection["anchors"])
-            detection["mask_probs"] = [masks[start + n] for n in range(count)]
-            start += count
+            detection["mask_probs"] = [next(ordered) for _ in detection["anchors"]]
 
     def draw_given(self, batch: Mapping[str, Any], boxes: Sequence[Tensor]) -> list[dict[str, Any]]:
         """Masks of objects whose `boxes` (N, 4) in each image are known: `windows` and `mask_probs`, as of

@@ -54,10 +54,6 @@ class DenseHeadConfig:
     bias: bool = True
     prior: float = 0.01
 
-    def __post_init__(self) -> None:
-        if not 0 < self.prior < 1:
-            raise ZooError(f"the prior is a probability between 0 and 1, not {self.prior}")
-
 
 class LevelBatchNorm(nn.Module):
     """BatchNorm whose statistics are each level's own, and whose weight and bias are all levels'."""
@@ -127,7 +123,13 @@ def small_normal(conv: nn.Module, std: float = 0.01) -> None:
 
 
 def prior_bias(conv: nn.Conv2d, prior: float) -> None:
-    """Sets a convolution's bias so that its sigmoid starts at `prior`: -log((1 - pi) / pi) (section 3.3)."""
+    """Sets a convolution's bias so that its sigmoid starts at `prior`: -log((1 - pi) / pi) (section 3.3).
+
+    Raises:
+        ZooError: a prior that is not between 0 and 1.
+    """
+    if not 0 < prior < 1:
+        raise ZooError(f"the prior is a probability between 0 and 1, not {prior}")
     nn.init.constant_(conv.bias, -math.log((1 - prior) / prior))  # type: ignore[arg-type]
 
 
@@ -203,7 +205,7 @@ class DenseAnchorConfig:
             that a ratio has at the level's stride, before they are scaled (its anchors have an offset of 0.5).
 
     Raises:
-        ZooError: an unknown convention.
+        ZooError: an unknown convention, or numbers out of range.
     """
 
     sizes: tuple[tuple[float, ...], ...] = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
@@ -217,6 +219,8 @@ class DenseAnchorConfig:
             raise unknown("convention of anchors", self.convention, get_args(Convention))
         if self.scales_per_octave < 1:
             raise ZooError(f"anchors want one scale an octave or more, not {self.scales_per_octave}")
+        if not all(value > 0 for given in (*self.sizes, *self.ratios) for value in given):
+            raise ZooError("sizes and ratios of anchors are more than 0")
 
 
 class DenseAnchors(AnchorGenerator):
