@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import package_version
-from benchmarks.speed import harness
 from benchmarks.speed.harness import Loader, Setting, Trainer, Work
-from benchmarks.speed.shared import detection
+from benchmarks.speed.shared import detection, detection_data
 from zoo.detection.mask_rcnn import convert_official
 
 RECIPE, LR = "mask_rcnn/train_coco", 1e-3
@@ -63,17 +62,8 @@ MODELS = {
 DEFAULT_MODEL = "mask_rcnn_r50_fpn"
 
 
-def _start(size: Size) -> dict[str, Tensor]:
-    """The weights that all start from: what they propose decides how many regions their mask heads get."""
-    torch.manual_seed(0)
-    return detection.calmed(harness.recipe_task(RECIPE, size.options).network).state_dict()
-
-
 def _ours(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
-    targets = detection.objects(size.height, size.width, setting.batch, setting.device)
-    sizes = torch.tensor([[size.height, size.width]] * setting.batch)
-    batch = {"size": sizes, "target": targets}
-    return harness.from_recipe(RECIPE, size.options, lambda x: {"image": x, **batch}, setting, start)
+    return detection.ours(RECIPE, size, setting, start)
 
 
 def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
@@ -84,14 +74,11 @@ def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
     config.MODEL.RESNETS.STRIDE_IN_1X1 = False  # as torchvision's
     config.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, config.MODEL.RPN.BATCH_SIZE_PER_IMAGE = size.samples, size.anchors
     config.SOLVER.BASE_LR = LR
-    network = detection.detectron2(checkout, "detectron2.modeling").build_model(config).train()
-    theirs = {next(iter(convert_official({key: value}))): key for key, value in network.state_dict().items()}
-    network.load_state_dict({theirs[key]: value for key, value in start.items()})
-    optimizer = detection.detectron2(checkout, "detectron2.solver").build_optimizer(config, network)
+    network = detection.detectron2(checkout, "detectron2.modeling").build_model(config)
+    detection.same_weights(network, convert_official, start)
     targets = detection.objects(size.height, size.width, setting.batch, setting.device)
-    loss = detection.detectron2_loss(checkout, network, targets, size.masks)
     about = "facebookresearch/detectron2 (its compiled module not built) with its own optimizer; polygons as masks"
-    return Trainer("official", harness.revision(checkout), loss, optimizer, about)
+    return detection.official(network, config, setting, targets, about, size.masks)
 
 
 def torchvision_rcnn(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
@@ -110,38 +97,21 @@ def trainers(setting: Setting) -> list[Trainer]:
     """Everyone who is here, ours first. detectron2 is left out where its checkout is not given."""
     size = MODELS[setting.model]
     contenders = [_ours, *([official] if setting.official is not None else []), torchvision_rcnn]
-    return [build(size, setting, _start(size)) for build in contenders]
+    return [build(size, setting, detection.start(RECIPE, size)) for build in contenders]
 
 
 def images(setting: Setting) -> Tensor:
     """Noise (B,3,H,W)."""
-    size = MODELS[setting.model]
-    return harness.noise(setting, setting.batch, 3, size.height, size.width)
+    return detection.images(MODELS[setting.model], setting)
 
 
 def work(setting: Setting) -> Work:
     """Measured FLOPs of the convolutions and linear layers, with a quarter of the regions under the mask head."""
     size = MODELS[setting.model]
-    network = harness.recipe_task(RECIPE, size.options, "meta").network
-    with torch.device("meta"):
-        batch = torch.empty(setting.batch, 3, size.height, size.width)
-
-        def loss() -> Tensor:
-            maps = network.backbone(batch)
-            logits, deltas = network.rpn.head(list(maps.values()))
-            heads = network.roi_heads
-            regions = torch.empty(setting.batch * size.samples, 256, 7, 7, requires_grad=True)
-            classes, boxes = heads.box_predictors[0](heads.box_heads[0](regions))
-            outputs = [*logits, *deltas, classes, boxes]
-            if size.masks:
-                outputs.append(heads.mask_head(torch.empty(len(regions) // 4, 256, 14, 14, requires_grad=True)))
-            return torch.stack([x.sum() for x in outputs]).sum()
-
-        flops = harness.count_flops(loss)
-    detail = {"image": [size.height, size.width], "regions": size.samples, "anchors": size.anchors}
-    return Work(setting.batch, flops=flops, detail={**detail, "objects": detection.OBJECTS})
+    further = detection.masks_of if size.masks else lambda *_: []
+    return detection.region_work(RECIPE, size, setting, further)
 
 
 def loaders(setting: Setting) -> contextlib.AbstractContextManager[tuple[list[Loader], Work]]:
     """The pipelines from JPEG files and a COCO json to a training batch."""
-    return detection.loaders(RECIPE, MODELS[DEFAULT_MODEL].config, setting)
+    return detection_data.loaders(RECIPE, MODELS[DEFAULT_MODEL].config, setting)

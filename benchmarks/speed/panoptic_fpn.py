@@ -48,11 +48,6 @@ MODELS = {
 DEFAULT_MODEL = "panoptic_fpn_r50"
 
 
-def _start(size: Size) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    return detection.calmed(harness.recipe_task(RECIPE, size.options).network).state_dict()
-
-
 def _labels(size: Size, setting: Setting) -> list[Tensor]:
     """(H, W) labels of blocks of 16 pixels."""
     draw = torch.Generator().manual_seed(0)
@@ -67,9 +62,7 @@ def _targets(size: Size, setting: Setting) -> list[dict[str, Any]]:
 
 
 def _ours(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
-    sizes = torch.tensor([[size.height, size.width]] * setting.batch)
-    batch = {"size": sizes, "target": _targets(size, setting)}
-    return harness.from_recipe(RECIPE, size.options, lambda x: {"image": x, **batch}, setting, start)
+    return detection.ours(RECIPE, size, setting, start, _targets(size, setting))
 
 
 def _official_network(checkout: Path, size: Size, device: str, start: Mapping[str, Tensor], threshold: float) -> Any:
@@ -87,42 +80,30 @@ def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
     checkout = setting.official
     assert checkout is not None
     network, config = _official_network(checkout, size, setting.device, start, 0.5)
-    optimizer = detection.detectron2(checkout, "detectron2.solver").build_optimizer(config, network)
-    labels, given = _labels(size, setting), network.train().forward
+    labels, given = _labels(size, setting), network.forward
     network.forward = lambda inputs: given([{**x, "sem_seg": y} for x, y in zip(inputs, labels, strict=True)])
-    loss = detection.detectron2_loss(checkout, network, _targets(size, setting), True)
-    return Trainer("official", harness.revision(checkout), loss, optimizer, f"{_ABOUT}, its optimizer, polygons")
+    about = f"{_ABOUT}, its optimizer, polygons"
+    return detection.official(network, config, setting, _targets(size, setting), about, masks=True)
 
 
 def trainers(setting: Setting) -> list[Trainer]:
     """Everyone who is here, ours first. detectron2 is left out where its checkout is not given."""
     size, contenders = MODELS[setting.model], [_ours, official][: 1 + (setting.official is not None)]
-    return [build(size, setting, _start(size)) for build in contenders]
+    return [build(size, setting, detection.start(RECIPE, size)) for build in contenders]
 
 
 def images(setting: Setting) -> Tensor:
     """Noise (B,3,H,W)."""
-    return harness.noise(setting, setting.batch, 3, MODELS[setting.model].height, MODELS[setting.model].width)
+    return detection.images(MODELS[setting.model], setting)
 
 
 def work(setting: Setting) -> Work:
     """Measured FLOPs of the convolutions and linear layers, with a quarter of the regions under the mask head."""
-    size = MODELS[setting.model]
-    network = harness.recipe_task(RECIPE, size.options, "meta").network
-    with torch.device("meta"):
-        batch = torch.empty(setting.batch, 3, size.height, size.width)
 
-        def loss() -> Tensor:
-            maps, heads = network.backbone(batch), network.roi_heads
-            logits, deltas = network.rpn.head(list(maps.values()))
-            count = setting.batch * size.samples
-            found = heads.box_predictors[0](heads.box_heads[0](torch.empty(count, 256, 7, 7, requires_grad=True)))
-            masks = heads.mask_head(torch.empty(count // 4, 256, 14, 14, requires_grad=True))
-            return sum(x.sum() for x in (*logits, *deltas, *found, masks, network.semantic_head(maps)))  # type: ignore[return-value]
+    def further(network: Any, maps: Any, count: int) -> list[Tensor]:
+        return [*detection.masks_of(network, maps, count), network.semantic_head(maps)]
 
-        flops = harness.count_flops(loss)
-    detail = {"image": [size.height, size.width], "regions": size.samples, "anchors": size.anchors, "labels": 54}
-    return Work(setting.batch, flops=flops, detail=detail)
+    return detection.region_work(RECIPE, MODELS[setting.model], setting, further, labels=54)
 
 
 def samplers(setting: Setting) -> tuple[list[Loader], Work]:
@@ -130,7 +111,7 @@ def samplers(setting: Setting) -> tuple[list[Loader], Work]:
     size, batch = MODELS[setting.model], setting.batch
     options = {**size.options, "model.roi.score_threshold": 0.0, "model.combine.score": 0.0}
     network = harness.recipe_task(RECIPE, options, setting.device).network.eval()
-    network.load_state_dict(start := _start(size))
+    network.load_state_dict(start := detection.start(RECIPE, size))
     pictures, sizes = images(setting), torch.tensor([[size.height, size.width]] * batch)
 
     ours = detection.inferences(

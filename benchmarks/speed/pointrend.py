@@ -52,17 +52,10 @@ MODELS = {
 DEFAULT_MODEL = "pointrend_rcnn_r50_fpn"
 
 
-def _start(size: Size) -> dict[str, Tensor]:
-    """The weights that all start from: what they propose decides how many regions their mask heads get."""
-    torch.manual_seed(0)
-    return detection.calmed(harness.recipe_task(RECIPE, size.options).network).state_dict()
-
-
 def _ours(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
     targets = detection.objects(size.height, size.width, setting.batch, setting.device)
     known = [{name: value for name, value in target.items() if name != "polygons"} for target in targets]
-    batch = {"size": torch.tensor([[size.height, size.width]] * setting.batch), "target": known}
-    return harness.from_recipe(RECIPE, size.options, lambda x: {"image": x, **batch}, setting, start)
+    return detection.ours(RECIPE, size, setting, start, known)
 
 
 def _official_network(size: Size, setting: Setting, start: dict[str, Tensor], threshold: float) -> tuple[Any, Any]:
@@ -82,48 +75,34 @@ def _official_network(size: Size, setting: Setting, start: dict[str, Tensor], th
 
 
 def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
-    checkout = setting.official
-    assert checkout is not None
     network, config = _official_network(size, setting, start, 0.05)
-    optimizer = detection.detectron2(checkout, "detectron2.solver").build_optimizer(config, network)
     given = detection.objects(size.height, size.width, setting.batch, setting.device)
-    loss = detection.detectron2_loss(checkout, network.train(), given, masks=True, bits=True)
-    return Trainer("official", harness.revision(checkout), loss, optimizer, f"{_ABOUT} with detectron2's optimizer")
+    about = f"{_ABOUT} with detectron2's optimizer"
+    return detection.official(network, config, setting, given, about, masks=True, bits=True)
 
 
 def trainers(setting: Setting) -> list[Trainer]:
     """Everyone who is here, ours first. detectron2 is left out where its checkout is not given."""
     size = MODELS[setting.model]
     contenders = [_ours, *([official] if setting.official is not None else [])]
-    return [build(size, setting, _start(size)) for build in contenders]
+    return [build(size, setting, detection.start(RECIPE, size)) for build in contenders]
 
 
 def images(setting: Setting) -> Tensor:
     """Noise (B,3,H,W)."""
-    size = MODELS[setting.model]
-    return harness.noise(setting, setting.batch, 3, size.height, size.width)
+    return detection.images(MODELS[setting.model], setting)
 
 
 def work(setting: Setting) -> Work:
     """Measured FLOPs of the convolutions and linear layers, with a quarter of the regions under the mask head."""
-    size = MODELS[setting.model]
-    network = harness.recipe_task(RECIPE, size.options, "meta").network
-    with torch.device("meta"):
-        batch = torch.empty(setting.batch, 3, size.height, size.width)
 
-        def loss() -> Tensor:
-            maps, heads = network.backbone(batch), network.roi_heads
-            logits, deltas = network.rpn.head(list(maps.values()))
-            regions = torch.empty(setting.batch * size.samples, 256, 7, 7, requires_grad=True)
-            found = heads.box_predictors[0](heads.box_heads[0](regions))
-            masks, count = heads.mask_head, len(regions) // 4
-            coarse = masks.coarse_head(torch.empty(count, 256, 14, 14, requires_grad=True))
-            points = (torch.empty(1, n, count * 196, requires_grad=True) for n in (256, 80))
-            return torch.stack([x.sum() for x in (*logits, *deltas, *found, coarse, masks.point_head(*points))]).sum()
+    def further(network: Any, maps: Any, count: int) -> list[Tensor]:
+        masks = network.roi_heads.mask_head
+        coarse = masks.coarse_head(torch.empty(count, 256, 14, 14, requires_grad=True))
+        points = (torch.empty(1, n, count * 196, requires_grad=True) for n in (256, 80))
+        return [coarse, masks.point_head(*points)]
 
-        flops = harness.count_flops(loss)
-    detail = {"image": [size.height, size.width], "regions": size.samples, "anchors": size.anchors, "points": 196}
-    return Work(setting.batch, flops=flops, detail={**detail, "objects": detection.OBJECTS})
+    return detection.region_work(RECIPE, MODELS[setting.model], setting, further, points=196)
 
 
 def samplers(setting: Setting) -> tuple[list[Loader], Work]:
@@ -132,7 +111,7 @@ def samplers(setting: Setting) -> tuple[list[Loader], Work]:
     size, batch = MODELS[setting.model], setting.batch
     options = {**size.options, "model.roi.score_threshold": 0.0}
     network = harness.recipe_task(RECIPE, options, setting.device).network.eval()
-    start = {key: value.to(setting.device) for key, value in _start(size).items()}
+    start = {key: value.to(setting.device) for key, value in detection.start(RECIPE, size).items()}
     network.load_state_dict(start)
     pictures, sizes = images(setting), torch.tensor([[size.height, size.width]] * batch)
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.environment import package_version
-from benchmarks.speed import harness
 from benchmarks.speed.harness import Setting, Trainer, Work
 from benchmarks.speed.shared import detection
 from zoo.detection.rethinking_pretraining import convert_official
@@ -52,16 +51,8 @@ MODELS = {
 DEFAULT_MODEL = "mask_rcnn_r50_fpn_gn"
 
 
-def _start(size: Size) -> dict[str, Tensor]:
-    """The weights that all start from: what they propose decides how many regions their mask heads get."""
-    torch.manual_seed(0)
-    return harness.recipe_task(RECIPE, size.options).network.state_dict()
-
-
 def _ours(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
-    targets = detection.objects(size.height, size.width, setting.batch, setting.device)
-    batch = {"size": torch.tensor([[size.height, size.width]] * setting.batch), "target": targets}
-    return harness.from_recipe(RECIPE, size.options, lambda x: {"image": x, **batch}, setting, start)
+    return detection.ours(RECIPE, size, setting, start)
 
 
 def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
@@ -72,14 +63,11 @@ def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
     config.MODEL.RESNETS.RES2_OUT_CHANNELS = size.options["model.resnet.channels"]
     config.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, config.MODEL.RPN.BATCH_SIZE_PER_IMAGE = size.samples, size.anchors
     config.SOLVER.BASE_LR = LR
-    network = detection.detectron2(checkout, "detectron2.modeling").build_model(config).train()
-    theirs = {next(iter(convert_official({key: value}))): key for key, value in network.state_dict().items()}
-    network.load_state_dict({theirs[key]: value for key, value in start.items()})
-    optimizer = detection.detectron2(checkout, "detectron2.solver").build_optimizer(config, network)
+    network = detection.detectron2(checkout, "detectron2.modeling").build_model(config)
+    detection.same_weights(network, convert_official, start)
     targets = detection.objects(size.height, size.width, setting.batch, setting.device)
-    loss = detection.detectron2_loss(checkout, network, targets, masks=True)
     about = "facebookresearch/detectron2 (its compiled module not built) with its own optimizer; polygons as masks"
-    return Trainer("official", harness.revision(checkout), loss, optimizer, about)
+    return detection.official(network, config, setting, targets, about, True)
 
 
 def torchvision_rcnn(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
@@ -101,32 +89,14 @@ def trainers(setting: Setting) -> list[Trainer]:
     """Everyone who is here, ours first. detectron2 is left out where its checkout is not given."""
     size = MODELS[setting.model]
     contenders = [_ours, *([official] if setting.official is not None else []), torchvision_rcnn]
-    return [build(size, setting, _start(size)) for build in contenders]
+    return [build(size, setting, detection.start(RECIPE, size)) for build in contenders]
 
 
 def images(setting: Setting) -> Tensor:
     """Noise (B,3,H,W)."""
-    size = MODELS[setting.model]
-    return harness.noise(setting, setting.batch, 3, size.height, size.width)
+    return detection.images(MODELS[setting.model], setting)
 
 
 def work(setting: Setting) -> Work:
     """Measured FLOPs of the convolutions and linear layers, with a quarter of the regions under the mask head."""
-    size = MODELS[setting.model]
-    network = harness.recipe_task(RECIPE, size.options, "meta").network
-    with torch.device("meta"):
-        batch = torch.empty(setting.batch, 3, size.height, size.width)
-
-        def loss() -> Tensor:
-            maps = network.backbone(batch)
-            logits, deltas = network.rpn.head(list(maps.values()))
-            heads = network.roi_heads
-            regions = torch.empty(setting.batch * size.samples, 256, 7, 7, requires_grad=True)
-            classes, boxes = heads.box_predictors[0](heads.box_heads[0](regions))
-            outputs = [*logits, *deltas, classes, boxes]
-            outputs.append(heads.mask_head(torch.empty(len(regions) // 4, 256, 14, 14, requires_grad=True)))
-            return torch.stack([x.sum() for x in outputs]).sum()
-
-        flops = harness.count_flops(loss)
-    detail = {"image": [size.height, size.width], "regions": size.samples, "anchors": size.anchors}
-    return Work(setting.batch, flops=flops, detail={**detail, "objects": detection.OBJECTS})
+    return detection.region_work(RECIPE, MODELS[setting.model], setting, detection.masks_of)

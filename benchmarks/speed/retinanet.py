@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.environment import package_version
 from benchmarks.speed import harness
 from benchmarks.speed.harness import Loader, Setting, Trainer, Work
-from benchmarks.speed.shared import detection
+from benchmarks.speed.shared import detection, detection_data
 from zoo.detection.retinanet import convert_official
 
 RECIPE, LR = "retinanet/train_coco", 1e-3
@@ -53,17 +53,8 @@ MODELS = {
 DEFAULT_MODEL = "retinanet_r50_fpn"
 
 
-def _start(size: Size) -> dict[str, Tensor]:
-    """The weights that all start from."""
-    torch.manual_seed(0)
-    return detection.calmed(harness.recipe_task(RECIPE, size.options).network).state_dict()
-
-
 def _ours(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
-    targets = detection.objects(size.height, size.width, setting.batch, setting.device)
-    sizes = torch.tensor([[size.height, size.width]] * setting.batch)
-    batch = {"size": sizes, "target": targets}
-    return harness.from_recipe(RECIPE, size.options, lambda x: {"image": x, **batch}, setting, start)
+    return detection.ours(RECIPE, size, setting, start)
 
 
 def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
@@ -72,13 +63,11 @@ def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
     config = detection.detectron2_config(checkout, CONFIG, setting.device)
     config.MODEL.RESNETS.DEPTH, config.MODEL.RESNETS.RES2_OUT_CHANNELS = size.depth, size.channels
     config.MODEL.RESNETS.STRIDE_IN_1X1, config.SOLVER.BASE_LR = False, LR  # the stride as torchvision's
-    network = detection.detectron2(checkout, "detectron2.modeling").build_model(config).train()
+    network = detection.detectron2(checkout, "detectron2.modeling").build_model(config)
     detection.same_weights(network, convert_official, start)
-    optimizer = detection.detectron2(checkout, "detectron2.solver").build_optimizer(config, network)
     targets = detection.objects(size.height, size.width, setting.batch, setting.device)
-    loss = detection.detectron2_loss(checkout, network, targets, masks=False)
     about = "facebookresearch/detectron2 (its compiled module not built) with its own optimizer"
-    return Trainer("official", harness.revision(checkout), loss, optimizer, about)
+    return detection.official(network, config, setting, targets, about, False)
 
 
 def torchvision_retinanet(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
@@ -118,13 +107,12 @@ def trainers(setting: Setting) -> list[Trainer]:
     """Everyone who is here, ours first. detectron2 is left out where its checkout is not given."""
     size = MODELS[setting.model]
     contenders = [_ours, *([official] if setting.official is not None else []), torchvision_retinanet]
-    return [build(size, setting, _start(size)) for build in contenders]
+    return [build(size, setting, detection.start(RECIPE, size)) for build in contenders]
 
 
 def images(setting: Setting) -> Tensor:
     """Noise (B,3,H,W)."""
-    size = MODELS[setting.model]
-    return harness.noise(setting, setting.batch, 3, size.height, size.width)
+    return detection.images(MODELS[setting.model], setting)
 
 
 def work(setting: Setting) -> Work:
@@ -146,4 +134,4 @@ def work(setting: Setting) -> Work:
 
 def loaders(setting: Setting) -> contextlib.AbstractContextManager[tuple[list[Loader], Work]]:
     """The pipelines from JPEG files and a COCO json to a training batch."""
-    return detection.loaders(RECIPE, CONFIG, setting)
+    return detection_data.loaders(RECIPE, CONFIG, setting)

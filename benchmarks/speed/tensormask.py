@@ -75,9 +75,7 @@ def sixteen_corners(x: Tensor, scale: int, pad: float) -> Tensor:
 
 
 def _ours(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
-    targets = detection.objects(size.height, size.width, setting.batch, setting.device)
-    batch = {"size": torch.tensor([[size.height, size.width]] * setting.batch), "target": targets}
-    return harness.from_recipe(RECIPE, size.options, lambda x: {"image": x, **batch}, setting, start)
+    return detection.ours(RECIPE, size, setting, start)
 
 
 def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
@@ -91,13 +89,11 @@ def official(size: Size, setting: Setting, start: dict[str, Tensor]) -> Trainer:
     config = detection.detectron2_config(checkout, CONFIG, setting.device, project.add_tensormask_config, PROJECT)
     trunk, config.SOLVER.BASE_LR = config.MODEL.RESNETS, LR
     trunk.DEPTH, trunk.RES2_OUT_CHANNELS = size.depth, size.channels
-    network = detection.detectron2(checkout, "detectron2.modeling").build_model(config).train()
+    network = detection.detectron2(checkout, "detectron2.modeling").build_model(config)
     detection.same_weights(network, convert_official, start)
-    optimizer = detection.detectron2(checkout, "detectron2.solver").build_optimizer(config, network)
     targets = detection.objects(size.height, size.width, setting.batch, setting.device)
-    loss = detection.detectron2_loss(checkout, network, targets, masks=True)
     about = "facebookresearch/detectron2, projects/TensorMask, its own optimizer; torch's indexing for its CUDA swap"
-    return Trainer("official", harness.revision(checkout), loss, optimizer, about)
+    return detection.official(network, config, setting, targets, about, masks=True)
 
 
 def _swap(name: str, version: str, swap: Any, scale: int, about: str) -> Trainer:
@@ -118,8 +114,7 @@ def trainers(setting: Setting) -> list[Trainer]:
         plain = "the 16 corners of each entry by torch's indexing, with its own gradient"
         peer = _swap("indexing", torch.__version__, sixteen_corners, size.scale, plain)
         return [_swap("zoo", zoo.__version__, swap_align2nat, size.scale, ours), peer]
-    torch.manual_seed(0)
-    start = detection.calmed(harness.recipe_task(RECIPE, size.options).network).state_dict()
+    start = detection.start(RECIPE, size)
     return [build(size, setting, start) for build in ([_ours, official] if setting.official is not None else [_ours])]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.environment import package_version
 from benchmarks.speed import harness
 from benchmarks.speed.harness import Loader, Setting, Trainer, Work
-from benchmarks.speed.shared import detection
+from benchmarks.speed.shared import detection_data
 from zoo.errors import ZooError
 from zoo.nn.detection.vit import rescaled
 
@@ -146,4 +146,4 @@ def work(setting: Setting) -> Work:
 
 def loaders(setting: Setting) -> contextlib.AbstractContextManager[tuple[list[Loader], Work]]:
     """The pipelines from JPEG files and a COCO json to a training batch, as of Mask R-CNN."""
-    return detection.loaders("mask_rcnn/train_coco", "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x", setting)
+    return detection_data.loaders("mask_rcnn/train_coco", "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x", setting)

@@ -1,4 +1,4 @@
-"""The peers of papers of detection: detectron2 from a checkout, torchvision's pipeline; drawn objects and a COCO set.
+"""Training steps of papers of detection: drawn objects, ours, detectron2 from a checkout, torchvision.
 
 detectron2 needs fvcore, iopath, omegaconf, hydra-core, yacs, cloudpickle, tabulate and termcolor; its compiled module
 is not built, and nothing timed here calls it.
@@ -6,31 +6,24 @@ is not built, and nothing timed here calls it.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import itertools
-import json
 import math
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from benchmarks.environment import package_version
 from benchmarks.speed import harness
-from benchmarks.speed.harness import Loader, Setting, Work
+from benchmarks.speed.harness import Setting, Trainer, Work
 from zoo.errors import ZooError
 
 OBJECTS = 7  # an image of COCO has 7.3 on average
-BATCH = 2  # of the pictures that are loaded
 
 
 def ellipses(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,6 +52,76 @@ def objects(height: int, width: int, batch: int, device: str) -> list[dict[str, 
         polygons = [[points.ravel()] for points in rim]
         made.append({"polygons": polygons, **{name: value.to(device) for name, value in tensors.items()}})
     return made
+
+
+class Sized(Protocol):
+    """A size that a paper is timed at."""
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def options(self) -> dict[str, Any]: ...
+
+
+class Sampled(Sized, Protocol):
+    """Likewise, of a network that looks at so many regions and anchors an image."""
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def anchors(self) -> int: ...
+
+
+def start(recipe: str, size: Sized) -> dict[str, Tensor]:
+    """The weights that all start from: what they propose decides how many regions their mask heads get."""
+    torch.manual_seed(0)
+    return calmed(harness.recipe_task(recipe, size.options).network).state_dict()
+
+
+def ours(
+    recipe: str, size: Sized, setting: Setting, start: dict[str, Tensor], targets: list[dict[str, Any]] | None = None
+) -> Trainer:
+    """A recipe's training step on drawn objects, or on `targets`."""
+    given = objects(size.height, size.width, setting.batch, setting.device) if targets is None else targets
+    batch = {"size": torch.tensor([[size.height, size.width]] * setting.batch), "target": given}
+    return harness.from_recipe(recipe, size.options, lambda x: {"image": x, **batch}, setting, start)
+
+
+def images(size: Sized, setting: Setting) -> Tensor:
+    """Noise (B,3,H,W)."""
+    return harness.noise(setting, setting.batch, 3, size.height, size.width)
+
+
+def region_work(
+    recipe: str, size: Sampled, setting: Setting, further: Callable[[Any, Any, int], list[Tensor]], **detail: Any
+) -> Work:
+    """Measured FLOPs of trunk, proposals and box head, and of what `further` makes of the network, its maps and the
+    number of the regions that are objects, a quarter."""
+    network = harness.recipe_task(recipe, size.options, "meta").network
+    with torch.device("meta"):
+        batch = torch.empty(setting.batch, 3, size.height, size.width)
+
+        def loss() -> Tensor:
+            maps, heads = network.backbone(batch), network.roi_heads
+            logits, deltas = network.rpn.head(list(maps.values()))
+            count = setting.batch * size.samples
+            found = heads.box_predictors[0](heads.box_heads[0](torch.empty(count, 256, 7, 7, requires_grad=True)))
+            outputs = [*logits, *deltas, *found, *further(network, maps, count // 4)]
+            return torch.stack([x.sum() for x in outputs]).sum()
+
+        flops = harness.count_flops(loss)
+    known = {"image": [size.height, size.width], "regions": size.samples, "anchors": size.anchors, "objects": OBJECTS}
+    return Work(setting.batch, flops=flops, detail={**known, **detail})
+
+
+def masks_of(network: Any, maps: Any, count: int) -> list[Tensor]:
+    """What the mask head makes of so many regions; see :func:`region_work`."""
+    return [network.roi_heads.mask_head(torch.empty(count, 256, 14, 14, requires_grad=True))]
 
 
 def calmed(network: Any) -> Any:
@@ -123,6 +186,23 @@ def detectron2_loss(
         return sum(losses.values())  # type: ignore[return-value]
 
     return loss
+
+
+def official(
+    network: Any,
+    config: Any,
+    setting: Setting,
+    targets: list[dict[str, Any]],
+    about: str,
+    masks: bool,
+    bits: bool = False,
+) -> Trainer:
+    """The training step of a network of detectron2 with its own optimizer; see :func:`detectron2_loss`."""
+    checkout = setting.official
+    assert checkout is not None
+    optimizer = detectron2(checkout, "detectron2.solver").build_optimizer(config, network)
+    loss = detectron2_loss(checkout, network.train(), targets, masks, bits)
+    return Trainer("official", harness.revision(checkout), loss, optimizer, about)
 
 
 def same_weights(network: Any, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]], start: Any) -> Any:
@@ -198,82 +278,3 @@ def torchvision_loss(network: Any, targets: list[dict[str, Any]]) -> Callable[[T
         return torch.stack([*losses.values(), *more.values()]).sum()
 
     return loss
-
-
-@contextlib.contextmanager
-def coco(setting: Setting) -> Iterator[tuple[Path, Path, str]]:
-    """A folder of JPEG files, a COCO json about them, and what they are: drawn polygons on photos or on noise."""
-    rng = np.random.default_rng(0)
-    with harness.photos(setting, 16) as (folder, name), tempfile.TemporaryDirectory() as made:
-        pictures: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        flat = Path(made) / "images"
-        flat.mkdir()
-        for index, path in enumerate(itertools.islice(sorted(folder.rglob("*.*")), 32)):
-            if path.suffix.lower() not in (".jpg", ".jpeg"):
-                continue
-            with Image.open(path) as image:
-                width, height = image.size
-            (flat / f"{index}.jpg").symlink_to(path.resolve())
-            pictures.append({"id": index, "file_name": f"{index}.jpg", "height": height, "width": width})
-            for (left, top, right, bottom), rim in zip(*ellipses(rng, height, width), strict=True):
-                one = {"id": len(annotations) + 1, "image_id": index, "category_id": int(rng.integers(1, 4))}
-                one |= {"bbox": [left, top, right - left, bottom - top], "segmentation": [rim.ravel().tolist()]}
-                one |= {"area": math.pi / 4 * (right - left) * (bottom - top), "iscrowd": 0}
-                annotations.append(one)
-        categories = [{"id": k, "name": f"class {k}"} for k in (1, 2, 3)]
-        file = Path(made) / "instances.json"
-        file.write_text(json.dumps({"images": pictures, "annotations": annotations, "categories": categories}))
-        yield flat, file, f"{name} with drawn polygons"
-
-
-def _padded(pictures: list[Tensor]) -> Tensor:
-    """A batch, normalised, as the models of the peers pad it."""
-    height, width = (32 * math.ceil(max(x.shape[axis] for x in pictures) / 32) for axis in (1, 2))
-    mean = torch.tensor([103.53, 116.28, 123.675])[:, None, None]
-    batch = torch.zeros(len(pictures), 3, height, width)
-    for out, picture in zip(batch, pictures, strict=True):
-        out[:, : picture.shape[1], : picture.shape[2]] = picture - mean
-    return batch
-
-
-def _in_turn(read: Callable[[int], Tensor], count: int) -> Iterator[Tensor]:
-    for first in itertools.count():
-        yield _padded([read((first * BATCH + k) % count) for k in range(BATCH)])
-
-
-def _detectron2_loader(folder: Path, file: Path, checkout: Path, config: str) -> Loader:
-    made = detectron2_config(checkout, config, "cpu")
-    mapper = detectron2(checkout, "detectron2.data.dataset_mapper").DatasetMapper(made, is_train=True)
-    rows = detectron2(checkout, "detectron2.data.datasets.coco").load_coco_json(str(file), str(folder))
-    batches = _in_turn(lambda index: mapper(rows[index])["image"], len(rows))
-    about = "detectron2's DatasetMapper, batched and normalised as its model does"
-    return Loader("official", harness.revision(checkout), batches, about)
-
-
-def _torchvision_loader(folder: Path, file: Path) -> Loader:
-    from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
-    from torchvision.transforms import v2
-
-    resize = v2.RandomShortestSize([640, 672, 704, 736, 768, 800], 1333)
-    plain = CocoDetection(
-        str(folder), str(file), transforms=v2.Compose([resize, v2.RandomHorizontalFlip(), v2.PILToTensor()])
-    )
-    data = wrap_dataset_for_transforms_v2(plain, target_keys=("boxes", "labels", "masks"))
-    about = "CocoDetection with transforms v2 on Pillow images and bit masks, batched as the others"
-    batches = _in_turn(lambda index: data[index][0], len(data))
-    return Loader("torchvision", package_version("torchvision") or "", batches, about)
-
-
-@contextlib.contextmanager
-def loaders(recipe: str, config: str, setting: Setting) -> Iterator[tuple[list[Loader], Work]]:
-    """The pipelines from JPEG files and a COCO json to a training batch, in this process (no workers): a recipe's,
-    detectron2's of a config where its checkout is given, torchvision's."""
-    with coco(setting) as (folder, file, name):
-        options = {"data.options": {"images": str(folder)}, "data.aspect_grouping": False}
-        how = "Pillow's resizing, polygons"
-        found = [harness.data_from_recipe(recipe, options, file, BATCH, how=how)]
-        if setting.official is not None:
-            found.append(_detectron2_loader(folder, file, setting.official, config))
-        found.append(_torchvision_loader(folder, file))
-        yield found, Work(BATCH, detail={"data": name, "crop": "640 to 800"})
